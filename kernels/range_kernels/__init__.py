@@ -1,0 +1,10 @@
+"""Kernels for embedding injection: splice rows into a prompt's hidden state 0, and attention whose mask is two ints a token.
+
+Torch tensors in and out; the device of the tensors selects the kernel. Nothing here knows of models or engines.
+"""
+
+from .attention import attention
+from .splice import splice
+from .visibility import visible_keys
+
+__all__ = ["attention", "splice", "visible_keys"]

@@ -1,0 +1,68 @@
+"""The oracle: what `splice` and `attention` mean, in float64 NumPy, one loop a definition, no speed intended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def splice(
+    input_ids: np.ndarray,
+    table: np.ndarray,
+    items: Sequence[np.ndarray],
+    ranges: Sequence[tuple[int, int]],
+    *,
+    offset: int = 0,
+    scale: float = 1.0,
+) -> np.ndarray:
+    """Hidden state 0 of tokens `offset .. offset + len(input_ids)`: table rows times `scale`, item rows inside ranges.
+
+    Shapes: `input_ids [tokens]`, `table [vocab, hidden]`, `items[i] [stop_i - start_i, hidden]`; returns
+    `[tokens, hidden]`.
+    """
+    out = np.empty((len(input_ids), table.shape[1]), dtype=table.dtype)
+    for token, token_id in enumerate(input_ids):
+        out[token] = table[token_id] * scale
+        for item, (start, stop) in zip(items, ranges, strict=True):
+            if start <= offset + token < stop:
+                out[token] = item[offset + token - start]
+    return out
+
+
+def attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    cu_seqlens_q: Sequence[int],
+    cu_seqlens_k: Sequence[int],
+    *,
+    low: np.ndarray,
+    reach: np.ndarray,
+    scale: float,
+    softcap: float = 0.0,
+) -> np.ndarray:
+    """Softmax attention over packed sequences with grouped heads, in float64.
+
+    Shapes: `q [queries, q_heads, head_dim]`, `k` and `v` `[keys, kv_heads, head_dim]`, `low` and `reach` `[queries]`,
+    counted from the start of the query's own sequence; returns float64 `[queries, q_heads, head_dim]`. Query head h reads
+    KV head `h // (q_heads // kv_heads)`. `softcap` c > 0 replaces a score s by `c * tanh(s / c)` (Gemma 2, section 2).
+    A query that sees no key gets zeros.
+    """
+    q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    out = np.zeros_like(q)
+    for sequence in range(len(cu_seqlens_q) - 1):
+        first_key, end_key = cu_seqlens_k[sequence], cu_seqlens_k[sequence + 1]
+        for query in range(cu_seqlens_q[sequence], cu_seqlens_q[sequence + 1]):
+            begin = first_key + max(int(low[query]), 0)
+            end = min(first_key + int(reach[query]) + 1, end_key)
+            if begin >= end:
+                continue
+            for head in range(q.shape[1]):
+                scores = k[begin:end, head // group] @ q[query, head] * scale
+                if softcap > 0.0:
+                    scores = softcap * np.tanh(scores / softcap)
+                weights = np.exp(scores - scores.max())
+                out[query, head] = weights @ v[begin:end, head // group] / weights.sum()
+    return out
