@@ -1,0 +1,42 @@
+"""Embedding Workbench: see where embeddings land in a language model, and whether an engine computes what it should.
+
+    model = workbench.load_model("smollm2-135m")
+    engine = workbench.open_engine("numba", model)
+    prompt = workbench.Prompt(ids, [rows], [(12, 14)])
+    print(workbench.check_engine(engine, prompt))
+"""
+
+from .compare import Comparison, check_engine, compare
+from .engines import open_engine
+from .engines.api import Engine, EngineOutput, GenerationConfig, ResponseType
+from .errors import EmbeddingRangeError, ModelError, PromptError, TraceError
+from .findings import Finding
+from .lint import effective_prompt, lint
+from .models import Model, load_model
+from .prompt import Prompt, Span
+from .trace import Trace
+from .version import __version__
+
+__all__ = [
+    "Comparison",
+    "EmbeddingRangeError",
+    "Engine",
+    "EngineOutput",
+    "Finding",
+    "GenerationConfig",
+    "Model",
+    "ModelError",
+    "Prompt",
+    "PromptError",
+    "ResponseType",
+    "Span",
+    "Trace",
+    "TraceError",
+    "__version__",
+    "check_engine",
+    "compare",
+    "effective_prompt",
+    "lint",
+    "load_model",
+    "open_engine",
+]

@@ -1,0 +1,31 @@
+"""Engines, all behind one interface (`api.Engine`): open one by kind."""
+
+from __future__ import annotations
+
+from ..errors import ModelError
+from ..models import Model
+from .api import Engine
+
+KINDS = ("numba", "transformers")
+
+
+def open_engine(kind: str, model: Model, **options) -> Engine:
+    """Open an engine on a model.
+
+    Args:
+        kind: "numba", this project's own engine, or "transformers", the reference.
+        model: from `workbench.load_model`.
+        options: `dtype` ("float32", "bfloat16", "float16"; the reference also "float64"), `device` ("cpu", "cuda").
+
+    Raises:
+        ModelError: no such engine, or one that cannot run this model.
+    """
+    if kind == "numba":
+        from .numba_engine.engine import NumbaEngine
+
+        return NumbaEngine(model, **options)
+    if kind == "transformers":
+        from .transformers_reference import TransformersReference
+
+        return TransformersReference(model, **options)
+    raise ModelError(f"no engine {kind!r}: choose one of {', '.join(KINDS)}")

@@ -1,0 +1,33 @@
+"""Make a Transformers model compute in float64 all the way.
+
+`model.to(torch.float64)` is not enough: RMSNorm, rotary angles and some softmaxes cast to float32 by name, so a "float64"
+model keeps errors of about 1e-7 in every layer, as large as what a float32 engine is judged by. Inside `KeepFloat64` those
+casts go to float64, and `widen` builds the rotary frequencies anew, which are otherwise float32 numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class KeepFloat64(TorchFunctionMode):
+    """Every request for float32 becomes one for float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def widen(model: torch.nn.Module) -> torch.nn.Module:
+    """Convert weights to float64 and rebuild every rotary embedding with float64 frequencies. Run it in `KeepFloat64`."""
+    model = model.to(torch.float64)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if "inv_freq" in dict(child.named_buffers(recurse=False)) and hasattr(child, "config"):
+                with KeepFloat64():
+                    setattr(parent, name, type(child)(child.config).to(child.inv_freq.device))
+    return model

@@ -1,0 +1,1 @@
+"""The workbench's own engine: a compact decoder over the range kernels."""

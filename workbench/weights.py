@@ -1,0 +1,59 @@
+"""Read tensors one at a time from a safetensors checkpoint, one file or sharded, memory-mapped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import ModelError
+
+
+class Weights:
+    """The tensors of a checkpoint folder by name; nothing is read before it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        single = folder / "model.safetensors"
+        self.folder = folder
+        if index.exists():
+            try:
+                self._file_of = dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError) as error:
+                raise ModelError(f"{index} is not a safetensors index: {error}. Fetch the checkpoint again") from error
+            missing = sorted({name for name in self._file_of.values() if not (folder / name).exists()})
+            if missing:
+                raise ModelError(f"{index} names {missing[0]}, which is missing ({len(missing)} shards are): fetch it again")
+        elif single.exists():
+            with self._open(single.name) as file:
+                self._file_of = dict.fromkeys(file.keys(), single.name)
+        else:
+            raise ModelError(
+                f"{folder} holds no safetensors weights (model.safetensors or model.safetensors.index.json). Convert .bin "
+                "checkpoints with `save_pretrained`, which writes safetensors; pickled files are not loaded"
+            )
+
+    def _open(self, name: str):
+        try:
+            return safe_open(self.folder / name, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{self.folder / name} cannot be read ({error}): it is damaged, fetch it again") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor of that name, in its stored dtype."""
+        if name not in self._file_of:
+            raise ModelError(f"{self.folder} has no tensor {name!r}: is it a checkpoint of another architecture?")
+        with self._open(self._file_of[name]) as file:
+            try:
+                return file.get_tensor(name)
+            except SafetensorError as error:
+                raise ModelError(f"tensor {name!r} of {self.folder / self._file_of[name]} cannot be read: {error}") from error
