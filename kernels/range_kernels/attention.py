@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -74,13 +75,11 @@ def attention(
 
 
 def _cumulative(name: str, lengths: Sequence[int] | torch.Tensor, packed: torch.Tensor) -> np.ndarray:
-    lengths = np.asarray(lengths.cpu() if isinstance(lengths, torch.Tensor) else lengths, dtype=np.int32)
     total = packed.shape[0] if packed.ndim else 0
-    if lengths.ndim != 1 or len(lengths) < 2 or lengths[0] != 0 or lengths[-1] != total or (np.diff(lengths) < 0).any():
-        raise ValueError(
-            f"{name} must rise from 0 to {total}, one entry more than there are sequences; got {lengths.tolist()}"
-        )
-    return lengths
+    given = lengths.tolist() if isinstance(lengths, torch.Tensor | np.ndarray) else list(lengths)
+    if len(given) < 2 or given[0] != 0 or given[-1] != total or any(a > b for a, b in itertools.pairwise(given)):
+        raise ValueError(f"{name} must rise from 0 to {total}, one entry more than there are sequences; got {given}")
+    return np.array(given, dtype=np.int32)
 
 
 def _check(q, k, v, lengths_q, lengths_k) -> None:
@@ -97,9 +96,10 @@ def _check(q, k, v, lengths_q, lengths_k) -> None:
         raise ValueError(f"{q.shape[1]} query heads do not divide into groups over {k.shape[1]} KV heads")
     if len(lengths_q) != len(lengths_k):
         raise ValueError(f"cu_seqlens_q states {len(lengths_q) - 1} sequences, cu_seqlens_k {len(lengths_k) - 1}")
-    for sequence, (queries, keys) in enumerate(zip(np.diff(lengths_q), np.diff(lengths_k), strict=True)):
-        if queries > keys:
-            raise ValueError(f"sequence {sequence} has {queries} queries but {keys} keys: queries are its last positions")
+    queries, keys = lengths_q[1:] - lengths_q[:-1], lengths_k[1:] - lengths_k[:-1]
+    if (queries > keys).any():
+        at = int((queries > keys).argmax())
+        raise ValueError(f"sequence {at} has {queries[at]} queries but {keys[at]} keys: queries are its last positions")
 
 
 def _bounds(low, reach, lengths_q, lengths_k, window, q) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,8 @@
 """Make a Transformers model compute in float64 all the way.
 
 `model.to(torch.float64)` is not enough: RMSNorm, rotary angles and some softmaxes cast to float32 by name, so a "float64"
-model keeps errors of about 1e-7 in every layer, as large as what a float32 engine is judged by. Inside `KeepFloat64` those
-casts go to float64, and `widen` builds the rotary frequencies anew, which are otherwise float32 numbers.
+model is off by 2e-8 to 2e-7 (SmolLM2-135M, 241 tokens), up to a tenth of what a float32 engine is judged by. Inside
+`KeepFloat64` those casts go to float64, and `widen` builds the rotary frequencies anew, which are otherwise float32 numbers.
 """
 
 from __future__ import annotations

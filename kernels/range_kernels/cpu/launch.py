@@ -61,7 +61,7 @@ def attention(q, k, v, out, low, reach, lengths_q, lengths_k, scale, softcap) ->
     arrays = [x.detach().float().numpy() for x in (q, k, v)]
     low, reach = low.numpy(), reach.numpy()
     scale, softcap = np.float32(scale), np.float32(softcap)
-    if np.diff(lengths_q).max() <= _DECODE_QUERIES:
+    if (lengths_q[1:] - lengths_q[:-1]).max() <= _DECODE_QUERIES:
         _decode(*arrays, wide.numpy(), low, reach, lengths_q, lengths_k, scale, softcap)
     else:
         with _PARALLEL:
@@ -72,8 +72,9 @@ def attention(q, k, v, out, low, reach, lengths_q, lengths_k, scale, softcap) ->
 
 def _decode(q, k, v, out, low, reach, lengths_q, lengths_k, scale, softcap) -> None:
     # [queries, 2]: first and end key of the query's sequence
-    keys_of = np.repeat(np.stack([lengths_k[:-1], lengths_k[1:]], axis=1).astype(np.int64), np.diff(lengths_q), axis=0)
-    work = int((np.minimum(reach, keys_of[:, 1]) - low).clip(0).sum()) * q.shape[1] * q.shape[2]
+    bounds = np.stack([lengths_k[:-1], lengths_k[1:]], axis=1).astype(np.int64)
+    keys_of = np.repeat(bounds, lengths_q[1:] - lengths_q[:-1], axis=0)
+    work = len(k) * len(q) // len(bounds) * q.shape[1] * q.shape[2]
     if work < _SMALL_WORK:
         kernels.decode_small(q, k, v, out, low, reach, keys_of, scale, softcap)
         return

@@ -140,9 +140,7 @@ class Decoder:
 
     def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), the mean of squares in float32."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.epsilon)
-        return (wide * scale).to(x.dtype) * weight
+        return F.rms_norm(x, weight.shape, weight, self.epsilon)
 
 
 _REQUIRED = {"hidden_act": "silu", "pretraining_tp": 1}
