@@ -49,8 +49,9 @@ def attention(
     Raises:
         ValueError: shapes, dtypes, devices or lengths do not fit; the message names the argument and the numbers.
     """
+    _check_tensors(q, k, v)
     lengths_q, lengths_k = _cumulative("cu_seqlens_q", cu_seqlens_q, q), _cumulative("cu_seqlens_k", cu_seqlens_k, k)
-    _check(q, k, v, lengths_q, lengths_k)
+    _check_lengths(lengths_q, lengths_k)
     if softcap < 0.0:
         raise ValueError(f"softcap={softcap}: use a positive cap, or 0 for none")
     if low is not None and window is not None:
@@ -75,14 +76,14 @@ def attention(
 
 
 def _cumulative(name: str, lengths: Sequence[int] | torch.Tensor, packed: torch.Tensor) -> np.ndarray:
-    total = packed.shape[0] if packed.ndim else 0
+    total = packed.shape[0]
     given = lengths.tolist() if isinstance(lengths, torch.Tensor | np.ndarray) else list(lengths)
     if len(given) < 2 or given[0] != 0 or given[-1] != total or any(a > b for a, b in itertools.pairwise(given)):
         raise ValueError(f"{name} must rise from 0 to {total}, one entry more than there are sequences; got {given}")
     return np.array(given, dtype=np.int32)
 
 
-def _check(q, k, v, lengths_q, lengths_k) -> None:
+def _check_tensors(q, k, v) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 3:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected [tokens, heads, head_dim]")
@@ -94,6 +95,9 @@ def _check(q, k, v, lengths_q, lengths_k) -> None:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must be equal, with q's head_dim {q.shape[2]}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide into groups over {k.shape[1]} KV heads")
+
+
+def _check_lengths(lengths_q, lengths_k) -> None:
     if len(lengths_q) != len(lengths_k):
         raise ValueError(f"cu_seqlens_q states {len(lengths_q) - 1} sequences, cu_seqlens_k {len(lengths_k) - 1}")
     queries, keys = lengths_q[1:] - lengths_q[:-1], lengths_k[1:] - lengths_k[:-1]

@@ -1,0 +1,27 @@
+"""Torch tensors as Numba device arrays, and the stream to launch on."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from numba import cuda
+
+from .ptx import SIMULATED
+
+
+def as_array(tensor: torch.Tensor):
+    """A view that Numba takes: bfloat16 goes as its int16 bits, for which alone PyTorch exports an interface."""
+    tensor = tensor.detach()
+    tensor = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
+    return tensor.numpy() if SIMULATED else cuda.as_cuda_array(tensor, sync=False)
+
+
+def stream(tensor: torch.Tensor):
+    """PyTorch's current stream of the tensor's device; 0 in the simulator, which has none."""
+    return 0 if SIMULATED else _external(torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
+@lru_cache(maxsize=64)
+def _external(handle: int):
+    return cuda.external_stream(handle)

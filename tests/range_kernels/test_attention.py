@@ -1,0 +1,152 @@
+"""CPU attention against the float64 oracle, torch, and itself under changes that must not matter."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from range_kernels import attention, visible_keys
+
+from .cases import DTYPES, assert_close, make_case
+
+
+@st.composite
+def cases(draw):
+    lengths, spans = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        keys = draw(st.sampled_from([1, 2, 17, 31, 32, 33, 64, 65, 127, 129, 260, 300]))
+        queries = draw(st.integers(1, keys))
+        cuts = sorted(draw(st.sets(st.integers(0, keys), max_size=4)))
+        lengths.append((queries, keys))
+        spans.append(list(zip(cuts[::2], cuts[1::2], strict=False)))
+    return make_case(
+        draw(st.integers(0, 2**31)),
+        lengths,
+        draw(st.sampled_from([(1, 1), (4, 2), (3, 1), (6, 6)])),
+        draw(st.sampled_from([8, 64, 80, 96, 128])),
+        draw(st.sampled_from(DTYPES)),
+        spans,
+        draw(st.none() | st.integers(1, 100)),
+        draw(st.sampled_from(["inside", "union"])),
+        draw(st.sampled_from([0.0, 0.0, 5.0, 50.0])),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_matches_the_oracle(case):
+    out = attention(*case.args, low=case.low, reach=case.reach, softcap=case.softcap)
+    assert_close(out, case)
+
+
+def test_causal_is_the_default_and_agrees_with_torch():
+    case = make_case(1, [(200, 200)], heads=(4, 4))
+    q, k, v = (x.transpose(0, 1)[None] for x in case.args[:3])
+    torch_out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+    assert torch.allclose(attention(*case.args), torch_out, atol=2e-6)
+
+
+def test_a_window_equals_its_low():
+    case = make_case(2, [(50, 90), (40, 40)], window=7)
+    assert torch.equal(attention(*case.args, window=7), attention(*case.args, low=case.low))
+
+
+def test_strided_views_are_read_in_place():
+    stacked = torch.randn(70, 8, 64)
+    q, k, v = stacked[:, :4], stacked[:, 4:6], stacked[:, 6:]
+    expected = attention(q.contiguous(), k.contiguous(), v.contiguous(), [0, 70], [0, 70])
+    assert torch.equal(attention(q, k, v, [0, 70], [0, 70]), expected)
+
+
+def test_packed_neighbours_do_not_matter():
+    """Bit for bit: what a sequence gets does not depend on what is packed beside it."""
+    alone = make_case(3, [(150, 150)])
+    beside = make_case(4, [(33, 70), (150, 150), (1, 260)])
+    for name in ("q", "k", "v"):
+        start = 33 if name == "q" else 70
+        getattr(beside, name)[start : start + 150] = getattr(alone, name)
+    assert torch.equal(attention(*beside.args)[33:183], attention(*alone.args))
+
+
+def test_chunks_of_a_prefill_equal_the_whole():
+    whole = make_case(5, [(300, 300)])
+    expected = attention(*whole.args)
+    for first, end in ((0, 100), (100, 299), (299, 300)):
+        part = attention(whole.q[first:end], whole.k[:end], whole.v[:end], [0, end - first], [0, end])
+        assert torch.allclose(part, expected[first:end], atol=2e-6)
+
+
+def test_a_query_that_sees_nothing_gets_zeros():
+    case = make_case(6, [(40, 40)])
+    case.reach[[0, 7]] = -1
+    out = attention(*case.args, reach=case.reach)
+    assert (out[[0, 7]] == 0).all()
+    assert (out[8] != 0).any()
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_nan_is_not_hidden(queries):
+    case = make_case(7, [(queries, 40)])
+    case.q[-1] = torch.nan
+    out = attention(*case.args)
+    assert out[-1].isnan().all()
+    assert not out[:-1].isnan().any()
+
+
+def test_large_scores_do_not_overflow():
+    case = make_case(8, [(40, 40)])
+    out = attention(case.q * 100, case.k * 100, case.v, [0, 40], [0, 40])
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: {"cu_seqlens_q": [0, 9]}, "cu_seqlens_q must rise from 0 to 10"),
+        (lambda c: {"cu_seqlens_k": [0, 7, 5, 20]}, "cu_seqlens_k must rise"),
+        (lambda c: {"cu_seqlens_k": [0, 5, 20]}, "1 sequences, cu_seqlens_k 2"),
+        (lambda c: {"k": c.k[:, :, :8]}, "head_dim"),
+        (lambda c: {"k": c.k.double()}, "float64"),
+        (lambda c: {"v": c.v.half()}, "float16"),
+        (lambda c: {"q": c.q[0]}, r"expected \[tokens, heads, head_dim\]"),
+        (lambda c: {"q": c.q[:, :3]}, "3 query heads do not divide"),
+        (lambda c: {"reach": c.reach[:3]}, "one a query"),
+        (lambda c: {"low": c.low.long()}, "int64"),
+        (lambda c: {"low": c.low, "window": 3}, "leave window out"),
+        (lambda c: {"window": 0}, "window"),
+        (lambda c: {"window": 4, "window_rule": "union"}, "needs the spans"),
+        (lambda c: {"softcap": -1.0}, "softcap"),
+    ],
+)
+def test_bad_arguments_are_named(change, words):
+    case = make_case(9, [(10, 20)], head_dim=16)
+    names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
+    given_args = dict(zip(names, case.args, strict=True))
+    with pytest.raises(ValueError, match=words):
+        attention(**{**given_args, **change(case)})
+
+
+def test_more_queries_than_keys_is_refused():
+    case = make_case(10, [(5, 5), (5, 5)])
+    with pytest.raises(ValueError, match="sequence 1 has 7 queries but 5 keys"):
+        attention(case.q, case.k, case.v, [0, 3, 10], [0, 5, 10])
+
+
+def test_threads_may_call_at_once():
+    from concurrent.futures import ThreadPoolExecutor
+
+    case = make_case(11, [(130, 130)])
+    expected = attention(*case.args)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: attention(*case.args), range(16)))
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def test_bidirectional_span_sees_its_end():
+    low, reach = visible_keys(6, [(1, 4)])
+    q = torch.zeros(6, 1, 8)
+    v = torch.eye(6)[:, None, :].repeat(1, 1, 2)[..., :8].contiguous()
+    out = attention(q, q, v, [0, 6], [0, 6], low=torch.from_numpy(low), reach=torch.from_numpy(reach))
+    seen = (out[:, 0, :6] > 0).numpy()
+    assert seen[1].tolist() == [True, True, True, True, False, False]
+    assert np.array_equal(seen.sum(axis=1), reach + 1)

@@ -1,0 +1,75 @@
+"""The CUDA kernels made of plain Numba, run in Numba's simulator: `NUMBA_ENABLE_CUDASIM=1 pytest tests/simulator`."""
+
+import numpy as np
+import pytest
+import torch
+from numba.core import config
+
+if not config.ENABLE_CUDASIM:
+    pytest.skip("needs NUMBA_ENABLE_CUDASIM=1, set before Numba is imported (`make test` does)", allow_module_level=True)
+
+from range_kernels.cuda import attention as cuda_attention
+from range_kernels.cuda import splice as cuda_splice
+from range_kernels.reference import splice as splice_oracle
+from range_kernels.splice import plan_splice
+
+from ..range_kernels.cases import DTYPES, assert_close, make_case
+
+CASES = {  # few queries: the simulator runs a Python thread for each of a block's 128
+    "two sequences": {"lengths": [(2, 2), (1, 140)], "heads": (2, 1)},
+    "spans and window": {"lengths": [(5, 9)], "spans": [[(3, 6), (7, 8)]], "window": 4},
+    "union window": {"lengths": [(4, 9)], "spans": [[(3, 8)]], "window": 2, "window_rule": "union"},
+    "softcap": {"lengths": [(2, 7)], "softcap": 8.0},
+    "one head, wide": {"lengths": [(2, 3)], "head_dim": 160},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_matches_the_oracle(name, dtype):
+    case = make_case(0, **{"heads": (1, 1), "head_dim": 16, "dtype": dtype, **CASES[name]})
+    out = torch.full_like(case.q, torch.nan)
+    lengths = [np.array(x, np.int32) for x in (case.cu_seqlens_q, case.cu_seqlens_k)]
+    cuda_attention.launch(
+        case.q, case.k, case.v, out, case.low, case.reach, *lengths, case.q.shape[-1] ** -0.5, case.softcap
+    )
+    assert_close(out, case)
+
+
+def test_a_query_that_sees_nothing_gets_zeros():
+    case = make_case(1, [(4, 4)], head_dim=8)
+    case.reach[2] = -1
+    out = torch.full_like(case.q, torch.nan)
+    lengths = np.array([0, 4], np.int32)
+    cuda_attention.launch(case.q, case.k, case.v, out, case.low, case.reach, lengths, lengths, 1.0, 0.0)
+    assert (out[2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [3, 8, 130])
+def test_splice_matches_the_oracle(dtype, hidden):
+    table = torch.randn(9, hidden).to(dtype)
+    items, ranges = [torch.randn(3, hidden).to(dtype), torch.randn(2, hidden).to(dtype)], [(1, 4), (6, 8)]
+    ids = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8], dtype=torch.int32)
+    for begin, end in ((0, 9), (2, 7)):
+        plan, rows = plan_splice(items, ranges, table, begin, end)
+        out = torch.full((end - begin, hidden), torch.nan, dtype=dtype)
+        cuda_splice.launch(ids[begin:end], table, rows, plan, out, 2.0)
+        expected = splice_oracle(
+            ids[begin:end].numpy(),
+            table.float().numpy(),
+            [item.float().numpy() for item in items],
+            ranges,
+            offset=begin,
+            scale=2.0,
+        )
+        assert np.array_equal(out.float().numpy(), expected)
+
+
+def test_an_id_outside_the_table_shows_as_nan():
+    table = torch.randn(5, 4)
+    plan, rows = plan_splice([], [], table, 0, 2)
+    out = torch.zeros(2, 4)
+    cuda_splice.launch(torch.tensor([1, 7], dtype=torch.int32), table, rows, plan, out, 1.0)
+    assert torch.equal(out[0], table[1])
+    assert out[1].isnan().all()
