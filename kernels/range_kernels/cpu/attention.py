@@ -72,8 +72,7 @@ def pack_values(v, packed):
 def _cap(row, softcap, unit):
     """Scores in natural units -> softcapped scores times log2(e), in place."""
     for j in range(len(row)):
-        e = np.float32(math.exp(np.float32(2.0) * min(row[j] / softcap, np.float32(40.0))))
-        row[j] = softcap * (np.float32(1.0) - np.float32(2.0) / (e + np.float32(1.0))) * unit
+        row[j] = np.float32(math.tanh(row[j] / softcap)) * (softcap * unit)
 
 
 @njit(cache=True)
