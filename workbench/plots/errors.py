@@ -1,0 +1,65 @@
+"""An engine against its noise floor: error by layer, and where on the map it is more than noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from ..compare import Comparison
+from .style import ENGINE, FLOOR, SPAN, mark_spans, mark_tokens, tap_axis, token_axis
+
+
+def error_by_layer(comparison: Comparison) -> Figure:
+    """The largest relative error over tokens at every tap, with the noise floor and what is allowed as a band."""
+    figure = Figure(figsize=(11, 3.2), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    rows = comparison.table()
+    at = np.arange(len(rows))
+    tiny = np.finfo(np.float32).tiny
+    floor = np.array([row["floor"] for row in rows], dtype=float)
+    error = np.array([max(float(row["error"]), tiny) for row in rows])
+    axes.fill_between(at, floor, floor * comparison.factor, color=FLOOR, alpha=0.3, linewidth=0, label="explained by rounding")
+    axes.plot(at, floor, color=FLOOR, linewidth=1.5, label=f"noise floor (Transformers, {comparison.dtype})")
+    axes.plot(at, error, color=ENGINE, linewidth=1.5, marker=".", markersize=4, label=f"{comparison.engine}, {comparison.dtype}")
+    if comparison.first_divergence is not None:
+        index = comparison.taps.index(comparison.first_divergence.tap)
+        axes.axvline(index, color=SPAN, linewidth=1.2, label=f"first divergence: {comparison.first_divergence.tap}")
+    axes.set_yscale("log")
+    axes.set_ylim(min(floor.min(), max(error.min(), floor.min() / 100)) / 3, max(error.max(), floor.max() * comparison.factor) * 3)
+    step = max(1, len(rows) // 16)
+    axes.set_xticks(at[::step], [str(rows[i]["tap"]).removeprefix("layers.") for i in at[::step]], fontsize=7, rotation=30)
+    axes.set_xlim(-0.5, len(rows) - 0.5)
+    axes.set_ylabel("relative error to float64", fontsize=8)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.legend(fontsize=7, frameon=False, loc="best", ncols=2)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure
+
+
+def ratio_map(comparison: Comparison, tokens: Sequence[str], ranges: Sequence[tuple[int, int]] = ()) -> Figure:
+    """Error in noise floors at every tap and token: below 1 it beats the reference, above the factor it is a bug."""
+    figure = Figure(figsize=(11, 4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    ratios = np.nan_to_num(comparison.ratios.numpy(), nan=np.inf, posinf=1e12)
+    spread = comparison.factor**2
+    image = axes.imshow(
+        np.clip(ratios, 1 / spread, spread),
+        origin="lower",
+        aspect="auto",
+        cmap="RdYlBu_r",
+        norm=LogNorm(1 / spread, spread),
+        interpolation="nearest",
+    )
+    axes.set_title(f"error in noise floors (up to {comparison.factor:g} is noise)", fontsize=9, loc="left")
+    mark_spans(axes, ranges)
+    tap_axis(axes, comparison.taps)
+    shown = [tokens[int(position)] for position in comparison.positions]
+    token_axis(axes, shown)
+    mark_tokens(axes, shown, ranges)
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
+    bar.ax.tick_params(labelsize=7)
+    return figure

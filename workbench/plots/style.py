@@ -1,0 +1,69 @@
+"""Colours and small helpers that all pictures share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+
+SPAN = "#d1495b"  # what was injected
+ENGINE = "#00798c"
+FLOOR = "#edae49"
+INK = "#222222"
+QUIET = "#8a8a8a"
+PAPER = "#f4f4f2"
+
+
+def visible(token: str) -> str:
+    """A token as a short label: line breaks as arrows, blanks as dots, nothing empty."""
+    text = token.replace("\n", "↵").replace("\t", "⇥").replace("$", r"\$")
+    text = "·" + text[1:] if text.startswith(" ") else text
+    return (text if len(text) <= 14 else text[:13] + "…") or "∅"
+
+
+def mark_spans(axes: Axes, ranges: Sequence[tuple[int, int]]) -> list[Artist]:
+    """Two lines at the ends of each range, over a picture whose columns are tokens."""
+    edges = sorted({edge for pair in ranges for edge in pair})
+    return [axes.axvline(edge - 0.5, color=SPAN, linewidth=1.2) for edge in edges]
+
+
+LABELLED_TOKENS = 80
+"""Up to so many tokens are written out under a map; beyond that their positions are numbered."""
+
+
+def token_axis(axes: Axes, tokens: Sequence[str]) -> None:
+    """Token labels under a picture whose columns are tokens; positions when there are many."""
+    axes.set_xlim(-0.5, len(tokens) - 0.5)
+    if len(tokens) > LABELLED_TOKENS:
+        axes.set_xlabel("position", fontsize=8)
+        axes.tick_params(axis="x", labelsize=7)
+        return
+    axes.set_xticks([])
+    for position in range(len(tokens)):
+        token_label(axes, tokens, position, color=INK)
+
+
+def mark_tokens(axes: Axes, tokens: Sequence[str], ranges: Sequence[tuple[int, int]]) -> list[Artist]:
+    """Write the labels of tokens inside ranges again, in colour."""
+    if len(tokens) > LABELLED_TOKENS:
+        return []
+    inside = {position for start, stop in ranges for position in range(max(start, 0), min(stop, len(tokens)))}
+    return [token_label(axes, tokens, position, color=SPAN) for position in sorted(inside)]
+
+
+def token_label(axes: Axes, tokens: Sequence[str], position: int, color: str) -> Artist:
+    """One label under column `position`. Plain text: matplotlib's ticks cost five times as much to draw."""
+    return axes.text(
+        position, -0.03, visible(tokens[position]), rotation=90, ha="center", va="top", fontsize=7, family="monospace",
+        color=color, transform=axes.get_xaxis_transform(),
+    )  # fmt: skip
+
+
+def tap_axis(axes: Axes, taps: Sequence[str]) -> None:
+    """Tap names on the left, thinned so that they stay readable; the first and the last are always there."""
+    short = [tap.removeprefix("layers.") for tap in taps]
+    step = max(1, -(-len(short) // 10))
+    at = [*range(0, max(len(short) - step, 1), step), len(short) - 1]
+    axes.set_yticks(sorted(set(at)), [short[i] for i in sorted(set(at))], fontsize=7)
+    axes.set_ylabel("layer", fontsize=8, labelpad=2)

@@ -1,0 +1,71 @@
+"""The token strip: a prompt as boxes, ranges in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from .style import INK, PAPER, QUIET, SPAN, visible
+
+_ROOM = 118  # characters in a line
+
+
+def _lines(tokens: Sequence[str]) -> list[list[tuple[int, str, int]]]:
+    """Lay tokens out in lines: (position, label, first character) of each."""
+    lines, line, at = [], [], 0
+    for position, token in enumerate(tokens):
+        label = visible(token)
+        if at + len(label) + 1 > _ROOM:
+            lines.append(line)
+            line, at = [], 0
+        line.append((position, label, at))
+        at += len(label) + 1
+    return [*lines, line]
+
+
+def draw_token_strip(axes: Axes, tokens: Sequence[str]) -> None:
+    """Draw tokens as boxes in reading order, with the position under the first of each line."""
+    lines = _lines(tokens)
+    for row, line in enumerate(lines):
+        for position, label, at in line:
+            _box(axes, row, at, label, PAPER, INK)
+            if position == line[0][0]:
+                axes.text(at + 0.1, row + 0.8, str(position), ha="left", va="center", fontsize=6, color=QUIET)
+    axes.set_xlim(-0.3, _ROOM + 1)
+    axes.set_ylim(len(lines), -0.15)
+    axes.axis("off")
+
+
+def mark_strip(axes: Axes, tokens: Sequence[str], ranges: Sequence[tuple[int, int]]) -> list[Artist]:
+    """Draw the boxes inside ranges again, in colour, with the position under the first of each range."""
+    inside = {position for start, stop in ranges for position in range(start, stop)}
+    starts = {start for start, _ in ranges}
+    marks: list[Artist] = []
+    for row, line in enumerate(_lines(tokens)):
+        for position, label, at in line:
+            if position in inside:
+                marks += _box(axes, row, at, label, SPAN, "white")
+            if position in starts:
+                marks.append(axes.text(at + 0.1, row + 0.8, str(position), ha="left", va="center", fontsize=6, color=SPAN))
+    return marks
+
+
+def _box(axes: Axes, row: int, at: int, label: str, fill: str, ink: str) -> list[Artist]:
+    box = Rectangle((at, row), len(label) + 0.6, 0.62, facecolor=fill, edgecolor="#d8d8d4", linewidth=0.6)
+    text = axes.text(
+        at + len(label) / 2 + 0.3, row + 0.32, label, ha="center", va="center", fontsize=7.5, color=ink, family="monospace"
+    )
+    return [axes.add_patch(box), text]
+
+
+def token_strip(tokens: Sequence[str], ranges: Sequence[tuple[int, int]] = ()) -> Figure:
+    """A figure of the token strip alone."""
+    figure = Figure(figsize=(11, 0.32 * len(_lines(tokens)) + 0.15), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    draw_token_strip(axes, tokens)
+    mark_strip(axes, tokens, ranges)
+    return figure
