@@ -84,7 +84,8 @@ class LandingPicture:
         self.show(landing)
         self.canvas.restore_region(self.background)
         renderer = self.canvas.get_renderer()
-        for artist in (*self.images.values(), *self.marks, self.words):
+        frames = [spine for axes in self.maps.values() for spine in axes.spines.values()]
+        for artist in (*self.images.values(), *frames, *self.marks, self.words):
             artist.draw(renderer)
         return canvas_png(self.canvas)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -21,7 +22,8 @@ KINDS = {
 def draw_map(axes: Axes, values: np.ndarray, taps: Sequence[str], kind: str) -> AxesImage:
     """Draw `values` `[taps, positions]` with taps on the left and a colour bar."""
     title, colours, norm = KINDS[kind]
-    image = axes.imshow(map_data(values, kind), origin="lower", aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
+    opaque = colormaps[colours].with_extremes(bad="white")  # transparent cells would show what was drawn before
+    image = axes.imshow(map_data(values, kind), origin="lower", aspect="auto", cmap=opaque, norm=norm, interpolation="nearest")
     axes.set_title(title, fontsize=9, loc="left")
     tap_axis(axes, taps)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)

@@ -1,0 +1,43 @@
+"""What to inject: rows made from a model's own embedding table, whose effect a person can predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .errors import PromptError
+from .models import Model
+
+KINDS = ("identity", "another word", "mix", "noise")
+
+
+def injected_rows(
+    kind: str, model: Model, own_ids: Sequence[int], *, word: str = "", share: float = 0.5, seed: int = 0
+) -> torch.Tensor:
+    """Rows `[len(own_ids), hidden]` to put over the tokens `own_ids`.
+
+    Args:
+        kind: "identity", the tokens' own rows, which must change nothing; "another word", the rows of `word` (repeated to
+            fill the range, cut to fit it); "mix", own rows and those of `word`; "noise", random directions as long as the
+            rows they replace.
+        share: of `word` in a mix, 0 to 1.
+        seed: of the noise.
+
+    Raises:
+        PromptError: a word without tokens, or a kind that does not exist.
+    """
+    table = model.embedding_table
+    own = table[list(own_ids)].float()
+    if kind == "identity":
+        return own
+    if kind == "noise":
+        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed))
+        return noise * (own.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True))
+    if kind not in KINDS:
+        raise PromptError(f"no injection {kind!r}: choose one of {', '.join(KINDS)}")
+    ids = model.tokenizer.encode(word, add_special_tokens=False)
+    if not ids:
+        raise PromptError(f"the word to inject, {word!r}, has no tokens: type a word (a leading blank belongs to it)")
+    other = table[[ids[i % len(ids)] for i in range(len(own_ids))]].float()
+    return other if kind == "another word" else (1.0 - share) * own + share * other
