@@ -1,0 +1,69 @@
+# `make lab` opens the workbench, `make test` checks it. Both set up .venv first and are safe to repeat.
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3 python; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+NOTEBOOK ?= notebooks/01_where_embeddings_land.ipynb
+PORT ?= 8888
+LAB_OPTIONS ?=
+# No request leaves this machine: no news, no update check, no extension gallery.
+LAB_QUIET := --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
+
+.PHONY: help setup model lab test test-gpu check format bench update-pins clean
+
+help:
+	@echo "make lab       set up, fetch the model once, open JupyterLab on notebook 01"
+	@echo "make test      set up and run every test (browser tests where there is a Chromium)"
+	@echo "make test-gpu  run the GPU tests on this machine's GPU"
+	@echo "make check     ruff and mypy"
+	@echo "make bench     speed of kernels and engine on this machine"
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found. Install one (for example: apt-get install python3 python3-venv,"; \
+		echo "brew install python@3.12), or name yours: make lab PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: install its venv"; \
+		echo "package (Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing pinned versions into $(VENV) (the first time takes some minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' || { \
+		echo "The installation failed (see above). Without a network nothing can be installed; else remove $(VENV) and try again."; exit 1; }
+	@touch $(READY)
+
+setup: $(READY)
+
+model: $(READY)
+	@$(BIN)/workbench fetch smollm2-135m
+
+lab: model
+	$(BIN)/jupyter lab $(LAB_QUIET) --port=$(PORT) $(LAB_OPTIONS) $(NOTEBOOK)
+
+test: model
+	$(BIN)/python -m pytest tests --ignore=tests/simulator --ignore=tests/browser
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/simulator
+	$(BIN)/python -m pytest --nbval notebooks
+	$(BIN)/python -m pytest tests/browser
+
+test-gpu: model
+	$(BIN)/python -m pytest tests -m gpu --ignore=tests/simulator --ignore=tests/browser
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: model
+	$(BIN)/python -m range_kernels.bench
+	$(BIN)/workbench bench
+
+update-pins: $(READY)
+	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | grep -vE '^(pip|setuptools)=='; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis test-artifacts
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

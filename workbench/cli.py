@@ -1,0 +1,66 @@
+"""`workbench ...`: the same jobs without a browser."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .errors import ModelError, PromptError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 good, 1 an engine with a bug, 2 bad input."""
+    parser = argparse.ArgumentParser(prog="workbench", description="See where embeddings land, and judge engines.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetch = commands.add_parser("fetch", help="fetch a model once and say where it is")
+    fetch.add_argument("model")
+    check = commands.add_parser("check", help="judge an engine against Transformers on one question")
+    check.add_argument("model")
+    check.add_argument("--engine", default="numba")
+    check.add_argument("--dtype", default="float32")
+    check.add_argument("--device", default="cpu")
+    check.add_argument("--question", default="What is the capital of France?")
+    bench = commands.add_parser("bench", help="speed of engine, trace and picture on this machine")
+    bench.add_argument("--model", default="smollm2-135m")
+    bench.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args(arguments)
+    try:
+        return {"fetch": _fetch, "check": _check, "bench": _bench}[options.command](options)
+    except (ModelError, PromptError, ValueError) as error:
+        print(f"workbench: {error}", file=sys.stderr)
+        return 2
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from .models import load_model
+
+    model = load_model(options.model)
+    print(f"{model.name} is ready in {model.path}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Inject the question's own rows over its middle half, so that splice and model are both judged."""
+    from .compare import check_engine
+    from .engines import open_engine
+    from .models import load_model
+    from .prompt import Prompt
+
+    model = load_model(options.model)
+    engine = open_engine(options.engine, model, dtype=options.dtype, device=options.device)
+    ids = model.chat_ids(options.question)
+    start, stop = len(ids) // 4, len(ids) * 3 // 4
+    comparison = check_engine(engine, Prompt(ids, [model.embedding_table[ids[start:stop]]], [(start, stop)]))
+    print(comparison)
+    return int(comparison.verdict == "bug")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .bench import run
+
+    run(options.model, options.rounds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
