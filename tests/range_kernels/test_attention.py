@@ -1,5 +1,11 @@
 """CPU attention against the float64 oracle, torch, and itself under changes that must not matter."""
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +14,8 @@ from hypothesis import strategies as st
 from range_kernels import attention, visible_keys
 
 from .cases import DTYPES, assert_close, make_case
+
+ROOT = Path(__file__).parents[2]
 
 
 @st.composite
@@ -150,3 +158,28 @@ def test_bidirectional_span_sees_its_end():
     seen = (out[:, 0, :6] > 0).numpy()
     assert seen[1].tolist() == [True, True, True, True, False, False]
     assert np.array_equal(seen.sum(axis=1), reach + 1)
+
+
+def test_compiled_code_is_cached_under_what_it_is_made_of():
+    from range_kernels.cpu import attention as kernels
+    from range_kernels.cpu.vector import DIGEST
+
+    assert kernels.VECTOR_DIGEST == DIGEST, f"vector.py changed: set VECTOR_DIGEST in cpu/attention.py to {DIGEST!r}"
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compiles for x86-64 processors")
+def test_other_vector_widths_compute_the_same(tmp_path):
+    """What runs on processors without AVX-512 or AVX2, compiled for them here."""
+    code = """
+import sys
+from tests.range_kernels.cases import assert_close, make_case
+from range_kernels import attention
+from range_kernels.cpu.vector import WIDTH
+case = make_case(1, [(70, 130), (33, 33)], head_dim=80, spans=[[(3, 90)], []], window=50)
+assert_close(attention(*case.args, low=case.low, reach=case.reach), case)
+print(WIDTH)
+"""
+    for name, features, width in (("generic", "+sse2", "4"), ("haswell", "+avx,+avx2,+fma", "8")):
+        environment = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+        assert done.stdout.strip() == width, done.stderr

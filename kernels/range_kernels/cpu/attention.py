@@ -17,7 +17,12 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from .vector import COLUMNS, ROWS, block_product, block_product_add, row_exp2, row_maximum
+from .vector import COLUMNS, DIGEST, ROWS, block_product, block_product_add, row_exp2, row_maximum
+
+# Numba keys its disk cache by this file alone, while compiled code also holds what vector.py emits. Naming vector.py's
+# digest here makes a change there a change here; until it is named anew nothing is cached. A test keeps the two together.
+VECTOR_DIGEST = "85ef39a670fd9818"
+CACHE = DIGEST == VECTOR_DIGEST
 
 QUERIES = 128
 KEYS = 256
@@ -28,7 +33,7 @@ _FAST = {"contract", "nsz", "arcp", "reassoc"}
 _LOG2E = np.float32(math.log2(math.e))
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, cache=CACHE)
 def pack_keys(k, cu_seqlens_k, panel_start, packed):
     """k [keys, kv_heads, head_dim] -> packed [kv_heads, panels, head_dim, COLUMNS]; columns past a sequence are 0."""
     sequences = len(cu_seqlens_k) - 1
@@ -50,7 +55,7 @@ def pack_keys(k, cu_seqlens_k, panel_start, packed):
                 packed[head, panel, channel, column] = np.float32(0.0)
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, cache=CACHE)
 def pack_values(v, packed):
     """v [keys, kv_heads, head_dim] -> packed [kv_heads, head_panels, keys, COLUMNS]; channels past head_dim are 0."""
     keys, kv_heads, head_dim = v.shape
@@ -75,7 +80,7 @@ def _cap(row, softcap, unit):
         row[j] = np.float32(math.tanh(row[j] / softcap)) * (softcap * unit)
 
 
-@njit(cache=True)
+@njit(cache=CACHE)
 def _aligned(rows, columns):
     """Zeros [rows, columns] that start on a cache line."""
     flat = np.zeros(rows * columns + 16, np.float32)
@@ -92,7 +97,7 @@ def _mask(row, begin, end):
         row[j] = _HIDDEN
 
 
-@njit(fastmath=_FAST, cache=True)
+@njit(fastmath=_FAST, cache=CACHE)
 def _soften(row, begin, end, largest):
     """Mask a row of base-2 scores to columns [begin, end), replace it by exp2(score - max); return (max, sum).
 
@@ -106,7 +111,7 @@ def _soften(row, begin, end, largest):
     return largest, row_exp2(row.ctypes.data, len(row), largest)
 
 
-@njit(parallel=True, fastmath=_FAST, cache=True)
+@njit(parallel=True, fastmath=_FAST, cache=CACHE)
 def prefill(q, keys, values, out, low, reach, cu_seqlens_k, panel_start, tasks, scale, softcap):
     """Attention of `q` [queries, q_heads, head_dim] into `out`, all float32.
 
@@ -224,5 +229,5 @@ def _decode(q, k, v, out, low, reach, key_offset, scale, softcap):
                 out[query, head, channel] = sums[channel] * shrink
 
 
-decode = njit(parallel=True, fastmath=_FAST, cache=True)(_decode)
-decode_small = njit(fastmath=_FAST, cache=True)(_decode)
+decode = njit(parallel=True, fastmath=_FAST, cache=CACHE)(_decode)
+decode_small = njit(fastmath=_FAST, cache=CACHE)(_decode)

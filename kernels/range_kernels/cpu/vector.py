@@ -1,7 +1,7 @@
 """What attention needs from the vector unit, emitted as LLVM vectors for Numba's CPU target.
 
 Numba's own loops reach about 40 GFLOP/s a pair of cores because the accumulators of a small matrix product go through
-memory. `block_product` and `block_product_add` keep an 8 x (2 vectors) tile of C in registers:
+memory. `block_product` and `block_product_add` keep a tile of C in registers:
 
     C[ROWS, COLUMNS] = or +=  A[ROWS, depth] @ B[depth, COLUMNS]
 
@@ -12,27 +12,32 @@ passes of a softmax row; LLVM's own vectoriser would stay at half the register w
 
 from __future__ import annotations
 
+import hashlib
+import platform
+from pathlib import Path
+
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
-def _vector_width() -> tuple[int, int]:
+def _tile() -> tuple[int, int]:
     """Return (floats in a vector, rows of the tile) so that tile, B row and one broadcast fit the register file."""
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
+    features = config.CPU_FEATURES or llvm.get_host_cpu_features().flatten()
+    if "+avx512f" in features:
         return 16, 8  # 16 of 32 zmm hold the tile
-    if features.get("avx2"):
-        return 8, 4  # 8 of 16 ymm
-    return 4, 4  # SSE2 and NEON
+    if "+neon" in features or platform.machine() in ("aarch64", "arm64"):
+        return 4, 8  # 16 of 32
+    return (8, 4) if "+avx2" in features else (4, 4)  # 8 of 16
 
 
-WIDTH, ROWS = _vector_width()
+WIDTH, ROWS = _tile()
 COLUMNS = 2 * WIDTH
+DIGEST = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 _VECTOR = ir.VectorType(_F32, WIDTH)
 
 
