@@ -104,6 +104,8 @@ class Trace(Mapping[str, torch.Tensor]):
             if isinstance(error, TraceError):
                 raise
             raise TraceError(f"{path} cannot be read as a trace: {error}") from error
+        if positions.ndim != 1:
+            raise TraceError(f"{path}: its positions are no list of integers")
         wrong = [tap for tap, state in states.items() if state.ndim != 2 or len(state) != len(positions)]
         if wrong:
             raise TraceError(f"{path}: tap {wrong[0]!r} does not hold one row for each of {len(positions)} positions")

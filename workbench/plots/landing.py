@@ -37,27 +37,27 @@ class Landing:
 
 
 class LandingPicture:
-    """The picture of one prompt, 1100 x 640 pixels; `png` redraws only what an injection changes.
+    """The picture of one prompt, 1100 x 620 pixels; `png` redraws only what an injection changes.
 
     Most of the time of a drawing goes into text that stays: labels are drawn once and kept as a background.
     """
 
     def __init__(self, landing: Landing) -> None:
         self.shape = (tuple(landing.tokens), tuple(landing.taps))
-        self.figure = Figure(figsize=(11, 6.4), dpi=100)
+        self.figure = Figure(figsize=(11, 6.2), dpi=100)
         self.canvas = FigureCanvasAgg(self.figure)
-        self.strip = self.figure.add_axes((0.045, 0.885, 0.945, 0.105))
+        self.strip = self.figure.add_axes((0.045, 0.885, 0.945, 0.11))
         draw_token_strip(self.strip, landing.tokens)
         self.maps = {
-            "change": self.figure.add_axes((0.06, 0.55, 0.70, 0.28)),
-            "cosine": self.figure.add_axes((0.06, 0.20, 0.70, 0.28)),
+            "change": self.figure.add_axes((0.06, 0.545, 0.70, 0.29)),
+            "cosine": self.figure.add_axes((0.06, 0.165, 0.70, 0.29)),
         }
         self.images = {
             kind: draw_map(axes, getattr(landing, kind), landing.taps, kind) for kind, axes in self.maps.items()
         }
         self.maps["change"].set_xticks([])
         token_axis(self.maps["cosine"], landing.tokens)
-        self.words = self.figure.add_axes((0.83, 0.20, 0.16, 0.63))
+        self.words = self.figure.add_axes((0.85, 0.165, 0.135, 0.67))
         self.marks: list[Artist] = []
         self.background = None
 

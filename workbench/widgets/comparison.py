@@ -54,8 +54,8 @@ class ComparisonBench:
         self.start, self.rows = self._start.children[0], self._rows.children[0]
         self.progress = w.IntProgress(min=0, max=3, description="", layout={"width": "200px"})
         self.status, self.details = w.HTML(), w.HTML()
-        self.chart = parts.picture("error by layer against the noise floor")
-        self.map = parts.picture("error in noise floors by layer and token")
+        self.chart = parts.picture()
+        self.map = parts.picture()
         self.view = w.VBox(
             [
                 w.HBox([self.dtype, self.fault, self.progress], layout={"flex_flow": "row wrap"}),

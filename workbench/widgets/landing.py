@@ -55,7 +55,7 @@ class LandingBench:
         self._rows = parts.slider("and holds", 1, 1, len(ids) - at, "number of tokens that are replaced")
         self.start, self.rows = self._start.children[0], self._rows.children[0]
         self.status, self.words, self.details = w.HTML(), w.HTML(), w.HTML()
-        self.image = parts.picture("token strip, change and cosine by layer and position, next words")
+        self.image = parts.picture()
         self.view = w.VBox(
             [
                 w.HBox([self.question, self.answer_start], layout={"flex_flow": "row wrap"}),

@@ -27,11 +27,10 @@ def slider(description: str, value: int, least: int, most: int, tooltip: str) ->
     return w.HBox([bar, box])
 
 
-def picture(alt: str) -> w.Image:
-    """An image of fixed width, so that the page does not jump when it is redrawn."""
-    image = w.Image(format="png", layout={"width": WIDTH, "max_width": "100%"})
-    image.tooltip = alt
-    return image
+def picture() -> w.Image:
+    """An image of fixed width, so that the page does not jump when it is redrawn. (A tooltip on an empty ipywidgets Image
+    breaks its view; the text beside each picture says what it shows.)"""
+    return w.Image(format="png", layout={"width": WIDTH, "max_width": "100%"})
 
 
 def note(kind: str, message: str) -> str:

@@ -1,0 +1,103 @@
+"""The notebooks as a person uses them: open, run all, move a slider, see the picture change."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from .conftest import ARTIFACTS
+
+pytestmark = pytest.mark.browser
+SECOND = 1000
+
+
+def open_and_run(page, lab, notebook):
+    page.goto(f"{lab}/lab/tree/notebooks/{notebook}?reset")
+    page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=120 * SECOND)
+    # a kernel that is not there yet would swallow the command
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=120 * SECOND)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.locator("[data-command='runmenu:run-all']").click()
+
+
+def wait_idle(page, seconds=240):
+    page.wait_for_function(
+        """() => {
+            const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')].map(e => e.textContent.trim());
+            const idle = document.querySelector(".jp-Notebook-ExecutionIndicator")?.dataset.status === 'idle';
+            return idle && prompts.length > 0 && prompts.every(p => /^\\[\\d+\\]:$/.test(p));
+        }""",
+        timeout=seconds * SECOND,
+    )
+
+
+def picture(view):
+    return view.locator("img").first.get_attribute("src")
+
+
+def move(page, view, slider, key, image=0):
+    """Press a key on a slider; return seconds until the picture is another one."""
+    handle = view.locator(".widget-slider", has_text=slider).locator(".noUi-handle")
+    handle.focus()
+    source = view.locator("img").nth(image).get_attribute("src")
+    start = time.perf_counter()
+    handle.press(key)
+    page.wait_for_function(
+        "([image, source]) => image.src !== source && image.complete", arg=[view.locator("img").nth(image).element_handle(), source],
+        timeout=60 * SECOND,
+    )  # fmt: skip
+    return time.perf_counter() - start
+
+
+def errors_in(page):
+    return page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*='error']")
+
+
+def check_quiet(page):
+    assert page.console_errors == []
+    assert page.outside == []
+    assert errors_in(page).count() == 0
+
+
+def test_01_where_embeddings_land(page, lab, capsys):
+    open_and_run(page, lab, "01_where_embeddings_land.ipynb")
+    view = page.locator(".workbench-landing").first
+    view.wait_for(timeout=240 * SECOND)
+    wait_idle(page)
+    view.scroll_into_view_if_needed()
+    view.locator("text=Tokyo").first.wait_for(timeout=60 * SECOND)
+    page.screenshot(path=ARTIFACTS / "01_landing.png")
+
+    seconds = [move(page, view, "Range starts at", key) for key in ["ArrowLeft"] * 5 + ["ArrowRight"] * 5]
+    with capsys.disabled():
+        print(f"\nslider to new picture: median {sorted(seconds)[5] * 1000:.0f} ms, worst {max(seconds) * 1000:.0f} ms of {len(seconds)}")
+    view.locator("text=Nothing before position 29 changes").wait_for(timeout=30 * SECOND)
+
+    before = picture(view)
+    view.locator("select").first.select_option("identity")
+    view.locator("text=bit for bit").wait_for(timeout=60 * SECOND)
+    assert picture(view) != before
+    page.screenshot(path=ARTIFACTS / "01_identity.png")
+
+    view.locator("input[type=number]").first.fill("25")
+    view.locator("input[type=number]").first.press("Enter")
+    view.locator("text=Rows injected into [25, 26)").wait_for(timeout=60 * SECOND)
+    check_quiet(page)
+
+
+def test_02_compare_engines(page, lab):
+    open_and_run(page, lab, "02_compare_engines.ipynb")
+    view = page.locator(".workbench-comparison").first
+    view.wait_for(timeout=300 * SECOND)
+    wait_idle(page)
+    view.scroll_into_view_if_needed()
+    view.locator("text=bug at tap embed, token 28").wait_for(timeout=60 * SECOND)  # the last cell planted a fault
+    page.screenshot(path=ARTIFACTS / "02_fault.png")
+
+    view.locator("select").nth(1).select_option("none")
+    view.locator("text=noise: at most").wait_for(timeout=60 * SECOND)
+    page.screenshot(path=ARTIFACTS / "02_clean.png")
+    move(page, view, "Range starts at", "ArrowLeft")
+    view.locator("text=noise: at most").wait_for(timeout=60 * SECOND)
+    check_quiet(page)

@@ -1,0 +1,130 @@
+"""Verdicts: noise is called noise, each planted fault a bug at the right place, and what cannot be compared is refused."""
+
+import pytest
+import torch
+import workbench
+from workbench import GenerationConfig, TraceError
+from workbench.compare import FaultyEngine, check_engine, compare
+from workbench.compare.calibrate import clean_runs
+from workbench.compare.faults import FAULTS
+from workbench.compare.metrics import cosine, relative_error, unit_roundoff
+from workbench.compare.run import reference as cached_reference
+from workbench.trace import Trace
+
+TAPS = ["embed", "layers.*", "layers.*.*", "norm", "logits"]
+
+
+@pytest.fixture(scope="module")
+def prompt(model, japan):
+    ids = japan[1].input_ids
+    rows = model.embedding_table[model.tokenizer.encode(" green old river", add_special_tokens=False)]
+    return workbench.Prompt(ids, [rows], [(26, 26 + len(rows))])
+
+
+@pytest.fixture(scope="module")
+def traces(model, engine, prompt):
+    truth, floor = cached_reference(model, "float64"), cached_reference(model, "float32")
+    return truth.trace(prompt, TAPS), engine.trace(prompt, TAPS), floor.trace(prompt, TAPS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_clean_engines_are_noise(model, dtype):
+    engine = workbench.open_engine("numba", model, dtype=dtype)
+    verdicts = [comparison.verdict for comparison in clean_runs(engine, 4, seed=1, tokens=(8, 60))]
+    assert verdicts == ["noise"] * 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_bugs_at_the_splice(model, prompt, name, dtype):
+    comparison = check_engine(FaultyEngine(workbench.open_engine("numba", model, dtype=dtype), FAULTS[name]), prompt)
+    assert comparison.verdict == "bug"
+    first = comparison.first_divergence
+    assert (first.tap, first.token, first.span) == ("embed", 26, 0)
+    assert str(comparison).startswith("bug at tap embed, token 26, span 0")
+
+
+@pytest.mark.parametrize(
+    ("layer", "part", "tap"),
+    [(7, "output", "layers.7.attention"), (12, "down", "layers.12.mlp"), (0, "qkv", "layers.0.attention")],
+)
+def test_a_wrong_weight_is_found_where_it_is(model, prompt, layer, part, tap):
+    """One row of one weight matrix half a percent off: far below what an answer shows."""
+    broken = workbench.open_engine("numba", model)
+    weight = getattr(broken.decoder.layers[layer], part)
+    weight[:40] *= 1.005
+    comparison = check_engine(broken, prompt)
+    assert comparison.verdict == "bug"
+    assert comparison.first_divergence.tap == tap
+
+
+def test_one_token_of_one_tap_is_enough(model, engine, traces):
+    truth, candidate, floor = traces
+    states = {tap: state.clone() for tap, state in candidate.items()}
+    states["layers.20"][31] *= 1.0001
+    comparison = compare(truth, with_states(candidate, states), floor=floor)
+    assert (comparison.verdict, comparison.first_divergence.tap, comparison.first_divergence.token) == ("bug", "layers.20", 31)
+    assert comparison.first_divergence.span is None
+
+
+def test_the_reference_itself_is_the_same(traces):
+    truth, _, floor = traces
+    comparison = compare(truth, floor, floor=floor)
+    assert comparison.verdict == "same"
+    assert comparison.first_divergence is None
+    assert float(comparison.ratios.max()) <= 1.0
+
+
+def test_a_nan_is_a_bug_not_noise(traces):
+    truth, candidate, floor = traces
+    states = {tap: state.clone() for tap, state in candidate.items()}
+    states["layers.3"][5, 2] = torch.nan
+    comparison = compare(truth, with_states(candidate, states), floor=floor)
+    assert (comparison.verdict, comparison.first_divergence.tap, comparison.first_divergence.token) == ("bug", "layers.3", 5)
+
+
+def test_a_faulty_engine_also_generates_from_the_wrong_prompt(engine, japan):
+    injected, plain = japan
+    config = GenerationConfig(max_new_tokens=6)
+    faulty = FaultyEngine(engine, FAULTS["placeholders used"])
+    assert faulty.generate(injected, config).token_ids == engine.generate(plain, config).token_ids
+
+
+def with_states(trace: Trace, states=None, **provenance) -> Trace:
+    changed = Trace.__new__(Trace)
+    changed._states = dict(trace if states is None else states)
+    changed.positions = trace.positions
+    changed.provenance = {**trace.provenance, **provenance}
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, c, f: (f, c, f), "float32 trace: record it with dtype='float64'"),
+        (lambda t, c, f: (t, with_states(c, prompt="other"), f), "different prompts"),
+        (lambda t, c, f: (t, with_states(c, model="other"), f), "different models"),
+        (lambda t, c, f: (t, with_states(c, dtype="bfloat16"), f), "rounding differs"),
+        (lambda t, c, f: (t, with_states(c, {"x": c["embed"]}), f), "share no tap"),
+        (lambda t, c, f: (t, c, with_states(f, {"embed": f["embed"]})), "lacks tap"),
+        (lambda t, c, f: (t, with_states(c, {"embed": c["embed"][:, :5]}), f), "tap 'embed' is"),
+        (lambda t, c, f: (t, c, with_states(f, {**f, "embed": f["embed"] * torch.nan})), "NaN"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(traces, change, words):
+    truth, candidate, floor = change(*traces)
+    with pytest.raises(TraceError, match=words):
+        compare(truth, candidate, floor=floor)
+
+
+def test_other_positions_are_refused(engine, traces, prompt):
+    truth, _, floor = traces
+    with pytest.raises(TraceError, match="different positions"):
+        compare(truth, engine.trace(prompt, ["embed"], positions=[1, 2]), floor=floor)
+
+
+def test_metrics():
+    a, b = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 0.0]]), torch.tensor([[3.0, 5.0], [0.0, 0.0], [1.0, 0.0]])
+    assert relative_error(b, a).tolist() == [pytest.approx(0.2), 0.0, torch.inf]
+    assert cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).item() == 0.0
+    assert unit_roundoff("bfloat16") == 2**-8

@@ -1,0 +1,56 @@
+"""How often would the verdict be wrong? Clean engines over many prompts: the largest error in noise floors of each run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..engines.api import Engine
+from ..models import Model
+from ..prompt import Prompt
+from .run import check_engine
+from .verdict import Comparison
+
+
+def clean_runs(engine: Engine, runs: int, seed: int = 0, tokens: tuple[int, int] = (8, 160)) -> Iterator[Comparison]:
+    """Compare a clean engine with the reference on `runs` random prompts.
+
+    Half of them are chats of ordinary words, half random ids; each has one to three items of injected rows, drawn from the
+    embedding table or as noise of the same length. Lengths are uniform in `tokens`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for run in range(runs):
+        yield check_engine(engine, random_prompt(engine.model, generator, tokens, words=run % 2 == 0))
+
+
+def random_prompt(model: Model, generator: torch.Generator, tokens: tuple[int, int], words: bool) -> Prompt:
+    """One prompt as `clean_runs` describes it."""
+
+    def integer(least: int, most: int) -> int:
+        return int(torch.randint(least, most + 1, (1,), generator=generator))
+
+    table = model.embedding_table
+    length = integer(*tokens)
+    pool = model.tokenizer.encode(WORDS, add_special_tokens=False) if words else range(model.text_config.vocab_size)
+    ids = [pool[integer(0, len(pool) - 1)] for _ in range(length)]
+    items, ranges, position = [], [], 1
+    for _ in range(integer(1, 3)):
+        start = position + integer(0, length // 4)
+        stop = start + integer(1, max(length // 6, 1))
+        if stop > length:
+            break
+        rows = table[torch.randint(len(table), (stop - start,), generator=generator)].float()
+        if integer(0, 1):
+            noise = torch.randn(rows.shape, generator=generator)
+            rows = noise * rows.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+        items.append(rows)
+        ranges.append((start, stop))
+        position = stop
+    return Prompt(ids, items, ranges)
+
+
+WORDS = (
+    " the a of and in to is was river mountain winter letter doctor engine bread music seven green slowly bright never always"
+    " between under answer question child window paper stone light old new first last went came said gave found kept . , ?"
+)
