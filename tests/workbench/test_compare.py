@@ -75,6 +75,17 @@ def test_the_reference_itself_is_the_same(traces):
     assert float(comparison.ratios.max()) <= 1.0
 
 
+def test_several_floors_are_at_least_as_high_as_one(model, traces, prompt):
+    truth, candidate, floor = traces
+    several = cached_reference(model, "float32").noise_floor(prompt, TAPS)
+    assert len(several) == 4
+    assert all(torch.equal(several[0][tap], floor[tap]) for tap in floor)
+    assert not torch.equal(several[1]["layers.3"], several[2]["layers.3"])
+    one, more = compare(truth, candidate, floor=floor), compare(truth, candidate, floor=several)
+    assert (more.floors >= one.floors).all()
+    assert float(more.floors.mean()) < 3 * float(one.floors.mean())
+
+
 def test_a_nan_is_a_bug_not_noise(traces):
     truth, candidate, floor = traces
     states = {tap: state.clone() for tap, state in candidate.items()}
@@ -108,6 +119,7 @@ def with_states(trace: Trace, states=None, **provenance) -> Trace:
         (lambda t, c, f: (t, with_states(c, {"x": c["embed"]}), f), "share no tap"),
         (lambda t, c, f: (t, c, with_states(f, {"embed": f["embed"]})), "lacks tap"),
         (lambda t, c, f: (t, with_states(c, {"embed": c["embed"][:, :5]}), f), "tap 'embed' is"),
+        (lambda t, c, f: (t, c, []), "no noise floor"),
         (lambda t, c, f: (t, c, with_states(f, {**f, "embed": f["embed"] * torch.nan})), "NaN"),
     ],
 )

@@ -7,7 +7,7 @@ shares no code with the Numba engine but the sampler.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -15,6 +15,7 @@ from ..errors import ModelError
 from ..models import Model
 from ..prompt import Prompt
 from ..taps import decoder_taps
+from ..trace import Trace
 from .api import Capabilities, Engine, EngineOutput, GenerationConfig, parse_dtype
 from .float64 import KeepFloat64, widen
 from .sampling import generate, stop_tokens
@@ -30,6 +31,7 @@ class TransformersReference(Engine):
         self.model = model
         self.dtype = parse_dtype(dtype, DTYPES, "transformers")
         self.device = torch.device(device)
+        self._jitter: torch.Generator | None = None
         self.network = _load(model, self.dtype).to(self.device).eval()
         self.decoder = self.network.get_decoder()
 
@@ -47,6 +49,24 @@ class TransformersReference(Engine):
 
     def _generate(self, prompt: Prompt, config: GenerationConfig) -> Iterator[EngineOutput]:
         yield from generate(_Run(self, prompt), prompt, config, stop_tokens(self.model, config))
+
+    def noise_floor(
+        self, prompt: Prompt, taps: Iterable[str], positions: slice | Sequence[int] = slice(None), samples: int = 4
+    ) -> list[Trace]:
+        """Traces whose distances from the float64 run show what rounding does to this prompt in this dtype.
+
+        The first is the plain run. The others start from a hidden state 0 that is off by a random rounding error, one unit
+        roundoff a number: where a state is ill-conditioned (a sum that nearly cancels, in the tokens with massive
+        activations above all), one run may be lucky, several are not.
+        """
+        traces = [self.trace(prompt, taps, positions)]
+        for seed in range(1, samples):
+            self._jitter = torch.Generator().manual_seed(seed)
+            try:
+                traces.append(self.trace(prompt, taps, positions))
+            finally:
+                self._jitter = None
+        return traces
 
     @torch.no_grad()
     def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -107,6 +127,9 @@ class TransformersReference(Engine):
         state = self.network.get_input_embeddings()(ids).clone()
         for item, (start, stop) in zip(prompt.input_embeddings, prompt.embedding_ranges, strict=True):
             state[start:stop] = item.to(state)
+        if self._jitter is not None:
+            noise = torch.randn(state.shape, generator=self._jitter) * (torch.finfo(self.dtype).eps / 2)
+            state = (state.double() * (1.0 + noise.to(self.device))).to(state.dtype)
         return state
 
     def _positions(self, prompt: Prompt) -> torch.Tensor:

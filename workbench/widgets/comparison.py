@@ -41,7 +41,7 @@ class ComparisonBench:
         self.model, self.kind, self.word = model, kind, word
         self.ids = model.chat_ids(question)
         self._engines: dict[str, Engine] = {}
-        self._traces: dict[tuple[str, str, str], Trace] = {}
+        self._traces: dict[tuple[str, str, str], list[Trace]] = {}
         self.comparison: Comparison | None = None
         self._jobs = Latest(self._show_error)
         tokens = model.tokenizer.encode(placeholder, add_special_tokens=False)
@@ -96,32 +96,37 @@ class ComparisonBench:
         runs = []
         for name in ("truth", "floor", "engine"):
             self.progress.description = name
-            runs.append(self._trace(name, prompt, dtype, fault))
+            runs.append(self._run(name, prompt, dtype, fault))
             self.progress.value += 1
             yield
-        comparison = compare(runs[0], runs[2], floor=runs[1])
-        self.comparison = comparison
+        (truth,), floor, (candidate,) = runs
+        comparison = compare(truth, candidate, floor=floor)
+        chart = to_png(error_by_layer(comparison))
+        yield
+        where = to_png(ratio_map(comparison, self.model.tokens(prompt.input_ids), prompt.embedding_ranges))
+        yield  # verdict and pictures change together: none of them may be of another run
+        self.comparison, self.chart.value, self.map.value = comparison, chart, where
         clean = comparison.verdict != "bug"
         self.status.value = parts.note("good" if clean else "bad", f"<b>{escape(str(comparison))}</b>")
-        self.chart.value = to_png(error_by_layer(comparison))
-        yield
-        self.map.value = to_png(ratio_map(comparison, self.model.tokens(prompt.input_ids), prompt.embedding_ranges))
         rows = [[str(row["tap"]), f"{row['error']:.1e}", f"{row['floor']:.1e}", f"{row['ratio']:.3g}"] for row in comparison.table()]
         self.details.value = parts.table(["tap", "largest error", "noise floor", "in noise floors"], rows, "The picture as a table")
         self.progress.layout.visibility = "hidden"
 
-    def _trace(self, name: str, prompt: Prompt, dtype: str, fault: str) -> Trace:
-        """One of the three runs; those already made are kept, as a fault changes only the engine's."""
+    def _run(self, name: str, prompt: Prompt, dtype: str, fault: str) -> list[Trace]:
+        """The truth, the noise floor or the engine's run; those already made are kept, as a fault changes only the last."""
         key = (name, "" if name == "truth" else dtype, prompt.digest + (fault if name == "engine" else ""))
         if key not in self._traces:
             if len(self._traces) > 12:
                 self._traces.pop(next(iter(self._traces)))
-            self._traces[key] = self._engine(name, dtype, fault).trace(prompt, TAPS)
+            if name == "engine":
+                self._traces[key] = [self._engine(dtype, fault).trace(prompt, TAPS)]
+            elif name == "floor":
+                self._traces[key] = reference(self.model, dtype).noise_floor(prompt, TAPS)
+            else:
+                self._traces[key] = [reference(self.model, "float64").trace(prompt, TAPS)]
         return self._traces[key]
 
-    def _engine(self, name: str, dtype: str, fault: str) -> Engine:
-        if name != "engine":
-            return reference(self.model, "float64" if name == "truth" else dtype)
+    def _engine(self, dtype: str, fault: str) -> Engine:
         if dtype not in self._engines:
             self._engines[dtype] = open_engine(self.kind, self.model, dtype=dtype)
         engine = self._engines[dtype]
