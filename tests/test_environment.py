@@ -31,14 +31,16 @@ def test_every_requirement_is_pinned_within_its_bounds_and_installed_so(requirem
 def test_the_pins_the_kernels_need():
     assert PINS["torch"] == "2.13.0"
     assert Version(PINS["numpy"]) < Version("2.5")
-    assert {"numpy": "<2.5"} == {r.name: str(r.specifier) for r in REQUIREMENTS if r.name == "numpy"}
+    assert {r.name: str(r.specifier) for r in REQUIREMENTS if r.name == "numpy"} == {"numpy": "<2.5"}
     (toolkit,) = (Requirement(text) for text in PROJECT["optional-dependencies"]["cuda"] if "toolkit" in text)
     assert str(toolkit.specifier) == "==13.0.*"
 
 
 def test_conda_installs_the_same():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    python = next(entry for entry in environment["dependencies"] if isinstance(entry, str) and entry.startswith("python="))
+    python = next(
+        entry for entry in environment["dependencies"] if isinstance(entry, str) and entry.startswith("python=")
+    )
     (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(python.split("=")[1] + ".0")
     assert pip == ["--constraint constraints.txt", "--editable .[dev]"]
@@ -50,7 +52,8 @@ def test_make_accepts_the_pythons_that_the_project_names():
     low, high = ".".join(bounds.groups()[:2]), ".".join(bounds.groups()[2:])
     specifier = Requirement(f"python{PROJECT['requires-python']}").specifier
     minor = int(high.split(".")[1])
-    assert specifier.contains(low) and specifier.contains(high)
+    assert specifier.contains(low)
+    assert specifier.contains(high)
     assert not specifier.contains(f"3.{minor + 1}")
 
 

@@ -1,9 +1,9 @@
 """Embedding Workbench: see where embeddings land in a language model, and whether an engine computes what it should.
 
-    model = workbench.load_model("smollm2-135m")
-    engine = workbench.open_engine("numba", model)
-    prompt = workbench.Prompt(ids, [rows], [(12, 14)])
-    print(workbench.check_engine(engine, prompt))
+model = workbench.load_model("smollm2-135m")
+engine = workbench.open_engine("numba", model)
+prompt = workbench.Prompt(ids, [rows], [(12, 14)])
+print(workbench.check_engine(engine, prompt))
 """
 
 from .compare import Comparison, check_engine, compare

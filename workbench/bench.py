@@ -52,7 +52,9 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
             job()
             if turn:  # the first turn compiles and warms up
                 seconds[name].append(time.perf_counter() - start)
-    print(f"{model.name}, float32, {len(ids)} prompt tokens, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
+    print(
+        f"{model.name}, float32, {len(ids)} prompt tokens, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
+    )
     medians = {name: median(times) for name, times in seconds.items()}
     for name, value in medians.items():
         rate = f"{NEW_TOKENS / value:8.1f} tokens/s" if name.startswith("generate") else ""

@@ -72,7 +72,9 @@ class Model:
             hint = "; it holds its own Python code: pass trust_remote_code=True if you trust its author" * (
                 not self.trust_remote_code and "trust_remote_code" in str(error)
             )
-            raise ModelError(f"the {what} of model {self.name!r} in {self.path} cannot be read: {error}{hint}") from error
+            raise ModelError(
+                f"the {what} of model {self.name!r} in {self.path} cannot be read: {error}{hint}"
+            ) from error
 
     def chat_ids(self, text: str | list[dict]) -> list[int]:
         """Token ids of a chat that ends where the model answers: one user turn, or a list of messages."""

@@ -93,7 +93,9 @@ class Prompt:
             name = f"input_embeddings[{item}]"
             if not isinstance(rows_of, torch.Tensor) or rows_of.ndim != 2 or not rows_of.is_floating_point():
                 got = (
-                    f"{rows_of.dtype} {tuple(rows_of.shape)}" if isinstance(rows_of, torch.Tensor) else type(rows_of).__name__
+                    f"{rows_of.dtype} {tuple(rows_of.shape)}"
+                    if isinstance(rows_of, torch.Tensor)
+                    else type(rows_of).__name__
                 )
                 yield Finding(
                     "item-shape", "error", f"{name} is {got}: give a floating-point torch tensor [rows, hidden]", item

@@ -32,11 +32,11 @@ def range_faults(ranges: Sequence[Range], length: int, rows: Sequence[int] | Non
                 item,
             )
         if stop < start:
-            yield Finding(
-                "range-reversed", "error", f"{named} runs backwards: swap its ends, [{stop}, {start})", item
-            )
+            yield Finding("range-reversed", "error", f"{named} runs backwards: swap its ends, [{stop}, {start})", item)
         elif stop == start:
-            yield Finding("range-empty", "error", f"{named} holds no token: drop it, or give it a stop above {start}", item)
+            yield Finding(
+                "range-empty", "error", f"{named} holds no token: drop it, or give it a stop above {start}", item
+            )
         elif before is not None and start < end_before:
             first = max(start, ranges[before][0])
             if first < min(stop, end_before):

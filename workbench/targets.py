@@ -32,11 +32,15 @@ class Target:
         """
         name, _, version = text.partition("==")
         if name not in LATEST:
-            raise ValueError(f"no rules for target {name!r}: choose one of {', '.join(LATEST)}, with ==VERSION if you like")
+            raise ValueError(
+                f"no rules for target {name!r}: choose one of {', '.join(LATEST)}, with ==VERSION if you like"
+            )
         try:
             return cls(name, Version(version or LATEST[name]))
         except InvalidVersion as error:
-            raise ValueError(f"target {text!r}: {version!r} is not a version; write it like {name}=={LATEST[name]}") from error
+            raise ValueError(
+                f"target {text!r}: {version!r} is not a version; write it like {name}=={LATEST[name]}"
+            ) from error
 
     def before(self, version: str) -> bool:
         """Whether this version is older than `version`."""
@@ -81,28 +85,29 @@ def _turbomind(prompt: Prompt, target: Target) -> Effect:
     rejection = _turbomind_rejects(prompt)
     if rejection and target.before("0.12"):
         return Effect(
-            _placeholders(prompt), (f"{rejection}: before 0.12 that is logged only, and the placeholder tokens are used",)
+            _placeholders(prompt),
+            (f"{rejection}: before 0.12 that is logged only, and the placeholder tokens are used",),
         )
     if rejection:
         return Effect(None, (f"{rejection}: rejected, which surfaces as ResponseType.SESSION_NOT_EXIST",))
     notes = []
     ranges = [(start, stop) for start, stop in prompt.embedding_ranges if stop > start]
-    rows = torch.cat([item.float() for item in prompt.input_embeddings]) if _same_width(prompt) else None
+    if len({item.shape[1] for item in prompt.input_embeddings}) > 1:
+        return Effect(None, ("items differ in width; TurboMind does not check widths and reads past buffers",))
+    rows = torch.cat([item.float() for item in prompt.input_embeddings])
     items, used = [], 0
     for start, stop in ranges:
-        items.append(rows[used : used + stop - start] if rows is not None else None)
+        items.append(rows[used : used + stop - start])
         used += stop - start
-    total = sum(len(item) for item in prompt.input_embeddings)
-    taken_whole = [len(item) for item in prompt.input_embeddings] == [stop - start for start, stop in ranges]
-    if rows is None:
-        return Effect(None, ("items differ in width; TurboMind does not check widths and reads past buffers",))
-    if not taken_whole:
+    if [len(item) for item in prompt.input_embeddings] != [stop - start for start, stop in ranges]:
         notes.append(
-            f"all items are laid end to end ({total} rows) and ranges take rows in order ({used}): rows shift from one item "
-            "into the next"
+            f"all items are laid end to end ({len(rows)} rows) and ranges take rows in order ({used}): rows shift from one "
+            "item into the next"
         )
     changed = prompt.replace(
-        input_embeddings=[item.to(prompt.input_embeddings[0].dtype) for item in items], embedding_ranges=ranges, spans=()
+        input_embeddings=[item.to(prompt.input_embeddings[0].dtype) for item in items],
+        embedding_ranges=ranges,
+        spans=(),
     )
     if prompt.bidirectional:
         notes.append("attention is causal everywhere; bidirectional spans are not known")
@@ -110,10 +115,6 @@ def _turbomind(prompt: Prompt, target: Target) -> Effect:
         changed = changed.replace(position_ids=None)
         notes.append("since 0.16 positions cannot be handed over; plain 0, 1, 2, ... are used")
     return Effect(changed, tuple(notes))
-
-
-def _same_width(prompt: Prompt) -> bool:
-    return len({item.shape[1] for item in prompt.input_embeddings}) == 1
 
 
 def _turbomind_rejects(prompt: Prompt) -> str | None:

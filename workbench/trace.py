@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +39,7 @@ class Trace(Mapping[str, torch.Tensor]):
     ) -> None:
         self._states = dict(states)
         self.positions = positions
-        self.provenance = {
+        self.provenance: dict[str, Any] = {
             "engine": engine,
             "model": model,
             "dtype": dtype,

@@ -26,7 +26,9 @@ class Weights:
                 raise ModelError(f"{index} is not a safetensors index: {error}. Fetch the checkpoint again") from error
             missing = sorted({name for name in self._file_of.values() if not (folder / name).exists()})
             if missing:
-                raise ModelError(f"{index} names {missing[0]}, which is missing ({len(missing)} shards are): fetch it again")
+                raise ModelError(
+                    f"{index} names {missing[0]}, which is missing ({len(missing)} shards are): fetch it again"
+                )
         elif single.exists():
             with self._open(single.name) as file:
                 self._file_of = dict.fromkeys(file.keys(), single.name)
@@ -56,4 +58,6 @@ class Weights:
             try:
                 return file.get_tensor(name)
             except SafetensorError as error:
-                raise ModelError(f"tensor {name!r} of {self.folder / self._file_of[name]} cannot be read: {error}") from error
+                raise ModelError(
+                    f"tensor {name!r} of {self.folder / self._file_of[name]} cannot be read: {error}"
+                ) from error

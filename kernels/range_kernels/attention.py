@@ -90,7 +90,9 @@ def _check_tensors(q, k, v) -> None:
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name} is {tensor.dtype}: use float32, float16 or bfloat16")
         if tensor.dtype != q.dtype or tensor.device != q.device:
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on {q.device}: make them equal")
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on {q.device}: make them equal"
+            )
     if k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must be equal, with q's head_dim {q.shape[2]}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -109,7 +111,9 @@ def _check_lengths(lengths_q, lengths_k) -> None:
 def _bounds(low, reach, lengths_q, lengths_k, window, q) -> tuple[torch.Tensor, torch.Tensor]:
     for name, given in (("low", low), ("reach", reach)):
         if given is not None and (given.shape != (q.shape[0],) or given.dtype != torch.int32):
-            raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}: expected int32 [{q.shape[0]}], one a query")
+            raise ValueError(
+                f"{name} is {given.dtype} {tuple(given.shape)}: expected int32 [{q.shape[0]}], one a query"
+            )
     if low is None or reach is None:
         pairs = [
             visible_keys(int(keys), first=int(keys - queries), window=window)

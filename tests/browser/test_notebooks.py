@@ -51,7 +51,9 @@ def move(page, view, slider, key, image=0):
 
 
 def errors_in(page):
-    return page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*='error']")
+    return page.locator(
+        ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*='error']"
+    )
 
 
 def check_quiet(page):
@@ -71,7 +73,9 @@ def test_01_where_embeddings_land(page, lab, capsys):
 
     seconds = [move(page, view, "Range starts at", key) for key in ["ArrowLeft"] * 5 + ["ArrowRight"] * 5]
     with capsys.disabled():
-        print(f"\nslider to new picture: median {sorted(seconds)[5] * 1000:.0f} ms, worst {max(seconds) * 1000:.0f} ms of {len(seconds)}")
+        print(
+            f"\nslider to new picture: median {sorted(seconds)[5] * 1000:.0f} ms, worst {max(seconds) * 1000:.0f} ms of {len(seconds)}"
+        )
     view.locator("text=Nothing before position 29 changes").wait_for(timeout=30 * SECOND)
 
     before = picture(view)

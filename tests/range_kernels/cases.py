@@ -65,9 +65,7 @@ def make_case(
         return torch.randn(tokens, count, head_dim, generator=generator).mul(1.5).to(dtype)
 
     bounds = [
-        visible_keys(
-            keys, spans[i] if spans else (), first=keys - queries, window=window, window_rule=window_rule
-        )
+        visible_keys(keys, spans[i] if spans else (), first=keys - queries, window=window, window_rule=window_rule)
         for i, (queries, keys) in enumerate(lengths)
     ]
     return Case(

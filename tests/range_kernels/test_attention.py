@@ -180,6 +180,11 @@ assert_close(attention(*case.args, low=case.low, reach=case.reach), case)
 print(WIDTH)
 """
     for name, features, width in (("generic", "+sse2", "4"), ("haswell", "+avx,+avx2,+fma", "8")):
-        environment = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+        environment = {
+            **os.environ,
+            "NUMBA_CPU_NAME": name,
+            "NUMBA_CPU_FEATURES": features,
+            "NUMBA_CACHE_DIR": str(tmp_path),
+        }
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
         assert done.stdout.strip() == width, done.stderr

@@ -43,7 +43,9 @@ def test_splice_matches_the_oracle(dtype, hidden):
     ranges = [(0, 7), (7, 8), (100, 230), (299, 300)]
     items = [torch.randn(stop - start, hidden).to(dtype) for start, stop in ranges]
     out = splice(ids.cuda(), table.cuda(), [item.cuda() for item in items], ranges, scale=2.0)
-    expected = splice_oracle(ids.numpy(), table.float().numpy(), [item.float().numpy() for item in items], ranges, scale=2.0)
+    expected = splice_oracle(
+        ids.numpy(), table.float().numpy(), [item.float().numpy() for item in items], ranges, scale=2.0
+    )
     assert torch.equal(out.float().cpu(), torch.from_numpy(expected))
 
 

@@ -15,7 +15,7 @@ from .cases import DTYPES
 def prompts(draw):
     length, vocab, hidden = draw(st.integers(1, 30)), 11, draw(st.sampled_from([1, 3, 8]))
     cuts = sorted(draw(st.sets(st.integers(0, length), max_size=6)))
-    ranges = [pair for pair in zip(cuts[::2], cuts[1::2], strict=False)]
+    ranges = list(zip(cuts[::2], cuts[1::2], strict=False))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(DTYPES))
     table = torch.randn(vocab, hidden, generator=generator).to(dtype)
@@ -28,9 +28,7 @@ def prompts(draw):
 @given(prompts(), st.sampled_from([1.0, 4.0]))
 def test_matches_the_oracle_whole_and_in_chunks(prompt, scale):
     ids, table, items, ranges, (begin, end) = prompt
-    expected = oracle(
-        ids.numpy(), table.float().numpy(), [item.float().numpy() for item in items], ranges, scale=scale
-    )
+    expected = oracle(ids.numpy(), table.float().numpy(), [item.float().numpy() for item in items], ranges, scale=scale)
     assert np.array_equal(splice(ids, table, items, ranges, scale=scale).float().numpy(), expected)
     chunk = splice(ids[begin:end], table, items, ranges, offset=begin, scale=scale)
     assert np.array_equal(chunk.float().numpy(), expected[begin:end])

@@ -6,7 +6,9 @@ import torch
 from numba.core import config
 
 if not config.ENABLE_CUDASIM:
-    pytest.skip("needs NUMBA_ENABLE_CUDASIM=1, set before Numba is imported (`make test` does)", allow_module_level=True)
+    pytest.skip(
+        "needs NUMBA_ENABLE_CUDASIM=1, set before Numba is imported (`make test` does)", allow_module_level=True
+    )
 
 from range_kernels.cuda import attention as cuda_attention
 from range_kernels.cuda import splice as cuda_splice

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import workbench
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import workbench
 
 BASE = {
     "vocab_size": 97,
@@ -43,7 +44,9 @@ def save_llama(folder: Path, **changes) -> workbench.Model:
     torch.manual_seed(0)
     network = LlamaForCausalLM(LlamaConfig(**{**BASE, **changes}))
     for name, parameter in network.named_parameters():
-        torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1 if "norm" in name or "bias" in name else 0.08)
+        torch.nn.init.normal_(
+            parameter, 1.0 if "norm" in name else 0.0, 0.1 if "norm" in name or "bias" in name else 0.08
+        )
     network.save_pretrained(folder)
     return workbench.load_model(folder)
 

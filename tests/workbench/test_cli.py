@@ -11,7 +11,11 @@ def test_fetch_and_check(capsys):
 
 
 def test_bad_input_is_status_2_in_one_line(capsys):
-    for arguments in (["fetch", "no-such-model"], ["check", "smollm2-135m", "--engine", "x"], ["check", "smollm2-135m", "--dtype", "int8"]):
+    for arguments in (
+        ["fetch", "no-such-model"],
+        ["check", "smollm2-135m", "--engine", "x"],
+        ["check", "smollm2-135m", "--dtype", "int8"],
+    ):
         assert main(arguments) == 2
         captured = capsys.readouterr()
         assert captured.err.startswith("workbench: ")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import workbench
 from workbench import GenerationConfig, TraceError
 from workbench.compare import FaultyEngine, check_engine, compare
@@ -63,7 +64,11 @@ def test_one_token_of_one_tap_is_enough(model, engine, traces):
     states = {tap: state.clone() for tap, state in candidate.items()}
     states["layers.20"][31] *= 1.0001
     comparison = compare(truth, with_states(candidate, states), floor=floor)
-    assert (comparison.verdict, comparison.first_divergence.tap, comparison.first_divergence.token) == ("bug", "layers.20", 31)
+    assert (comparison.verdict, comparison.first_divergence.tap, comparison.first_divergence.token) == (
+        "bug",
+        "layers.20",
+        31,
+    )
     assert comparison.first_divergence.span is None
 
 
@@ -91,7 +96,11 @@ def test_a_nan_is_a_bug_not_noise(traces):
     states = {tap: state.clone() for tap, state in candidate.items()}
     states["layers.3"][5, 2] = torch.nan
     comparison = compare(truth, with_states(candidate, states), floor=floor)
-    assert (comparison.verdict, comparison.first_divergence.tap, comparison.first_divergence.token) == ("bug", "layers.3", 5)
+    assert (comparison.verdict, comparison.first_divergence.tap, comparison.first_divergence.token) == (
+        "bug",
+        "layers.3",
+        5,
+    )
 
 
 def test_a_faulty_engine_also_generates_from_the_wrong_prompt(engine, japan):

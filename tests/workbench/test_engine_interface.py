@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+
 import workbench
 from workbench import EmbeddingRangeError, GenerationConfig, Prompt, PromptError, ResponseType
 
@@ -34,7 +35,11 @@ def test_lmdeploys_spellings(small):
     prompt = random_prompt()
     instance = small.create_instance()
     theirs = instance.stream_infer(
-        1, prompt.input_ids, input_embeddings=prompt.input_embeddings, input_embedding_ranges=prompt.embedding_ranges, gen_config=CONFIG
+        1,
+        prompt.input_ids,
+        input_embeddings=prompt.input_embeddings,
+        input_embedding_ranges=prompt.embedding_ranges,
+        gen_config=CONFIG,
     )
     assert [t for output in theirs for t in output.token_ids] == small.generate(prompt, CONFIG).token_ids
     with pytest.raises(EmbeddingRangeError, match="two names of one thing"):
@@ -48,7 +53,11 @@ def test_many_at_once_on_one_event_loop(small):
     alone = [small.generate(prompt, CONFIG).token_ids for prompt in prompts]
 
     async def collect(session, prompt):
-        return [t async for output in small.async_stream_infer(session, *arguments(prompt), CONFIG) for t in output.token_ids]
+        return [
+            t
+            async for output in small.async_stream_infer(session, *arguments(prompt), CONFIG)
+            for t in output.token_ids
+        ]
 
     async def everything():
         return await asyncio.gather(*(collect(i, prompt) for i, prompt in enumerate(prompts)))
@@ -85,7 +94,9 @@ def test_a_closed_stream_frees_its_session(small):
 
 def test_logits_and_hidden_states(small):
     prompt = random_prompt()
-    everything = GenerationConfig(max_new_tokens=3, ignore_eos=True, output_logits="all", output_last_hidden_state="all")
+    everything = GenerationConfig(
+        max_new_tokens=3, ignore_eos=True, output_logits="all", output_last_hidden_state="all"
+    )
     output = small.generate(prompt, everything)
     assert output.logits.shape == (len(prompt) + 2, 97)
     assert output.last_hidden_state.shape == (len(prompt) + 2, 48)
@@ -100,7 +111,9 @@ def test_logits_and_hidden_states(small):
 
 
 def test_logprobs_are_of_the_chosen_token(small):
-    output = small.generate(random_prompt(), GenerationConfig(max_new_tokens=4, ignore_eos=True, logprobs=3, output_logits="generation"))
+    output = small.generate(
+        random_prompt(), GenerationConfig(max_new_tokens=4, ignore_eos=True, logprobs=3, output_logits="generation")
+    )
     assert len(output.logprobs) == 4
     for token, report, logits in zip(output.token_ids, output.logprobs, output.logits, strict=True):
         assert len(report) == 3
@@ -111,7 +124,9 @@ def test_stop_tokens_end_it_and_are_not_returned(small):
     tokens = small.generate(random_prompt(), CONFIG).token_ids
     stop = tokens[4]
     first = tokens.index(stop)
-    output = small.generate(random_prompt(), GenerationConfig(max_new_tokens=10, ignore_eos=True, stop_token_ids=[stop]))
+    output = small.generate(
+        random_prompt(), GenerationConfig(max_new_tokens=10, ignore_eos=True, stop_token_ids=[stop])
+    )
     assert output.token_ids == tokens[:first]
     assert output.status is ResponseType.FINISH
     later = GenerationConfig(max_new_tokens=10, ignore_eos=True, stop_token_ids=[stop], min_new_tokens=10)
@@ -122,7 +137,9 @@ def test_stop_tokens_end_it_and_are_not_returned(small):
 
 def test_sampling_depends_on_its_seed_alone(small):
     def sample(**changes):
-        config = GenerationConfig(max_new_tokens=20, ignore_eos=True, do_sample=True, temperature=1.0, top_k=0, **changes)
+        config = GenerationConfig(
+            max_new_tokens=20, ignore_eos=True, do_sample=True, temperature=1.0, top_k=0, **changes
+        )
         return small.generate(random_prompt(), config).token_ids
 
     assert sample(random_seed=5) == sample(random_seed=5)

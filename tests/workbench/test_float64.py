@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 import workbench
 
 from .small import VARIANTS, random_prompt, save_llama
@@ -31,9 +32,7 @@ def numpy_llama(model: workbench.Model, prompt: workbench.Prompt) -> np.ndarray:
     for i in range(config.num_hidden_layers):
         at = f"model.layers.{i}."
         y = norm(x, at + "input_layernorm.weight")
-        q, k, v = (
-            (y @ get(f"{at}self_attn.{part}_proj.weight").T).reshape(len(x), -1, size) for part in "qkv"
-        )
+        q, k, v = ((y @ get(f"{at}self_attn.{part}_proj.weight").T).reshape(len(x), -1, size) for part in "qkv")
         q, k = turn(q), turn(k)
         k, v = (np.repeat(z, heads // kv_heads, axis=1) for z in (k, v))
         scores = np.where(hidden, np.einsum("qhd,khd->hqk", q, k) / np.sqrt(size), -np.inf)

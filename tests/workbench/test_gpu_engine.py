@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import workbench
 from workbench.compare.verdict import compare
 

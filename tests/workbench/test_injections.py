@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from workbench import PromptError
 from workbench.injections import injected_rows
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import workbench
 from workbench import EmbeddingRangeError, Prompt, Span, effective_prompt, lint
 
@@ -21,7 +22,14 @@ def test_a_sound_prompt_has_no_findings(model, japan):
 
 def test_all_faults_come_at_once(model):
     prompt = Prompt([1, 2, 99999, 4, 5, 6], [torch.zeros(2, 64), torch.full((1, 576), torch.nan)], [(3, 5), (5, 9)])
-    assert codes(lint(prompt, model)) == ["id-vocabulary", "item-width", "item-finite", "range-bounds", "row-count", "row-norm"]
+    assert codes(lint(prompt, model)) == [
+        "id-vocabulary",
+        "item-width",
+        "item-finite",
+        "range-bounds",
+        "row-count",
+        "row-norm",
+    ]
     for finding in lint(prompt, model):
         assert finding.message.strip()
 

@@ -10,6 +10,7 @@ import zipfile
 
 import pytest
 import torch
+
 import workbench
 from workbench import smollm2
 from workbench.errors import ModelError

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 import workbench
 from workbench import GenerationConfig, Prompt, Span
 from workbench.compare.metrics import relative_error
@@ -30,7 +31,11 @@ def test_greedy_tokens_equal_transformers_generate(tmp_path, name):
     reference = workbench.open_engine("transformers", model)
     embeds = reference.splice(prompt)[None]
     expected = reference.network.generate(
-        inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), max_new_tokens=24, do_sample=False, eos_token_id=-1
+        inputs_embeds=embeds,
+        attention_mask=torch.ones(embeds.shape[:2]),
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=-1,
     )[0].tolist()
     config = GenerationConfig(max_new_tokens=24, ignore_eos=True)
     for engine in (workbench.open_engine("numba", model), reference):
@@ -78,7 +83,9 @@ def test_another_architecture_is_refused_by_name(tmp_path):
         workbench.open_engine("numba", workbench.load_model(tmp_path))
 
 
-@pytest.mark.parametrize(("arguments", "words"), [({"dtype": "float64"}, "float32, bfloat16"), ({"dtype": "int8"}, "int8")])
+@pytest.mark.parametrize(
+    ("arguments", "words"), [({"dtype": "float64"}, "float32, bfloat16"), ({"dtype": "int8"}, "int8")]
+)
 def test_a_dtype_it_does_not_run_in(model, arguments, words):
     with pytest.raises(ValueError, match=words):
         workbench.open_engine("numba", model, **arguments)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from workbench import EmbeddingRangeError, Prompt, PromptError, Span
 
 ROWS = torch.zeros(2, 4)
@@ -17,11 +18,23 @@ ROWS = torch.zeros(2, 4)
         (Prompt([1, 2.5]), PromptError, r"input_ids\[1\] is 2.5"),
         (Prompt([1, 2], [ROWS], [(1, 3)]), EmbeddingRangeError, r"\[1, 3\) leaves the prompt of 2 tokens"),
         (Prompt([1, 2, 3], [ROWS], [(0, 1)]), EmbeddingRangeError, r"input_embeddings\[0\] has 2 rows"),
-        (Prompt([1, 2, 3], [torch.zeros(2, 5)], [(0, 2)]), EmbeddingRangeError, "5 wide but the model's hidden size is 4"),
-        (Prompt([1, 2, 3], [torch.zeros(8)], [(0, 2)]), EmbeddingRangeError, r"input_embeddings\[0\] is torch.float32 \(8,\)"),
+        (
+            Prompt([1, 2, 3], [torch.zeros(2, 5)], [(0, 2)]),
+            EmbeddingRangeError,
+            "5 wide but the model's hidden size is 4",
+        ),
+        (
+            Prompt([1, 2, 3], [torch.zeros(8)], [(0, 2)]),
+            EmbeddingRangeError,
+            r"input_embeddings\[0\] is torch.float32 \(8,\)",
+        ),
         (Prompt([1, 2, 3], [torch.zeros(2, 4, dtype=torch.int64)], [(0, 2)]), EmbeddingRangeError, "int64"),
         (Prompt([1, 2, 3], [[[0.0] * 4] * 2], [(0, 2)]), EmbeddingRangeError, "list"),
-        (Prompt([1, 2, 3], [torch.full((2, 4), torch.nan)], [(0, 2)]), EmbeddingRangeError, "NaN or infinity in 2 of 2 rows"),
+        (
+            Prompt([1, 2, 3], [torch.full((2, 4), torch.nan)], [(0, 2)]),
+            EmbeddingRangeError,
+            "NaN or infinity in 2 of 2 rows",
+        ),
         (Prompt([1, 2, 3], [ROWS], [(0, 2)], [Span(), Span()]), EmbeddingRangeError, "2 spans but 1"),
         (Prompt([1, 2], position_ids=torch.arange(3)), PromptError, r"position_ids is \(3,\) for 2 tokens"),
     ],

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from workbench.ranges import clip, pack, range_faults, shift
 
 

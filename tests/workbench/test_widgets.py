@@ -6,6 +6,7 @@ import time
 
 import pytest
 from PIL import Image
+
 from workbench.widgets import ComparisonBench, LandingBench
 from workbench.widgets.latest import Latest
 

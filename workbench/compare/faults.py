@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 
@@ -49,7 +49,7 @@ class FaultyEngine(Engine):
         super().check(prompt, new_tokens)
         super().check(self.fault(prompt), new_tokens)
 
-    def _generate(self, prompt: Prompt, config: GenerationConfig) -> Iterator[EngineOutput]:
+    def _generate(self, prompt: Prompt, config: GenerationConfig) -> Generator[EngineOutput, None, None]:
         return self.engine._generate(self.fault(prompt), config)
 
     def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor) -> dict[str, torch.Tensor]:

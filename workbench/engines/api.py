@@ -6,7 +6,7 @@ import asyncio
 import enum
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -132,7 +132,7 @@ class Engine(ABC):
         """Taps, dtypes and devices of this engine with this model."""
 
     @abstractmethod
-    def _generate(self, prompt: Prompt, config: GenerationConfig) -> Iterator[EngineOutput]:
+    def _generate(self, prompt: Prompt, config: GenerationConfig) -> Generator[EngineOutput, None, None]:
         """Yield outputs for a checked prompt."""
 
     @abstractmethod
@@ -156,7 +156,9 @@ class Engine(ABC):
             )
         if prompt.position_ids is not None:
             if prompt.position_ids.ndim == 2:
-                raise PromptError(f"position_ids [3, seq] are for M-RoPE, which {config.model_type} does not have: give [seq]")
+                raise PromptError(
+                    f"position_ids [3, seq] are for M-RoPE, which {config.model_type} does not have: give [seq]"
+                )
             if prompt.position_ids.min() < 0:
                 raise PromptError(f"position_ids holds {int(prompt.position_ids.min())}: positions count from 0")
 
@@ -170,7 +172,7 @@ class Engine(ABC):
         *,
         input_embedding_ranges: Sequence[tuple[int, int]] | None = None,
         **unknown: Any,
-    ) -> Iterator[EngineOutput]:
+    ) -> Generator[EngineOutput, None, None]:
         """Generate from token ids with embeddings spliced in; each new token comes once.
 
         Args:
@@ -184,7 +186,9 @@ class Engine(ABC):
         if unknown:
             raise TypeError(f"stream_infer does not take {', '.join(sorted(unknown))}")
         if embedding_ranges is not None and input_embedding_ranges is not None:
-            raise EmbeddingRangeError("embedding_ranges and input_embedding_ranges are two names of one thing: give one")
+            raise EmbeddingRangeError(
+                "embedding_ranges and input_embedding_ranges are two names of one thing: give one"
+            )
         ranges = embedding_ranges if embedding_ranges is not None else input_embedding_ranges
         return self.stream(Prompt(input_ids, input_embeddings or (), ranges or ()), gen_config, session_id=session_id)
 
@@ -199,7 +203,7 @@ class Engine(ABC):
 
     def stream(
         self, prompt: Prompt, gen_config: GenerationConfig | None = None, *, session_id: int | None = None
-    ) -> Iterator[EngineOutput]:
+    ) -> Generator[EngineOutput, None, None]:
         """`stream_infer` for a Prompt, which also carries spans and positions."""
         config = gen_config or GenerationConfig()
         room = self.model.text_config.max_position_embeddings - len(prompt)
@@ -208,7 +212,9 @@ class Engine(ABC):
         self.check(prompt, config.max_new_tokens)
         return self._session(prompt, config, session_id)
 
-    def _session(self, prompt: Prompt, config: GenerationConfig, session_id: int | None) -> Iterator[EngineOutput]:
+    def _session(
+        self, prompt: Prompt, config: GenerationConfig, session_id: int | None
+    ) -> Generator[EngineOutput, None, None]:
         cancelled = threading.Event()
         if session_id is not None:
             with self._sessions_lock:

@@ -29,5 +29,5 @@ def widen(model: torch.nn.Module) -> torch.nn.Module:
         for name, child in list(parent.named_children()):
             if "inv_freq" in dict(child.named_buffers(recurse=False)) and hasattr(child, "config"):
                 with KeepFloat64():
-                    setattr(parent, name, type(child)(child.config).to(child.inv_freq.device))
+                    setattr(parent, name, type(child)(child.config).to(next(child.buffers()).device))
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from typing import Protocol
 
 import torch
@@ -14,7 +14,7 @@ from .api import EngineOutput, GenerationConfig, ResponseType
 class Sampler:
     """Next tokens of one request; its random numbers depend on the request's seed alone."""
 
-    def __init__(self, config: GenerationConfig, prompt_ids: tuple[int, ...], stops: frozenset[int]) -> None:
+    def __init__(self, config: GenerationConfig, prompt_ids: Sequence[int], stops: frozenset[int]) -> None:
         self.config = config
         self.stops = stops
         self.seen = set(prompt_ids)
@@ -85,7 +85,9 @@ def stop_tokens(model, config: GenerationConfig) -> frozenset[int]:
     return frozenset([*own, *(config.stop_token_ids or ())])
 
 
-def generate(run: Run, prompt: Prompt, config: GenerationConfig, stops: frozenset[int]) -> Iterator[EngineOutput]:
+def generate(
+    run: Run, prompt: Prompt, config: GenerationConfig, stops: frozenset[int]
+) -> Generator[EngineOutput, None, None]:
     """Prefill, then one token a step until a stop token or the limit."""
     sampler = Sampler(config, prompt.input_ids, stops)
     logits, hidden = run.prefill(all_logits=config.output_logits == "all")

@@ -7,7 +7,8 @@ shares no code with the Numba engine but the sampler.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ class TransformersReference(Engine):
         """What a forward pass must run in to keep the engine's dtype."""
         return KeepFloat64() if self.dtype is torch.float64 else contextlib.nullcontext()
 
-    def _generate(self, prompt: Prompt, config: GenerationConfig) -> Iterator[EngineOutput]:
+    def _generate(self, prompt: Prompt, config: GenerationConfig) -> Generator[EngineOutput, None, None]:
         yield from generate(_Run(self, prompt), prompt, config, stop_tokens(self.model, config))
 
     def noise_floor(
@@ -85,7 +86,8 @@ class TransformersReference(Engine):
         layers = self.decoder.layers
         hooks.append(
             layers[0].register_forward_pre_hook(
-                lambda module, args, kwargs: keep("embed", args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+                lambda module, args, kwargs: keep("embed", args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
             )
         )
         for number, layer in enumerate(layers):
@@ -176,7 +178,7 @@ class _Run:
         return engine.head(hidden), hidden
 
 
-def _load(model: Model, dtype: torch.dtype) -> torch.nn.Module:
+def _load(model: Model, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

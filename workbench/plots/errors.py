@@ -21,16 +21,30 @@ def error_by_layer(comparison: Comparison) -> Figure:
     tiny = np.finfo(np.float32).tiny
     floor = np.array([row["floor"] for row in rows], dtype=float)
     error = np.array([max(float(row["error"]), tiny) for row in rows])
-    axes.fill_between(at, floor, floor * comparison.factor, color=FLOOR, alpha=0.3, linewidth=0, label="explained by rounding")
+    axes.fill_between(
+        at, floor, floor * comparison.factor, color=FLOOR, alpha=0.3, linewidth=0, label="explained by rounding"
+    )
     axes.plot(at, floor, color=FLOOR, linewidth=1.5, label=f"noise floor (Transformers, {comparison.dtype})")
-    axes.plot(at, error, color=ENGINE, linewidth=1.5, marker=".", markersize=4, label=f"{comparison.engine}, {comparison.dtype}")
+    axes.plot(
+        at,
+        error,
+        color=ENGINE,
+        linewidth=1.5,
+        marker=".",
+        markersize=4,
+        label=f"{comparison.engine}, {comparison.dtype}",
+    )
     if comparison.first_divergence is not None:
         index = comparison.taps.index(comparison.first_divergence.tap)
         axes.axvline(index, color=SPAN, linewidth=1.2, label=f"first divergence: {comparison.first_divergence.tap}")
     axes.set_yscale("log")
-    axes.set_ylim(min(floor.min(), max(error.min(), floor.min() / 100)) / 3, max(error.max(), floor.max() * comparison.factor) * 3)
+    axes.set_ylim(
+        min(floor.min(), max(error.min(), floor.min() / 100)) / 3, max(error.max(), floor.max() * comparison.factor) * 3
+    )
     step = max(1, len(rows) // 16)
-    axes.set_xticks(at[::step], [str(rows[i]["tap"]).removeprefix("layers.") for i in at[::step]], fontsize=7, rotation=30)
+    axes.set_xticks(
+        at[::step], [str(rows[i]["tap"]).removeprefix("layers.") for i in at[::step]], fontsize=7, rotation=30
+    )
     axes.set_xlim(-0.5, len(rows) - 0.5)
     axes.set_ylabel("relative error to float64", fontsize=8)
     axes.tick_params(axis="y", labelsize=7)

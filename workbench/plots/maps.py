@@ -23,7 +23,9 @@ def draw_map(axes: Axes, values: np.ndarray, taps: Sequence[str], kind: str) -> 
     """Draw `values` `[taps, positions]` with taps on the left and a colour bar."""
     title, colours, norm = KINDS[kind]
     opaque = colormaps[colours].with_extremes(bad="white")  # transparent cells would show what was drawn before
-    image = axes.imshow(map_data(values, kind), origin="lower", aspect="auto", cmap=opaque, norm=norm, interpolation="nearest")
+    image = axes.imshow(
+        map_data(values, kind), origin="lower", aspect="auto", cmap=opaque, norm=norm, interpolation="nearest"
+    )
     axes.set_title(title, fontsize=9, loc="left")
     tap_axis(axes, taps)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
@@ -38,7 +40,11 @@ def map_data(values: np.ndarray, kind: str) -> np.ndarray:
 
 
 def hidden_state_map(
-    values: np.ndarray, taps: Sequence[str], tokens: Sequence[str], ranges: Sequence[tuple[int, int]] = (), kind: str = "change"
+    values: np.ndarray,
+    taps: Sequence[str],
+    tokens: Sequence[str],
+    ranges: Sequence[tuple[int, int]] = (),
+    kind: str = "change",
 ) -> Figure:
     """A figure of one map. `kind`: "change" (log scale) or "cosine"."""
     figure = Figure(figsize=(11, 4), dpi=100, layout="constrained")

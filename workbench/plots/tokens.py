@@ -16,7 +16,9 @@ _ROOM = 118  # characters in a line
 
 def _lines(tokens: Sequence[str]) -> list[list[tuple[int, str, int]]]:
     """Lay tokens out in lines: (position, label, first character) of each."""
-    lines, line, at = [], [], 0
+    lines: list[list[tuple[int, str, int]]] = []
+    line: list[tuple[int, str, int]] = []
+    at = 0
     for position, token in enumerate(tokens):
         label = visible(token)
         if at + len(label) + 1 > _ROOM:
@@ -50,14 +52,23 @@ def mark_strip(axes: Axes, tokens: Sequence[str], ranges: Sequence[tuple[int, in
             if position in inside:
                 marks += _box(axes, row, at, label, SPAN, "white")
             if position in starts:
-                marks.append(axes.text(at + 0.1, row + 0.8, str(position), ha="left", va="center", fontsize=6, color=SPAN))
+                marks.append(
+                    axes.text(at + 0.1, row + 0.8, str(position), ha="left", va="center", fontsize=6, color=SPAN)
+                )
     return marks
 
 
 def _box(axes: Axes, row: int, at: int, label: str, fill: str, ink: str) -> list[Artist]:
     box = Rectangle((at, row), len(label) + 0.6, 0.62, facecolor=fill, edgecolor="#d8d8d4", linewidth=0.6)
     text = axes.text(
-        at + len(label) / 2 + 0.3, row + 0.32, label, ha="center", va="center", fontsize=7.5, color=ink, family="monospace"
+        at + len(label) / 2 + 0.3,
+        row + 0.32,
+        label,
+        ha="center",
+        va="center",
+        fontsize=7.5,
+        color=ink,
+        family="monospace",
     )
     return [axes.add_patch(box), text]
 

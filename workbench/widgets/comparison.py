@@ -85,7 +85,9 @@ class ComparisonBench:
         if self.comparison is None:
             raise RuntimeError("there is no comparison yet: look at the message above the bench")
         prompt = self.prompt
-        return error_by_layer(self.comparison), ratio_map(self.comparison, self.model.tokens(prompt.input_ids), prompt.embedding_ranges)
+        return error_by_layer(self.comparison), ratio_map(
+            self.comparison, self.model.tokens(prompt.input_ids), prompt.embedding_ranges
+        )
 
     def _changed(self, change: object = None) -> None:
         self._jobs.submit(self._draw)
@@ -108,8 +110,13 @@ class ComparisonBench:
         self.comparison, self.chart.value, self.map.value = comparison, chart, where
         clean = comparison.verdict != "bug"
         self.status.value = parts.note("good" if clean else "bad", f"<b>{escape(str(comparison))}</b>")
-        rows = [[str(row["tap"]), f"{row['error']:.1e}", f"{row['floor']:.1e}", f"{row['ratio']:.3g}"] for row in comparison.table()]
-        self.details.value = parts.table(["tap", "largest error", "noise floor", "in noise floors"], rows, "The picture as a table")
+        rows = [
+            [str(row["tap"]), f"{row['error']:.1e}", f"{row['floor']:.1e}", f"{row['ratio']:.3g}"]
+            for row in comparison.table()
+        ]
+        self.details.value = parts.table(
+            ["tap", "largest error", "noise floor", "in noise floors"], rows, "The picture as a table"
+        )
         self.progress.layout.visibility = "hidden"
 
     def _run(self, name: str, prompt: Prompt, dtype: str, fault: str) -> list[Trace]:

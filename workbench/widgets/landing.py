@@ -76,7 +76,9 @@ class LandingBench:
         """The prompt that the controls describe."""
         ids = self._ids()
         start, stop = self.start.value, min(self.start.value + self.rows.value, len(ids))
-        rows = injected_rows(self.kind.value, self.engine.model, ids[start:stop], word=self.word.value, share=self.share.value)
+        rows = injected_rows(
+            self.kind.value, self.engine.model, ids[start:stop], word=self.word.value, share=self.share.value
+        )
         return Prompt(ids, [rows], [(start, stop)])
 
     def figure(self) -> Figure:
@@ -92,7 +94,9 @@ class LandingBench:
 
     def _ids(self) -> list[int]:
         model = self.engine.model
-        return model.chat_ids(self.question.value) + model.tokenizer.encode(self.answer_start.value, add_special_tokens=False)
+        return model.chat_ids(self.question.value) + model.tokenizer.encode(
+            self.answer_start.value, add_special_tokens=False
+        )
 
     def _find(self, word: str, ids: list[int]) -> int:
         """Position of the first token of `word`, or of the last token but one."""
@@ -126,7 +130,9 @@ class LandingBench:
         (start, stop) = landing.ranges[0]
         place = f"Rows injected into [{start}, {stop}): {escape(''.join(landing.tokens[start:stop])) or '?'}."
         if not landing.change.any():
-            return parts.note("good", f"{place} Every hidden state is the same as without injection, <b>bit for bit</b>.")
+            return parts.note(
+                "good", f"{place} Every hidden state is the same as without injection, <b>bit for bit</b>."
+            )
         first = int(landing.change.any(axis=0).argmax())
         touched = int((landing.change[-1] > 0).sum())
         return parts.note(

@@ -58,14 +58,14 @@ def splice(input_ids, table, rows, plan, out, scale) -> None:
 def attention(q, k, v, out, low, reach, lengths_q, lengths_k, scale, softcap) -> None:
     """See `range_kernels.attention`; fills `out`. 16-bit inputs are widened once, sums run in float32."""
     wide = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
-    arrays = [x.detach().float().numpy() for x in (q, k, v)]
+    q, k, v = (x.detach().float().numpy() for x in (q, k, v))
     low, reach = low.numpy(), reach.numpy()
     scale, softcap = np.float32(scale), np.float32(softcap)
     if (lengths_q[1:] - lengths_q[:-1]).max() <= _DECODE_QUERIES:
-        _decode(*arrays, wide.numpy(), low, reach, lengths_q, lengths_k, scale, softcap)
+        _decode(q, k, v, wide.numpy(), low, reach, lengths_q, lengths_k, scale, softcap)
     else:
         with _PARALLEL:
-            _prefill(*arrays, wide.numpy(), low, reach, lengths_q, lengths_k, scale, softcap)
+            _prefill(q, k, v, wide.numpy(), low, reach, lengths_q, lengths_k, scale, softcap)
     if wide is not out:
         out.copy_(wide)
 

@@ -27,7 +27,7 @@ _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 def _tile() -> tuple[int, int]:
     """Return (floats in a vector, rows of the tile) so that tile, B row and one broadcast fit the register file."""
-    features = config.CPU_FEATURES or llvm.get_host_cpu_features().flatten()
+    features = getattr(config, "CPU_FEATURES", None) or llvm.get_host_cpu_features().flatten()
     if "+avx512f" in features:
         return 16, 8  # 16 of 32 zmm hold the tile
     if "+neon" in features or platform.machine() in ("aarch64", "arm64"):
@@ -50,9 +50,7 @@ def _broadcast(builder, value):
 def _make_block_product(accumulate: bool):
     @intrinsic
     def product(typing_context, a, stride_a, b, stride_b, c, stride_c, depth):
-        signature = types.void(
-            types.uintp, types.intp, types.uintp, types.intp, types.uintp, types.intp, types.intp
-        )
+        signature = types.void(types.uintp, types.intp, types.uintp, types.intp, types.uintp, types.intp, types.intp)
 
         def codegen(context, builder, signature, args):
             a, stride_a, b, stride_b, c, stride_c, depth = args
@@ -99,7 +97,7 @@ def _make_block_product(accumulate: bool):
             builder.cbranch(builder.icmp_signed("<", following, depth), loop, done)
 
             builder.position_at_end(done)
-            for index, (row, part) in enumerate(tile):
+            for index in range(len(tile)):
                 value = builder.phi(_VECTOR)
                 value.add_incoming(start[index], before)
                 value.add_incoming(new[index], loop)

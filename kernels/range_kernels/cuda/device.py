@@ -9,6 +9,11 @@ from numba import cuda
 
 from .ptx import SIMULATED
 
+if not SIMULATED:
+    from numba.cuda.core import config
+
+    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # a decode step fills a fraction of the GPU; that is no beginner's error
+
 
 def as_array(tensor: torch.Tensor):
     """A view that Numba takes: bfloat16 goes as its int16 bits, for which alone PyTorch exports an interface."""

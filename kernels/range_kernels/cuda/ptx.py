@@ -6,7 +6,7 @@ import numpy as np
 from numba import cuda
 from numba.core import config
 
-SIMULATED = bool(config.ENABLE_CUDASIM)
+SIMULATED = bool(getattr(config, "ENABLE_CUDASIM", False))
 
 if SIMULATED:
 

@@ -1,6 +1,6 @@
 """Splice on a GPU, plain Numba: one block a token, its threads copy the row in words.
 
-    token -> range of the plan that holds it? (bisection) -> packed row : table row of its id -> copy
+token -> range of the plan that holds it? (bisection) -> packed row : table row of its id -> copy
 """
 
 from __future__ import annotations

@@ -120,9 +120,9 @@ class Decoder:
             hidden = hidden + added
             if tap:
                 tap(f"layers.{number}.attention", added)
-            gate, up = F.linear(
-                self._normalise(hidden, layer.mlp_norm), layer.gate_up, layer.gate_up_bias
-            ).chunk(2, dim=-1)
+            gate, up = F.linear(self._normalise(hidden, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(
+                2, dim=-1
+            )
             added = F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
             hidden = hidden + added
             if tap:
@@ -150,7 +150,9 @@ def _refuse_unknown(model: Model) -> None:
     """An architecture or a flag that this decoder does not compute is refused by name, never approximated."""
     config = model.text_config
     if config.model_type != "llama":
-        raise ModelError(f"the numba engine runs Llama models; {model.name!r} is {config.model_type!r}: use 'transformers'")
+        raise ModelError(
+            f"the numba engine runs Llama models; {model.name!r} is {config.model_type!r}: use 'transformers'"
+        )
     for name, needed in _REQUIRED.items():
         value = getattr(config, name, needed)
         if value != needed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from range_kernels import splice, visible_keys
@@ -34,7 +34,7 @@ class NumbaEngine(Engine):
     def capabilities(self) -> Capabilities:
         return Capabilities("numba", decoder_taps(len(self.decoder.layers)), DTYPES, ("cpu", "cuda"))
 
-    def _generate(self, prompt: Prompt, config: GenerationConfig) -> Iterator[EngineOutput]:
+    def _generate(self, prompt: Prompt, config: GenerationConfig) -> Generator[EngineOutput, None, None]:
         run = _Run(self.decoder, prompt, len(prompt) + config.max_new_tokens)
         yield from generate(run, prompt, config, stop_tokens(self.model, config))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -15,9 +16,9 @@ def inverse_frequencies(config) -> torch.Tensor:
     Raises:
         ModelError: a kind of scaling this engine does not have.
     """
-    rope = dict(getattr(config, "rope_parameters", None) or {})
+    rope: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
     kind = rope.get("rope_type", "default")
-    theta = float(rope.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
+    theta = float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported by the numba engine")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -40,7 +41,9 @@ def _llama3(frequencies: torch.Tensor, rope: dict) -> torch.Tensor:
     return frequencies * (blend + (1.0 - blend) / rope["factor"])
 
 
-def rotation(frequencies: torch.Tensor, positions: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def rotation(
+    frequencies: torch.Tensor, positions: torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, float32 `[tokens, 1, head_dim / 2]`; angles are taken in float64, as positions grow large."""
     angles = positions.to(torch.float64)[:, None, None] * frequencies
     return angles.cos().float().to(device), angles.sin().float().to(device)
