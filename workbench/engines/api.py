@@ -6,7 +6,7 @@ import asyncio
 import enum
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import AsyncIterator, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

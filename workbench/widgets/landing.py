@@ -123,6 +123,7 @@ class LandingBench:
         self.image.value = self._picture.png(landing)
         self.status.value = self._describe(landing)
         self.details.value = self._table(landing)
+        self._jobs.pause(0.3)  # a hand that drags wants the next picture, not this one's answer
         yield
         yield from self._answer(prompt)
 

@@ -37,6 +37,11 @@ class Latest:
         with self._change:
             return self._change.wait_for(lambda: not self._busy, timeout)
 
+    def pause(self, seconds: float) -> None:
+        """For a job: wait, but no longer than until a newer job is asked for."""
+        with self._change:
+            self._change.wait_for(lambda: self._wanted is not None, seconds)
+
     def _work(self) -> None:
         while True:
             with self._change:
