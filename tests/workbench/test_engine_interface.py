@@ -65,6 +65,25 @@ def test_many_at_once_on_one_event_loop(small):
     assert asyncio.run(everything()) == alone
 
 
+def test_a_cancelled_task_frees_its_session(small):
+    async def run():
+        async def consume():
+            async for _ in small.async_stream_infer(
+                5, *arguments(random_prompt()), GenerationConfig(max_new_tokens=200, ignore_eos=True)
+            ):
+                started.set()
+
+        started = asyncio.Event()
+        task = asyncio.create_task(consume())
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert next(small.stream_infer(5, *arguments(random_prompt()), CONFIG)).status is ResponseType.SUCCESS
+
+
 def test_many_threads(small):
     prompts = [random_prompt(seed) for seed in range(4)]
     alone = [small.generate(prompt, CONFIG).token_ids for prompt in prompts]

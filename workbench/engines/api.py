@@ -193,13 +193,23 @@ class Engine(ABC):
         return self.stream(Prompt(input_ids, input_embeddings or (), ranges or ()), gen_config, session_id=session_id)
 
     async def async_stream_infer(self, *args: Any, **kwargs: Any) -> AsyncIterator[EngineOutput]:
-        """`stream_infer` for an event loop: each step runs in a worker thread."""
+        """`stream_infer` for an event loop: each step runs in a worker thread.
+
+        A task that is cancelled during a step leaves once the step has ended; the request is then closed.
+        """
         steps = self.stream_infer(*args, **kwargs)
+        step: asyncio.Future[EngineOutput | None] | None = None
         try:
-            while (output := await asyncio.to_thread(next, steps, None)) is not None:
+            while True:
+                step = asyncio.ensure_future(asyncio.to_thread(next, steps, None))
+                output = await asyncio.shield(step)
+                if output is None:
+                    return
                 yield output
         finally:
-            await asyncio.to_thread(steps.close)
+            if step is not None and not step.done():
+                await asyncio.wait([step])
+            steps.close()
 
     def stream(
         self, prompt: Prompt, gen_config: GenerationConfig | None = None, *, session_id: int | None = None
