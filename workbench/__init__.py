@@ -8,7 +8,8 @@ print(workbench.check_engine(engine, prompt))
 
 from .compare import Comparison, check_engine, compare
 from .engines import open_engine
-from .engines.api import Engine, EngineOutput, GenerationConfig, ResponseType
+from .engines.api import Engine
+from .engines.messages import EngineOutput, GenerationConfig, ResponseType
 from .errors import EmbeddingRangeError, ModelError, PromptError, TraceError
 from .findings import Finding
 from .lint import effective_prompt, lint

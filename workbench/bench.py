@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from .engines import open_engine
-from .engines.api import GenerationConfig
+from .engines.messages import GenerationConfig
 from .engines.transformers_reference import TransformersReference
 from .landing import land
 from .models import load_model

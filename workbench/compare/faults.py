@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator
 
 import torch
 
-from ..engines.api import Capabilities, Engine, EngineOutput, GenerationConfig
+from ..engines.api import Engine
+from ..engines.messages import Capabilities, EngineOutput, GenerationConfig
 from ..prompt import Prompt
 from ..ranges import shift
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from ..prompt import Prompt
-from .api import EngineOutput, GenerationConfig, ResponseType
+from .messages import EngineOutput, GenerationConfig, ResponseType
 
 
 class Sampler:

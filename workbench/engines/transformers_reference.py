@@ -17,8 +17,9 @@ from ..models import Model
 from ..prompt import Prompt
 from ..taps import decoder_taps
 from ..trace import Trace
-from .api import Capabilities, Engine, EngineOutput, GenerationConfig, parse_dtype
+from .api import Engine, parse_dtype
 from .float64 import KeepFloat64, widen
+from .messages import Capabilities, EngineOutput, GenerationConfig
 from .sampling import generate, stop_tokens
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")

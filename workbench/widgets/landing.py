@@ -8,7 +8,8 @@ from html import escape
 import ipywidgets as w
 from matplotlib.figure import Figure
 
-from ..engines.api import Engine, GenerationConfig
+from ..engines.api import Engine
+from ..engines.messages import GenerationConfig
 from ..injections import KINDS, injected_rows
 from ..landing import land
 from ..plots.landing import Landing, LandingPicture, landing_figure

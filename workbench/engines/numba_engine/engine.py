@@ -10,7 +10,8 @@ from range_kernels import splice, visible_keys
 from ...models import Model
 from ...prompt import Prompt
 from ...taps import decoder_taps
-from ..api import Capabilities, Engine, EngineOutput, GenerationConfig, parse_dtype
+from ..api import Engine, parse_dtype
+from ..messages import Capabilities, EngineOutput, GenerationConfig
 from ..sampling import generate, stop_tokens
 from .decoder import Decoder, Tap
 

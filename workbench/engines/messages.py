@@ -1,0 +1,121 @@
+"""What goes into an engine and comes out: settings, statuses, outputs. Names and defaults are LMDeploy's."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+
+class ResponseType(enum.Enum):
+    """LMDeploy's statuses."""
+
+    SUCCESS = enum.auto()
+    FINISH = enum.auto()
+    CANCEL = enum.auto()
+    ENGINE_STOP_ERROR = enum.auto()
+    SESSION_REPEAT = enum.auto()
+    SESSION_NOT_EXIST = enum.auto()
+    INPUT_LENGTH_ERROR = enum.auto()
+    INTERNAL_ENGINE_ERROR = enum.auto()
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to generate; names and defaults are LMDeploy's.
+
+    Attributes:
+        logprobs: number of likeliest tokens to report with each new token, the chosen one always among them.
+        output_logits, output_last_hidden_state: "all" for prompt and new tokens, "generation" for what predicts new ones.
+    """
+
+    max_new_tokens: int = 512
+    min_new_tokens: int | None = None
+    do_sample: bool = False
+    top_p: float = 1.0
+    top_k: int = 50
+    min_p: float = 0.0
+    temperature: float = 0.8
+    repetition_penalty: float = 1.0
+    ignore_eos: bool = False
+    random_seed: int | None = None
+    stop_token_ids: Sequence[int] | None = None
+    bad_token_ids: Sequence[int] | None = None
+    logprobs: int | None = None
+    output_logits: Literal["all", "generation"] | None = None
+    output_last_hidden_state: Literal["all", "generation"] | None = None
+
+    def __post_init__(self) -> None:
+        limits = {
+            "max_new_tokens": (0, None),
+            "min_new_tokens": (0, None),
+            "top_p": (0, 1),
+            "top_k": (0, None),
+            "min_p": (0, 1),
+            "temperature": (0, 2),
+            "repetition_penalty": (1e-6, None),
+            "logprobs": (0, None),
+        }
+        for name, (least, most) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not (least <= value and (most is None or value <= most)):
+                bounds = f"from {least} to {most}" if most is not None else f"at least {least}"
+                raise ValueError(f"{name}={value}: it must be {bounds}")
+        for name in ("output_logits", "output_last_hidden_state"):
+            if getattr(self, name) not in (None, "all", "generation"):
+                raise ValueError(f"{name}={getattr(self, name)!r}: use 'all', 'generation' or None")
+
+
+@dataclass(frozen=True)
+class EngineOutput:
+    """What one step of a stream brings: each new token once.
+
+    Attributes:
+        status: SUCCESS while tokens come, then FINISH or CANCEL.
+        token_ids: new tokens of this step; a stop token is not among them.
+        logprobs: for each of `token_ids`, {token: natural log probability}.
+        logits: `[rows, vocab]` float32; the first step brings the prompt's rows too when "all" was asked for.
+        last_hidden_state: `[rows, hidden]`, after the final norm, likewise.
+        num_token: tokens generated so far.
+    """
+
+    status: ResponseType
+    token_ids: list[int] = field(default_factory=list)
+    num_token: int = 0
+    logprobs: list[dict[int, float]] | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine can do; nothing is guessed, what is not listed is refused."""
+
+    name: str
+    taps: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    devices: tuple[str, ...]
+    accepts_embeddings: bool = True
+    bidirectional_spans: bool = True
+
+
+def join_outputs(outputs: Iterable[EngineOutput]) -> EngineOutput:
+    """One output that holds what a stream brought piece by piece."""
+    steps = list(outputs)
+
+    def rows(name: str) -> torch.Tensor | None:
+        parts = [part for step in steps if (part := getattr(step, name)) is not None]
+        return torch.cat(parts) if parts else None
+
+    logprobs = [entry for step in steps for entry in step.logprobs or ()]
+    return EngineOutput(
+        steps[-1].status,
+        [token for step in steps for token in step.token_ids],
+        steps[-1].num_token,
+        logprobs if any(step.logprobs is not None for step in steps) else None,
+        rows("logits"),
+        rows("last_hidden_state"),
+    )
