@@ -9,7 +9,7 @@ import torch
 from .errors import EmbeddingRangeError
 from .findings import Finding
 from .models import Model
-from .prompt import Prompt
+from .prompt import Prompt, is_item
 from .targets import Target, effect
 
 
@@ -57,7 +57,7 @@ def _norm_outliers(prompt: Prompt, model: Model) -> Iterator[Finding]:
     norms = torch.linalg.vector_norm(model.embedding_table.float(), dim=1)
     least, most = float(norms.quantile(0.001)), float(norms.max())
     for number, item in enumerate(prompt.input_embeddings):
-        if not isinstance(item, torch.Tensor) or item.ndim != 2 or not torch.isfinite(item).all():
+        if not is_item(item) or not torch.isfinite(item).all():
             continue
         sizes = torch.linalg.vector_norm(item.float(), dim=1)
         outside = ((sizes > 10 * most) | (sizes < least / 10)).nonzero().flatten().tolist()

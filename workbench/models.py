@@ -68,7 +68,7 @@ class Model:
     def _read(self, auto_class, what: str):
         try:
             return auto_class.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # Transformers and its validators raise many kinds for a damaged folder
             hint = "; it holds its own Python code: pass trust_remote_code=True if you trust its author" * (
                 not self.trust_remote_code and "trust_remote_code" in str(error)
             )
@@ -98,10 +98,14 @@ def load_model(name: str | os.PathLike, *, trust_remote_code: bool = False) -> M
         ModelError: nothing of that name, no network, or damaged files; the message says what to do.
     """
     name = os.fspath(name)
-    folder = Path(name).expanduser()
     if name in BUILT_IN:
         return Model(name, BUILT_IN[name](), trust_remote_code)
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_folder = bool(name) and folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"no model {name[:80]!r}: {error}") from error
+    if is_folder:
         if not (folder / "config.json").exists():
             raise ModelError(f"{folder} has no config.json, so it is not a model folder in Hugging Face's layout")
         return Model(name, folder.resolve(), trust_remote_code)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 
@@ -24,8 +26,12 @@ class Span:
     attention: Literal["causal", "bidirectional"] = "causal"
     label: str = ""
 
+    def __post_init__(self) -> None:
+        if self.attention not in ("causal", "bidirectional"):
+            raise EmbeddingRangeError(f"attention={self.attention!r}: a span is 'causal' or 'bidirectional'")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)  # two prompts are the same if their digests are
 class Prompt:
     """Token ids, and rows that replace the token embeddings inside ranges.
 
@@ -47,17 +53,28 @@ class Prompt:
     position_ids: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        ids = self.input_ids.tolist() if isinstance(self.input_ids, torch.Tensor) else list(self.input_ids)
-        object.__setattr__(self, "input_ids", tuple(ids))
-        object.__setattr__(self, "input_embeddings", tuple(self.input_embeddings or ()))
+        ids = _plain(self.input_ids)
+        ids = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else None
+        if ids is None or any(isinstance(token, list) for token in ids):
+            raise PromptError(f"input_ids must be one list of token ids; got {self.input_ids!r}")
+        object.__setattr__(self, "input_ids", tuple(_integer(token) for token in ids))
+        object.__setattr__(
+            self, "input_embeddings", () if self.input_embeddings is None else tuple(self.input_embeddings)
+        )
         try:
-            ranges = tuple((int(start), int(stop)) for start, stop in self.embedding_ranges or ())
+            pairs = () if self.embedding_ranges is None else _plain(self.embedding_ranges)
+            ranges = tuple((_strict(start), _strict(stop)) for start, stop in pairs)
         except (TypeError, ValueError) as error:
             raise EmbeddingRangeError(
                 f"embedding_ranges must be pairs (start, stop) of integers; got {self.embedding_ranges!r}"
             ) from error
         object.__setattr__(self, "embedding_ranges", ranges)
-        object.__setattr__(self, "spans", tuple(self.spans or ()))
+        object.__setattr__(self, "spans", () if self.spans is None else tuple(self.spans))
+        for number, span in enumerate(self.spans):
+            if not isinstance(span, Span):
+                raise EmbeddingRangeError(f"spans[{number}] is {span!r}: give a workbench.Span")
+        if self.position_ids is not None and not isinstance(self.position_ids, torch.Tensor):
+            object.__setattr__(self, "position_ids", torch.as_tensor(self.position_ids))
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -65,6 +82,14 @@ class Prompt:
     def replace(self, **changes) -> Prompt:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def lookup_ids(self) -> list[int]:
+        """The ids to look up: 0 inside ranges, where placeholders of any value may stand."""
+        ids = list(self.input_ids)
+        for start, stop in self.embedding_ranges:
+            ids[start:stop] = [0] * (stop - start)
+        return ids
 
     @property
     def bidirectional(self) -> list[Range]:
@@ -91,16 +116,17 @@ class Prompt:
         rows = []
         for item, rows_of in enumerate(self.input_embeddings):
             name = f"input_embeddings[{item}]"
-            if not isinstance(rows_of, torch.Tensor) or rows_of.ndim != 2 or not rows_of.is_floating_point():
-                got = (
-                    f"{rows_of.dtype} {tuple(rows_of.shape)}"
-                    if isinstance(rows_of, torch.Tensor)
-                    else type(rows_of).__name__
-                )
+            if not is_item(rows_of):
+                got = type(rows_of).__name__
+                if isinstance(rows_of, torch.Tensor):
+                    got = f"{rows_of.dtype} {tuple(rows_of.shape)}, {rows_of.layout}, on {rows_of.device}"
                 yield Finding(
-                    "item-shape", "error", f"{name} is {got}: give a floating-point torch tensor [rows, hidden]", item
+                    "item-shape",
+                    "error",
+                    f"{name} is {got}: give a dense torch tensor [rows, hidden] of float16, bfloat16, float32 or float64",
+                    item,
                 )
-                rows.append(len(rows_of) if hasattr(rows_of, "__len__") else 0)
+                rows.append(_length(rows_of))
                 continue
             rows.append(rows_of.shape[0])
             if hidden_size is not None and rows_of.shape[1] != hidden_size:
@@ -128,6 +154,12 @@ class Prompt:
                 "error",
                 f"{len(self.spans)} spans but {len(self.embedding_ranges)} embedding_ranges: give one span a range, or none",
             )
+        if self.position_ids is not None and self.position_ids.dtype not in (torch.int32, torch.int64):
+            yield Finding(
+                "position-dtype",
+                "error",
+                f"position_ids is {self.position_ids.dtype}: positions are integers, int64 or int32",
+            )
         if self.position_ids is not None and tuple(self.position_ids.shape) not in ((len(self),), (3, len(self))):
             yield Finding(
                 "position-shape",
@@ -147,7 +179,7 @@ class Prompt:
             about_ranges = fault.code.startswith(("range", "row", "item", "span"))
             raise (EmbeddingRangeError if about_ranges else PromptError)(fault.message)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 over everything an engine computes from: ids, rows with their dtype, ranges, attention, positions."""
         sha = hashlib.sha256()
@@ -156,3 +188,41 @@ class Prompt:
             sha.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
             sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()
+
+
+def is_item(value: Any) -> bool:
+    """Whether a value can be an item of `input_embeddings`: dense numbers `[rows, hidden]` that can be read."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.ndim == 2
+        and value.layout is torch.strided
+        and value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and value.device.type != "meta"
+    )
+
+
+def _plain(values: Any) -> Any:
+    """Tensors and arrays as nested lists, anything else as it is."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _strict(value: Any) -> int:
+    """An integer, refusing what only looks like one: True, 1.5, "1"."""
+    if isinstance(value, bool):
+        raise TypeError("a bool is no position")
+    return operator.index(value)
+
+
+def _integer(value: Any) -> Any:
+    """An integer if it is one; what is none stays, for `faults` to name."""
+    try:
+        return _strict(value)
+    except TypeError:
+        return value
+
+
+def _length(value: Any) -> int:
+    try:
+        return len(value)
+    except TypeError:  # no length at all, or a tensor without dimensions
+        return 0

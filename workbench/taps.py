@@ -22,7 +22,12 @@ def select_taps(available: Sequence[str], patterns: Iterable[str], engine: str) 
     Raises:
         ValueError: a pattern that matches nothing this engine has.
     """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    try:
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    except TypeError as error:
+        raise ValueError(f"taps={patterns!r}: give names or patterns, such as 'layers.*'") from error
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"taps={patterns!r}: give names or patterns, such as 'layers.*'")
     chosen = set()
     for pattern in patterns:
         shape = re.compile(r"[^.]+".join(map(re.escape, pattern.split("*"))))

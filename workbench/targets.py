@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from packaging.version import InvalidVersion, Version
 
-from .prompt import Prompt
+from .prompt import Prompt, is_item
 
 LATEST = {"turbomind": "0.18.0", "lmdeploy-pytorch": "0.18.0", "transformers": "5.23.0"}
 
@@ -62,6 +62,9 @@ def effect(prompt: Prompt, target: Target) -> Effect:
     """Work out what `target` computes from `prompt`."""
     if target.name == "transformers" or not prompt.input_embeddings:
         return Effect(prompt)
+    for number, item in enumerate(prompt.input_embeddings):
+        if not is_item(item):
+            return Effect(None, (f"input_embeddings[{number}] is no dense tensor [rows, hidden]: rejected",))
     if target.name == "lmdeploy-pytorch":
         if target.before("0.5.0"):
             return Effect(_placeholders(prompt), ("the PyTorch engine takes no embeddings before 0.5.0",))
@@ -94,18 +97,19 @@ def _turbomind(prompt: Prompt, target: Target) -> Effect:
     ranges = [(start, stop) for start, stop in prompt.embedding_ranges if stop > start]
     if len({item.shape[1] for item in prompt.input_embeddings}) > 1:
         return Effect(None, ("items differ in width; TurboMind does not check widths and reads past buffers",))
-    rows = torch.cat([item.float() for item in prompt.input_embeddings])
-    items, used = [], 0
+    rows, items, used = torch.cat(list(prompt.input_embeddings)), [], 0
     for start, stop in ranges:
         items.append(rows[used : used + stop - start])
         used += stop - start
-    if [len(item) for item in prompt.input_embeddings] != [stop - start for start, stop in ranges]:
+    if [len(item) for item in prompt.input_embeddings] == [stop - start for start, stop in ranges]:
+        items = list(prompt.input_embeddings)
+    else:
         notes.append(
             f"all items are laid end to end ({len(rows)} rows) and ranges take rows in order ({used}): rows shift from one "
             "item into the next"
         )
     changed = prompt.replace(
-        input_embeddings=[item.to(prompt.input_embeddings[0].dtype) for item in items],
+        input_embeddings=items,
         embedding_ranges=ranges,
         spans=(),
     )
@@ -118,9 +122,6 @@ def _turbomind(prompt: Prompt, target: Target) -> Effect:
 
 
 def _turbomind_rejects(prompt: Prompt) -> str | None:
-    for number, item in enumerate(prompt.input_embeddings):
-        if item.ndim != 2:
-            return f"input_embeddings[{number}] has {item.ndim} dimensions, not 2"
     end_before = 0
     for number, (start, stop) in enumerate(prompt.embedding_ranges):
         if start < end_before:

@@ -16,6 +16,7 @@ from .prompt import Prompt
 from .version import __version__
 
 FORMAT = "workbench-trace-1"
+_PROVENANCE = {"engine", "model", "dtype", "device", "prompt", "tokens", "ranges"}
 
 
 class Trace(Mapping[str, torch.Tensor]):
@@ -83,7 +84,10 @@ class Trace(Mapping[str, torch.Tensor]):
             "taps": json.dumps(list(self)),
             "provenance": json.dumps(self.provenance),
         }
-        save_file({tap: state.contiguous() for tap, state in self.items()}, path, metadata=metadata)
+        try:
+            save_file({tap: state.contiguous() for tap, state in self.items()}, path, metadata=metadata)
+        except (SafetensorError, OSError) as error:
+            raise TraceError(f"the trace cannot be written to {path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
@@ -98,15 +102,22 @@ class Trace(Mapping[str, torch.Tensor]):
                 if metadata.get("format") != FORMAT:
                     raise TraceError(f"{path} is not a trace of this version ({FORMAT}): record it again")
                 taps = json.loads(metadata["taps"])
-                positions = torch.tensor(json.loads(metadata["positions"]), dtype=torch.int64)
+                kept = json.loads(metadata["positions"])
+                if not isinstance(kept, list) or not all(type(position) is int for position in kept):
+                    raise TraceError(f"{path}: its positions are no list of integers")
+                positions = torch.tensor(kept, dtype=torch.int64)
                 provenance = dict(json.loads(metadata["provenance"]))
                 states = {tap: file.get_tensor(tap) for tap in taps}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, TraceError):
                 raise
             raise TraceError(f"{path} cannot be read as a trace: {error}") from error
-        if positions.ndim != 1:
-            raise TraceError(f"{path}: its positions are no list of integers")
+        lacking = _PROVENANCE - set(provenance)
+        if lacking:
+            raise TraceError(f"{path}: its provenance lacks {', '.join(sorted(lacking))}")
+        for tap, state in states.items():
+            if str(state.dtype).removeprefix("torch.") != provenance["dtype"]:
+                raise TraceError(f"{path}: tap {tap!r} is {state.dtype}, its provenance says {provenance['dtype']}")
         wrong = [tap for tap, state in states.items() if state.ndim != 2 or len(state) != len(positions)]
         if wrong:
             raise TraceError(f"{path}: tap {wrong[0]!r} does not hold one row for each of {len(positions)} positions")

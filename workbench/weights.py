@@ -22,7 +22,9 @@ class Weights:
         if index.exists():
             try:
                 self._file_of = dict(json.loads(index.read_text())["weight_map"])
-            except (ValueError, KeyError) as error:
+                if not all(isinstance(file, str) and Path(file).name == file for file in self._file_of.values()):
+                    raise ValueError("weight_map must name files of this folder")
+            except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
                 raise ModelError(f"{index} is not a safetensors index: {error}. Fetch the checkpoint again") from error
             missing = sorted({name for name in self._file_of.values() if not (folder / name).exists()})
             if missing:

@@ -52,8 +52,10 @@ def attention(
     _check_tensors(q, k, v)
     lengths_q, lengths_k = _cumulative("cu_seqlens_q", cu_seqlens_q, q), _cumulative("cu_seqlens_k", cu_seqlens_k, k)
     _check_lengths(lengths_q, lengths_k)
-    if softcap < 0.0:
-        raise ValueError(f"softcap={softcap}: use a positive cap, or 0 for none")
+    if not 0.0 <= softcap <= 1e30:
+        raise ValueError(f"softcap={softcap}: use a positive cap of at most 1e30, or 0 for none")
+    if window_rule not in ("inside", "union"):
+        raise ValueError(f"window_rule={window_rule!r}: use 'inside' (Transformers) or 'union' (vLLM)")
     if low is not None and window is not None:
         raise ValueError("low and window both given: low already states the first visible key, so leave window out")
     if window_rule != "inside" and low is None:
@@ -78,6 +80,8 @@ def attention(
 def _cumulative(name: str, lengths: Sequence[int] | torch.Tensor, packed: torch.Tensor) -> np.ndarray:
     total = packed.shape[0]
     given = lengths.tolist() if isinstance(lengths, torch.Tensor | np.ndarray) else list(lengths)
+    if not all(isinstance(length, int | np.integer) and not isinstance(length, bool) for length in given):
+        raise ValueError(f"{name} must hold integers; got {given}")
     if len(given) < 2 or given[0] != 0 or given[-1] != total or any(a > b for a, b in itertools.pairwise(given)):
         raise ValueError(f"{name} must rise from 0 to {total}, one entry more than there are sequences; got {given}")
     return np.array(given, dtype=np.int32)
@@ -95,6 +99,8 @@ def _check_tensors(q, k, v) -> None:
             )
     if k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must be equal, with q's head_dim {q.shape[2]}")
+    if q.shape[2] == 0:
+        raise ValueError("head_dim is 0: q, k and v need at least one channel a head")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads do not divide into groups over {k.shape[1]} KV heads")
 

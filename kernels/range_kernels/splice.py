@@ -39,7 +39,11 @@ def splice(
     >>> splice([0, 3, 3], table, [torch.tensor([[9.0, 9.0]])], [(1, 2)]).tolist()
     [[0.0, 1.0], [9.0, 9.0], [6.0, 7.0]]
     """
-    input_ids = torch.as_tensor(input_ids, dtype=torch.int32, device=table.device)
+    input_ids = torch.as_tensor(input_ids)
+    whole = not (input_ids.dtype is torch.bool or input_ids.is_floating_point() or input_ids.is_complex())
+    if input_ids.numel() and not whole:
+        raise ValueError(f"input_ids is {input_ids.dtype}: token ids are integers")
+    input_ids = input_ids.to(table.device, torch.int64)
     if table.ndim != 2 or table.dtype not in DTYPES or not table.is_contiguous():
         raise ValueError(
             f"table is {table.dtype} {tuple(table.shape)}: expected a contiguous [vocab, hidden] in float32, float16 or "

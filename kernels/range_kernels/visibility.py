@@ -44,8 +44,12 @@ def visible_keys(
     """
     if not 0 <= first <= length:
         raise ValueError(f"first={first} lies outside the sequence of {length} keys: use 0 <= first <= length")
-    if window is not None and window < 1:
-        raise ValueError(f"window={window}: a window holds at least the token itself; use window >= 1 or None")
+    if window is not None:
+        if not isinstance(window, int | np.integer) or window < 1:
+            raise ValueError(
+                f"window={window}: a window is an integer of at least 1, the token itself; or None for no window"
+            )
+        window = min(int(window), length + 1)
     if window_rule not in ("inside", "union"):
         raise ValueError(f"window_rule={window_rule!r}: use 'inside' (Transformers) or 'union' (vLLM)")
     position = np.arange(length, dtype=np.int32)

@@ -188,3 +188,26 @@ print(WIDTH)
         }
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
         assert done.stdout.strip() == width, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"softcap": float("nan")}, "softcap"),
+        ({"softcap": 1e39}, "softcap"),
+        ({"window_rule": "both"}, "window_rule"),
+        ({"window": float("nan")}, "window"),
+        ({"window": 2.5}, "window"),
+    ],
+)
+def test_numbers_that_would_compute_something_else(arguments, words):
+    case = make_case(12, [(10, 20)], head_dim=16)
+    with pytest.raises(ValueError, match=words):
+        attention(*case.args, **arguments)
+
+
+def test_lengths_must_be_integers_and_a_huge_window_is_none():
+    case = make_case(13, [(10, 20)], head_dim=16)
+    with pytest.raises(ValueError, match="must hold integers"):
+        attention(*case.args[:3], [0, 10.0], [0, 20])
+    assert torch.equal(attention(*case.args, window=2**40), attention(*case.args))

@@ -63,3 +63,18 @@ def test_items_of_another_dtype_are_cast():
 def test_bad_arguments_are_named(arguments, words):
     with pytest.raises(ValueError, match=words):
         splice(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([-1, 0], r"input_ids\[0\] is -1"),
+        ([0, -(2**31)], r"input_ids\[1\] is -2147483648"),
+        (torch.tensor([2**32 + 1, 0]), r"input_ids\[0\] is 4294967297"),
+        (torch.tensor([1.9, 0.0]), "token ids are integers"),
+        (torch.tensor([True, False]), "token ids are integers"),
+    ],
+)
+def test_ids_that_would_read_elsewhere(ids, words):
+    with pytest.raises(ValueError, match=words):
+        splice(ids, torch.randn(5, 4), [torch.zeros(0, 4)][:0], [])

@@ -52,7 +52,7 @@ def test_a_query_that_sees_nothing_gets_zeros():
 def test_splice_matches_the_oracle(dtype, hidden):
     table = torch.randn(9, hidden).to(dtype)
     items, ranges = [torch.randn(3, hidden).to(dtype), torch.randn(2, hidden).to(dtype)], [(1, 4), (6, 8)]
-    ids = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8], dtype=torch.int32)
+    ids = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8], dtype=torch.int64)
     for begin, end in ((0, 9), (2, 7)):
         plan, rows = plan_splice(items, ranges, table, begin, end)
         out = torch.full((end - begin, hidden), torch.nan, dtype=dtype)

@@ -12,9 +12,14 @@ from ..prompt import Prompt
 from .verdict import FACTOR, Comparison, compare
 
 
-@lru_cache(maxsize=4)
 def reference(model: Model, dtype: str) -> TransformersReference:
-    """The reference in a dtype, loaded once; float64 is the truth, the engine's dtype the noise floor."""
+    """The reference in a dtype, loaded once while the model's files stay as they are."""
+    stamps = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(model.path.glob("*.*")))
+    return _load(model, dtype, stamps)
+
+
+@lru_cache(maxsize=4)
+def _load(model: Model, dtype: str, stamps: tuple) -> TransformersReference:
     return TransformersReference(model, dtype=dtype)
 
 

@@ -112,6 +112,8 @@ def compare(
         TraceError: traces of different prompts, models, taps or positions, a reference that is not float64, or a floor in
             another dtype than the candidate's.
     """
+    if not 1.0 <= factor < float("inf"):
+        raise ValueError(f"factor={factor}: an engine may be off by at least one noise floor; use a finite factor >= 1")
     runs = [floor] if isinstance(floor, Trace) else list(floor)
     _comparable(reference, candidate, runs)
     taps = tuple(tap for tap in reference if tap in candidate)

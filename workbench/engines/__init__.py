@@ -20,6 +20,8 @@ def open_engine(kind: str, model: Model, **options) -> Engine:
     Raises:
         ModelError: no such engine, or one that cannot run this model.
     """
+    if not isinstance(model, Model):
+        raise ModelError(f"open_engine needs a model from workbench.load_model, not {model!r}")
     if kind == "numba":
         from .numba_engine.engine import NumbaEngine
 

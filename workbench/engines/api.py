@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Generator, Iterable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import EmbeddingRangeError, PromptError
+from ..errors import EmbeddingRangeError, ModelError, PromptError
 from ..models import Model
 from ..prompt import Prompt
 from ..taps import select_taps
@@ -31,6 +32,7 @@ class Engine(ABC):
 
     def __init__(self) -> None:
         self._sessions: dict[int, threading.Event] = {}
+        self._waiting: dict[int, threading.Event] = {}  # made, but no step taken yet
         self._sessions_lock = threading.Lock()
 
     @property
@@ -54,6 +56,14 @@ class Engine(ABC):
         """
         config = self.model.text_config
         prompt.check(vocab_size=config.vocab_size, hidden_size=config.hidden_size)
+        for number, item in enumerate(prompt.input_embeddings):
+            wide = ~torch.isfinite(item.to(self.dtype)).all(dim=1)
+            if wide.any():
+                row = int(wide.nonzero()[0])
+                raise EmbeddingRangeError(
+                    f"input_embeddings[{number}], row {row}, holds {float(item[row].abs().max()):.3g}, which overflows in the "
+                    f"engine's {str(self.dtype).removeprefix('torch.')}: scale the rows, or run the engine in a wider dtype"
+                )
         if prompt.bidirectional and not self.capabilities.bidirectional_spans:
             raise EmbeddingRangeError(f"{self.capabilities.name} has no bidirectional attention: make the spans causal")
         if len(prompt) + new_tokens > config.max_position_embeddings:
@@ -97,7 +107,11 @@ class Engine(ABC):
                 "embedding_ranges and input_embedding_ranges are two names of one thing: give one"
             )
         ranges = embedding_ranges if embedding_ranges is not None else input_embedding_ranges
-        return self.stream(Prompt(input_ids, input_embeddings or (), ranges or ()), gen_config, session_id=session_id)
+        return self.stream(
+            Prompt(input_ids, () if input_embeddings is None else input_embeddings, () if ranges is None else ranges),
+            gen_config,
+            session_id=session_id,
+        )
 
     async def async_stream_infer(self, *args: Any, **kwargs: Any) -> AsyncIterator[EngineOutput]:
         """`stream_infer` for an event loop: each step runs in a worker thread.
@@ -127,35 +141,44 @@ class Engine(ABC):
         if gen_config is None and 0 < room < config.max_new_tokens:
             config = GenerationConfig(max_new_tokens=room)
         self.check(prompt, config.max_new_tokens)
-        return self._session(prompt, config, session_id)
-
-    def _session(
-        self, prompt: Prompt, config: GenerationConfig, session_id: int | None
-    ) -> Generator[EngineOutput, None, None]:
+        config.check_tokens(self.model.text_config.vocab_size)
         cancelled = threading.Event()
         if session_id is not None:
             with self._sessions_lock:
+                self._waiting[session_id] = cancelled
+        return self._session(prompt, config, session_id, cancelled)
+
+    def _session(
+        self, prompt: Prompt, config: GenerationConfig, session_id: int | None, cancelled: threading.Event
+    ) -> Generator[EngineOutput, None, None]:
+        if session_id is not None:
+            with self._sessions_lock:
+                if self._waiting.get(session_id) is cancelled:
+                    del self._waiting[session_id]
                 if session_id in self._sessions:
                     yield EngineOutput(ResponseType.SESSION_REPEAT)
                     return
                 self._sessions[session_id] = cancelled
         made = 0
         try:
-            for output in self._generate(prompt, config):
+            steps = self._generate(prompt, config)
+            while not cancelled.is_set():
+                output = next(steps)
                 made = output.num_token
                 yield output
-                if cancelled.is_set() and output.status is ResponseType.SUCCESS:
-                    yield EngineOutput(ResponseType.CANCEL, num_token=made)
+                if output.status is not ResponseType.SUCCESS:
                     return
+            steps.close()
+            yield EngineOutput(ResponseType.CANCEL, num_token=made)
         finally:
             if session_id is not None:
                 with self._sessions_lock:
                     self._sessions.pop(session_id, None)
 
     def cancel(self, session_id: int) -> bool:
-        """Stop a running request after its current step; returns whether there was one."""
+        """Stop a request, before its first step or after its current one; returns whether there was one."""
         with self._sessions_lock:
-            event = self._sessions.get(session_id)
+            event = self._sessions.get(session_id) or self._waiting.get(session_id)
         if event is not None:
             event.set()
         return event is not None
@@ -186,11 +209,7 @@ class Engine(ABC):
         """
         self.check(prompt)
         chosen = select_taps(self.capabilities.taps, taps, self.capabilities.name)
-        every = torch.arange(len(prompt))
-        try:
-            kept = every[positions] if isinstance(positions, slice) else every[torch.as_tensor(positions)]
-        except IndexError as error:
-            raise ValueError(f"positions {positions} leave the prompt of {len(prompt)} tokens") from error
+        kept = _choose(positions, len(prompt))
         return Trace(
             {tap: tensor.cpu() for tap, tensor in self._trace(prompt, chosen, kept).items()},
             positions=kept,
@@ -200,6 +219,38 @@ class Engine(ABC):
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
         )
+
+
+def _choose(positions: slice | Sequence[int], length: int) -> torch.Tensor:
+    """Prompt positions as int64 `[kept]`, negative ones counted from the end."""
+    every = torch.arange(length)
+    if isinstance(positions, slice):
+        kept = every[positions]
+    else:
+        try:
+            wanted = [operator.index(position) for position in positions]
+        except TypeError as error:
+            raise ValueError(f"positions={positions!r}: give a slice or a list of integers") from error
+        outside = [position for position in wanted if not -length <= position < length]
+        if outside:
+            raise ValueError(f"positions {outside} leave the prompt of {length} tokens")
+        kept = every[wanted]
+    if not len(kept):
+        raise ValueError(f"positions={positions!r} keep none of the {length} tokens")
+    return kept
+
+
+def parse_device(name: str | torch.device, engine: str) -> torch.device:
+    """`"cuda"` -> `torch.device("cuda")`, refusing what is not there."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(f"device={name!r} is no device: the {engine} engine runs on 'cpu' or 'cuda'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device={name!r}: the {engine} engine runs on 'cpu' or 'cuda'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device={name!r}: PyTorch {torch.__version__} sees no CUDA GPU here; use device='cpu'")
+    return device
 
 
 def parse_dtype(name: str | torch.dtype, allowed: Sequence[str], engine: str) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -49,6 +50,21 @@ class GenerationConfig:
     output_last_hidden_state: Literal["all", "generation"] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "min_new_tokens", "top_k", "logprobs", "random_seed"):
+            value = getattr(self, name)
+            if (value is None and name in ("max_new_tokens", "top_k")) or isinstance(value, bool | float | str):
+                raise ValueError(f"{name}={value!r}: it must be an integer")
+        for name in ("top_p", "min_p", "temperature", "repetition_penalty"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name}={getattr(self, name)!r}: it must be a number")
+        if self.random_seed is not None and not 0 <= self.random_seed < 2**63:
+            raise ValueError(f"random_seed={self.random_seed}: it must be from 0 to 2**63 - 1")
+        for name in ("stop_token_ids", "bad_token_ids"):
+            try:
+                ids = None if getattr(self, name) is None else tuple(map(operator.index, getattr(self, name)))
+            except TypeError as error:
+                raise ValueError(f"{name}={getattr(self, name)!r}: it must be a list of token ids") from error
+            object.__setattr__(self, name, ids)
         limits = {
             "max_new_tokens": (0, None),
             "min_new_tokens": (0, None),
@@ -67,6 +83,15 @@ class GenerationConfig:
         for name in ("output_logits", "output_last_hidden_state"):
             if getattr(self, name) not in (None, "all", "generation"):
                 raise ValueError(f"{name}={getattr(self, name)!r}: use 'all', 'generation' or None")
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raise ValueError for a token id outside the vocabulary, or when every token is banned."""
+        for name in ("stop_token_ids", "bad_token_ids"):
+            outside = [token for token in getattr(self, name) or () if not 0 <= token < vocab_size]
+            if outside:
+                raise ValueError(f"{name} holds {outside[0]}, outside the vocabulary of {vocab_size}")
+        if len(set(self.bad_token_ids or ())) >= vocab_size:
+            raise ValueError(f"bad_token_ids bans all {vocab_size} tokens: leave at least one")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from ..errors import ModelError
 from ..prompt import Prompt
 from .messages import EngineOutput, GenerationConfig, ResponseType
 
@@ -27,8 +28,12 @@ class Sampler:
     def next(self, logits: torch.Tensor, made: int) -> tuple[int, dict[int, float] | None]:
         """Choose from `logits` `[vocab]` float32 on the CPU; return the token and the log probabilities asked for."""
         config = self.config
+        if logits.isnan().any():
+            raise ModelError(
+                f"the logits of new token {made} hold NaN: the model overflows in this dtype, or its weights are NaN"
+            )
         logits = self._adjust(logits.clone(), made)
-        if config.do_sample and config.temperature > 0.0:
+        if config.do_sample and config.temperature > 1e-5:
             token = int(torch.multinomial(self._probabilities(logits), 1, generator=self.generator))
         else:
             token = int(logits.argmax())
@@ -89,7 +94,11 @@ def generate(
     run: Run, prompt: Prompt, config: GenerationConfig, stops: frozenset[int]
 ) -> Generator[EngineOutput, None, None]:
     """Prefill, then one token a step until a stop token or the limit."""
-    sampler = Sampler(config, prompt.input_ids, stops)
+    inside = {position for start, stop in prompt.embedding_ranges for position in range(start, stop)}
+    said = [
+        token for position, token in enumerate(prompt.input_ids) if position not in inside
+    ]  # placeholders are not words
+    sampler = Sampler(config, said, stops)
     logits, hidden = run.prefill(all_logits=config.output_logits == "all")
     for made in range(1, config.max_new_tokens + 1):
         token, logprobs = sampler.next(logits[-1].float().cpu(), made - 1)

@@ -7,17 +7,18 @@ shares no code with the Numba engine but the sampler.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import torch
 
-from ..errors import ModelError
+from ..errors import EmbeddingRangeError, ModelError
 from ..models import Model
 from ..prompt import Prompt
 from ..taps import decoder_taps
 from ..trace import Trace
-from .api import Engine, parse_dtype
+from .api import Engine, parse_device, parse_dtype
 from .float64 import KeepFloat64, widen
 from .messages import Capabilities, EngineOutput, GenerationConfig
 from .sampling import generate, stop_tokens
@@ -32,8 +33,9 @@ class TransformersReference(Engine):
         super().__init__()
         self.model = model
         self.dtype = parse_dtype(dtype, DTYPES, "transformers")
-        self.device = torch.device(device)
+        self.device = parse_device(device, "transformers")
         self._jitter: torch.Generator | None = None
+        self._lock = threading.RLock()  # hooks and jitter belong to one request, the network is shared
         self.network = _load(model, self.dtype).to(self.device).eval()
         self.decoder = self.network.get_decoder()
 
@@ -61,14 +63,26 @@ class TransformersReference(Engine):
         roundoff a number: where a state is ill-conditioned (a sum that nearly cancels, in the tokens with massive
         activations above all), one run may be lucky, several are not.
         """
-        traces = [self.trace(prompt, taps, positions)]
-        for seed in range(1, samples):
-            self._jitter = torch.Generator().manual_seed(seed)
-            try:
-                traces.append(self.trace(prompt, taps, positions))
-            finally:
-                self._jitter = None
+        with self._lock:
+            traces = [self.trace(prompt, taps, positions)]
+            for seed in range(1, samples):
+                self._jitter = torch.Generator().manual_seed(seed)
+                try:
+                    traces.append(self.trace(prompt, taps, positions))
+                finally:
+                    self._jitter = None
         return traces
+
+    def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
+        super().check(prompt, new_tokens)
+        config = self.decoder.config
+        kinds = getattr(config, "layer_types", None)
+        slides = set(kinds) - {"full_attention"} if kinds else getattr(config, "sliding_window", None)
+        if prompt.bidirectional and slides:
+            raise EmbeddingRangeError(
+                f"bidirectional spans on a model with a sliding window ({config.model_type}) are not supported yet: the mask "
+                "for them would replace the window's"
+            )
 
     @torch.no_grad()
     def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -84,6 +98,7 @@ class TransformersReference(Engine):
             hooks.append(module.register_forward_hook(lambda module, args, output: keep(name, output)))
 
         wanted, hooks = set(taps), []
+        self._lock.acquire()
         layers = self.decoder.layers
         hooks.append(
             layers[0].register_forward_pre_hook(
@@ -101,6 +116,7 @@ class TransformersReference(Engine):
         finally:
             for hook in hooks:
                 hook.remove()
+            self._lock.release()
         keep("norm", hidden)
         if "logits" in wanted:
             kept["logits"] = self.head(hidden[rows])
@@ -124,9 +140,7 @@ class TransformersReference(Engine):
 
     def splice(self, prompt: Prompt) -> torch.Tensor:
         """Hidden state 0, `[seq, hidden]`: look up, then assign each item to its slice."""
-        ids = torch.tensor(prompt.input_ids, device=self.device)
-        for start, stop in prompt.embedding_ranges:
-            ids[start:stop] = 0  # placeholders need not fit the vocabulary
+        ids = torch.tensor(prompt.lookup_ids, device=self.device)
         state = self.network.get_input_embeddings()(ids).clone()
         for item, (start, stop) in zip(prompt.input_embeddings, prompt.embedding_ranges, strict=True):
             state[start:stop] = item.to(state)
@@ -157,18 +171,19 @@ class _Run:
         from transformers import DynamicCache
 
         self.engine, self.prompt = engine, prompt
-        self.cache = DynamicCache(config=engine.decoder.config)
+        self.cache = DynamicCache()  # told the config, it drops keys for a sliding_window that the model does not use
         self.next_position = int(engine._positions(prompt).max()) + 1
 
     @torch.no_grad()
     def prefill(self, all_logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self.engine.hidden(self.prompt, self.cache)
+        with self.engine._lock:
+            hidden = self.engine.hidden(self.prompt, self.cache)
         return self.engine.head(hidden if all_logits else hidden[-1:]), hidden
 
     @torch.no_grad()
     def decode(self, token: int) -> tuple[torch.Tensor, torch.Tensor]:
         engine = self.engine
-        with engine.precision():
+        with engine._lock, engine.precision():
             hidden = engine.decoder(
                 input_ids=torch.tensor([[token]], device=engine.device),
                 position_ids=torch.tensor([[self.next_position]], device=engine.device),
@@ -187,12 +202,24 @@ def _load(model: Model, dtype: torch.dtype) -> Any:
     logging.disable_progress_bar()  # a memory-mapped load takes a second or two
     try:
         narrow = torch.float32 if dtype is torch.float64 else dtype
-        network = AutoModelForCausalLM.from_pretrained(
-            model.path, dtype=narrow, trust_remote_code=model.trust_remote_code, use_safetensors=True
+        pair: Any = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            dtype=narrow,
+            trust_remote_code=model.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # Transformers raises many kinds for a damaged or foreign folder
         raise ModelError(f"Transformers cannot load {model.name!r} from {model.path}: {error}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
+    network, loaded = pair
+    lacking = sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]]))
+    if lacking:  # Transformers would fill them with random numbers and go on
+        raise ModelError(
+            f"{model.path} lacks {len(lacking)} tensors that {model.name!r} needs, or has them in another shape: "
+            f"{', '.join(lacking[:3])}{' ...' * (len(lacking) > 3)}. Fetch the checkpoint again"
+        )
     return widen(network) if dtype is torch.float64 else network

@@ -11,14 +11,16 @@ def row_sources(input_ids, plan, vocab, source):
     """Fill `source` [tokens] with a packed row number, or -1 - id for a table row. Return the first token whose id lies
     outside `[0, vocab)`, or -1."""
     for token in range(len(input_ids)):
-        source[token] = -1 - np.int64(input_ids[token])
+        source[token] = -1
     for number in range(len(plan)):
         start, stop, first_row = plan[number, 0], plan[number, 1], plan[number, 2]
         for token in range(start, stop):
             source[token] = first_row + token - start
     for token in range(len(input_ids)):
-        if source[token] < 0 and not 0 <= input_ids[token] < vocab:
-            return token
+        if source[token] < 0:
+            if not 0 <= input_ids[token] < vocab:
+                return token
+            source[token] = -1 - np.int64(input_ids[token])
     return -1
 
 

@@ -52,32 +52,57 @@ class Decoder:
         self.epsilon = config.rms_norm_eps
         self.frequencies = inverse_frequencies(config)
 
-        def get(*names: str) -> torch.Tensor:
-            return torch.cat([model.weights.get(name) for name in names]).to(device, dtype)
+        hidden, intermediate, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
 
-        def bias(*names: str) -> torch.Tensor | None:
-            return get(*names) if names[0] in model.weights else None
+        def get(shape: tuple[int, ...], *names: str) -> torch.Tensor:
+            """Tensors stacked along their rows; `shape` is that of the stack, parted as `parted` says."""
+            parts = []
+            for name, rows in zip(names, parted(shape[0], len(names)), strict=True):
+                parts.append(model.weights.get(name))
+                needed = (rows, *shape[1:])
+                if parts[-1].shape != needed:
+                    raise ModelError(
+                        f"tensor {name} of {model.name!r} is {tuple(parts[-1].shape)}, its configuration needs {needed}"
+                    )
+            return torch.cat(parts).to(device, dtype)
 
-        self.table = get("model.embed_tokens.weight")
-        self.norm = get("model.norm.weight")
-        self.head = self.table if config.tie_word_embeddings else get("lm_head.weight")
+        def parted(rows: int, parts: int) -> list[int]:
+            return [queries, keys, keys] if parts == 3 else [rows // parts] * parts
+
+        def bias(wanted: bool, shape: tuple[int, ...], *names: str) -> torch.Tensor | None:
+            extra = [name for name in names if name in model.weights]
+            if extra and not wanted:
+                raise ModelError(f"{model.name!r} has {extra[0]}, but its configuration says that there is none")
+            return get(shape, *names) if wanted else None
+
+        self.table = get((vocab, hidden), "model.embed_tokens.weight")
+        self.norm = get((hidden,), "model.norm.weight")
+        self.head = self.table
+        if not config.tie_word_embeddings or "lm_head.weight" in model.weights:
+            self.head = get((vocab, hidden), "lm_head.weight")
+            if config.tie_word_embeddings and not torch.equal(self.head, self.table):
+                raise ModelError(
+                    f"{model.name!r} says tie_word_embeddings, but its lm_head.weight is not its embedding table: which holds?"
+                )
         self.layers = []
         for number in range(config.num_hidden_layers):
             at = f"model.layers.{number}"
             qkv = [f"{at}.self_attn.{part}_proj" for part in "qkv"]
             gate_up = [f"{at}.mlp.{part}_proj" for part in ("gate", "up")]
+            attention_bias, mlp_bias = bool(config.attention_bias), bool(config.mlp_bias)
             self.layers.append(
                 Layer(
-                    get(f"{at}.input_layernorm.weight"),
-                    get(*(f"{name}.weight" for name in qkv)),
-                    bias(*(f"{name}.bias" for name in qkv)),
-                    get(f"{at}.self_attn.o_proj.weight"),
-                    bias(f"{at}.self_attn.o_proj.bias"),
-                    get(f"{at}.post_attention_layernorm.weight"),
-                    get(*(f"{name}.weight" for name in gate_up)),
-                    bias(*(f"{name}.bias" for name in gate_up)),
-                    get(f"{at}.mlp.down_proj.weight"),
-                    bias(f"{at}.mlp.down_proj.bias"),
+                    get((hidden,), f"{at}.input_layernorm.weight"),
+                    get((queries + 2 * keys, hidden), *(f"{name}.weight" for name in qkv)),
+                    bias(attention_bias, (queries + 2 * keys,), *(f"{name}.bias" for name in qkv)),
+                    get((hidden, queries), f"{at}.self_attn.o_proj.weight"),
+                    bias(attention_bias, (hidden,), f"{at}.self_attn.o_proj.bias"),
+                    get((hidden,), f"{at}.post_attention_layernorm.weight"),
+                    get((2 * intermediate, hidden), *(f"{name}.weight" for name in gate_up)),
+                    bias(mlp_bias, (2 * intermediate,), *(f"{name}.bias" for name in gate_up)),
+                    get((hidden, intermediate), f"{at}.mlp.down_proj.weight"),
+                    bias(mlp_bias, (hidden,), f"{at}.mlp.down_proj.bias"),
                 )
             )
 

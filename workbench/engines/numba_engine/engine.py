@@ -10,7 +10,7 @@ from range_kernels import splice, visible_keys
 from ...models import Model
 from ...prompt import Prompt
 from ...taps import decoder_taps
-from ..api import Engine, parse_dtype
+from ..api import Engine, parse_device, parse_dtype
 from ..messages import Capabilities, EngineOutput, GenerationConfig
 from ..sampling import generate, stop_tokens
 from .decoder import Decoder, Tap
@@ -28,7 +28,7 @@ class NumbaEngine(Engine):
         super().__init__()
         self.model = model
         self.dtype = parse_dtype(dtype, DTYPES, "numba")
-        self.device = torch.device(device)
+        self.device = parse_device(device, "numba")
         self.decoder = Decoder(model, self.dtype, self.device)
 
     @property
@@ -68,9 +68,7 @@ class _Run:
     def hidden(self, tap: Tap | None = None) -> torch.Tensor:
         """Run the whole prompt; `[seq, hidden]` after the final norm."""
         prompt, decoder = self.prompt, self.decoder
-        ids = torch.tensor(prompt.input_ids, dtype=torch.int64)
-        for start, stop in prompt.embedding_ranges:
-            ids[start:stop] = 0  # never looked up, and placeholders need not fit the vocabulary
+        ids = torch.tensor(prompt.lookup_ids)
         state = splice(ids, decoder.table, prompt.input_embeddings, prompt.embedding_ranges)
         low, reach = (torch.from_numpy(x) for x in visible_keys(len(prompt), prompt.bidirectional))
         return decoder.forward(state, self.positions, low, reach, self.cache, tap)
