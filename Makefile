@@ -28,6 +28,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing pinned versions into $(VENV) (the first time takes some minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' || { \
 		echo "The installation failed (see above). Without a network nothing can be installed; else remove $(VENV) and try again."; exit 1; }
+	@$(BIN)/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements >/dev/null 2>&1
 	@touch $(READY)
 
 setup: $(READY)
