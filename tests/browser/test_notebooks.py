@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 from .conftest import ARTIFACTS
 
@@ -17,8 +18,19 @@ def open_and_run(page, lab, notebook):
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=120 * SECOND)
     # a kernel that is not there yet would swallow the command
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=120 * SECOND)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.locator("[data-command='runmenu:run-all']").click()
+    for attempt in range(4):
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.locator("[data-command='runmenu:run-all']").click()
+        try:  # JupyterLab may still be settling and drop the command
+            page.wait_for_function(
+                "() => [...document.querySelectorAll('.jp-InputArea-prompt')].some(e => e.textContent.trim() === '[*]:')",
+                timeout=15 * SECOND,
+            )
+            return
+        except PlaywrightTimeout:
+            page.screenshot(path=ARTIFACTS / f"not_running_{attempt}.png")
+            page.keyboard.press("Escape")
+    pytest.fail("Run All Cells did not start; see the screenshots in test-artifacts")
 
 
 def wait_idle(page, seconds=240):
