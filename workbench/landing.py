@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from .compare.metrics import cosine, relative_change
+from .compare.metrics import cosine, relative_error
 from .engines.api import Engine
 from .plots.landing import Landing
 from .prompt import Prompt
@@ -33,14 +32,9 @@ def land(engine: Engine, prompt: Prompt, plain: Trace | None = None, words: int 
         model.tokens(prompt.input_ids),
         prompt.embedding_ranges,
         taps,
-        np.stack([relative_change(injected[tap], plain[tap]).numpy() for tap in taps]),
+        np.stack([relative_error(injected[tap], plain[tap]).numpy() for tap in taps]),
         np.stack([cosine(injected[tap], plain[tap]).numpy() for tap in taps]),
         model.tokens(likeliest),
         *(chance[likeliest].tolist() for chance in chances),
     )
     return landing, plain
-
-
-def unchanged(injected: Trace, plain: Trace) -> bool:
-    """Whether every state of two traces is the same bit for bit."""
-    return all(torch.equal(injected[tap], plain[tap]) for tap in plain)

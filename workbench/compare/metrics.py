@@ -21,11 +21,6 @@ def cosine(state: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cosine_similarity(state.double(), other.double(), dim=-1).clamp(-1.0, 1.0)
 
 
-def relative_change(state: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """`|state - before| / |before|` over the width, in the dtype's own numbers: how much an injection changed a token."""
-    return relative_error(state, before)
-
-
 def unit_roundoff(dtype: str) -> float:
     """Largest relative error of rounding one number to `dtype`: half its machine epsilon."""
     return torch.finfo(getattr(torch, dtype)).eps / 2
