@@ -139,7 +139,7 @@ class LandingBench:
         touched = int((landing.change[-1] > 0).sum())
         return parts.note(
             "plain",
-            f"{place} Nothing before position {first} changes, by a single bit; at the last layer {touched} of "
+            f"{place} Nothing before position {first} changes, not by a single bit; at the last layer {touched} of "
             f"{len(landing.tokens)} tokens do.",
         )
 
