@@ -82,6 +82,11 @@ class Model:
         encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
+    def position_of(self, text: str, ids: list[int], otherwise: int) -> int:
+        """Where the first token of `text` (a leading blank belongs to it) stands in `ids`, or `otherwise`."""
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids.index(tokens[0]) if tokens and tokens[0] in ids else otherwise
+
     def tokens(self, ids) -> list[str]:
         """Each id as the text it stands for, decoded alone."""
         return [self.tokenizer.decode([token]) for token in ids]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+EVERY_TAP = ("embed", "layers.*", "layers.*.*", "norm", "logits")
+"""Patterns that match every tap of a decoder."""
+
 
 def decoder_taps(layers: int) -> tuple[str, ...]:
     """All taps of a decoder of `layers` layers, in the order they are computed.

@@ -68,6 +68,15 @@ def test_splice_matches_the_oracle(dtype, hidden):
         assert np.array_equal(out.float().numpy(), expected)
 
 
+def test_a_view_that_begins_between_words():
+    table = torch.randn(4 * 5 + 1)[1:].view(5, 4)
+    item = torch.randn(4 + 1)[1:].view(1, 4)
+    plan, rows = plan_splice([item], [(0, 1)], table, 0, 2)
+    out = torch.zeros(2, 4)
+    cuda_splice.launch(torch.tensor([0, 3]), table, rows, plan, out, 1.0)
+    assert torch.equal(out, torch.stack([item[0], table[3]]))
+
+
 def test_an_id_outside_the_table_shows_as_nan():
     table = torch.randn(5, 4)
     plan, rows = plan_splice([], [], table, 0, 2)

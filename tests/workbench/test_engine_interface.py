@@ -1,6 +1,7 @@
 """The interface both engines have: streaming, sessions, sampling, outputs, and bad input."""
 
 import asyncio
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -102,6 +103,23 @@ def test_cancel_and_repeated_session(small):
     assert rest[-1].num_token < 10
     assert not small.cancel(7)
     assert len(list(small.stream_infer(7, *arguments(random_prompt()), CONFIG))) == 10
+
+
+def test_a_repeated_session_that_is_not_read_to_its_end_blocks_nobody(small):
+    first = small.stream_infer(9, *arguments(random_prompt()), CONFIG)
+    next(first)
+    repeated = small.stream_infer(9, *arguments(random_prompt()), CONFIG)
+    assert next(repeated).status is ResponseType.SESSION_REPEAT
+    assert not small._sessions_lock.locked()
+    assert small.cancel(9)
+    first.close()
+
+
+def test_a_stream_that_is_never_started_leaves_nothing(small):
+    stream = small.stream_infer(10, *arguments(random_prompt()), CONFIG)
+    del stream
+    gc.collect()
+    assert not small.cancel(10)
 
 
 def test_a_closed_stream_frees_its_session(small):

@@ -9,6 +9,7 @@ from ..engines.api import Engine
 from ..engines.transformers_reference import TransformersReference
 from ..models import Model
 from ..prompt import Prompt
+from ..taps import EVERY_TAP
 from .verdict import FACTOR, Comparison, compare
 
 
@@ -26,7 +27,7 @@ def _load(model: Model, dtype: str, stamps: tuple) -> TransformersReference:
 def check_engine(
     engine: Engine,
     prompt: Prompt,
-    taps: Iterable[str] = ("embed", "layers.*", "layers.*.*", "norm", "logits"),
+    taps: Iterable[str] = EVERY_TAP,
     positions: slice | Sequence[int] = slice(None),
     factor: float = FACTOR,
 ) -> Comparison:

@@ -8,6 +8,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Generator, Iterable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -32,7 +33,8 @@ class Engine(ABC):
 
     def __init__(self) -> None:
         self._sessions: dict[int, threading.Event] = {}
-        self._waiting: dict[int, threading.Event] = {}  # made, but no step taken yet
+        # Made, but no step taken yet; an entry goes when its generator does.
+        self._waiting: WeakValueDictionary[int, threading.Event] = WeakValueDictionary()
         self._sessions_lock = threading.Lock()
 
     @property
@@ -57,9 +59,9 @@ class Engine(ABC):
         config = self.model.text_config
         prompt.check(vocab_size=config.vocab_size, hidden_size=config.hidden_size)
         for number, item in enumerate(prompt.input_embeddings):
-            wide = ~torch.isfinite(item.to(self.dtype)).all(dim=1)
-            if wide.any():
-                row = int(wide.nonzero()[0])
+            overflows = ~torch.isfinite(item.to(self.dtype)).all(dim=1)
+            if overflows.any():
+                row = int(overflows.nonzero()[0])
                 raise EmbeddingRangeError(
                     f"input_embeddings[{number}], row {row}, holds {float(item[row].abs().max()):.3g}, which overflows in the "
                     f"engine's {str(self.dtype).removeprefix('torch.')}: scale the rows, or run the engine in a wider dtype"
@@ -151,19 +153,16 @@ class Engine(ABC):
     def _session(
         self, prompt: Prompt, config: GenerationConfig, session_id: int | None, cancelled: threading.Event
     ) -> Generator[EngineOutput, None, None]:
-        if session_id is not None:
-            with self._sessions_lock:
-                if self._waiting.get(session_id) is cancelled:
-                    del self._waiting[session_id]
-                if session_id in self._sessions:
-                    yield EngineOutput(ResponseType.SESSION_REPEAT)
-                    return
-                self._sessions[session_id] = cancelled
+        if session_id is not None and not self._enter(session_id, cancelled):
+            yield EngineOutput(ResponseType.SESSION_REPEAT)
+            return
         made = 0
         try:
             steps = self._generate(prompt, config)
             while not cancelled.is_set():
-                output = next(steps)
+                output = next(steps, None)
+                if output is None:
+                    return
                 made = output.num_token
                 yield output
                 if output.status is not ResponseType.SUCCESS:
@@ -174,6 +173,16 @@ class Engine(ABC):
             if session_id is not None:
                 with self._sessions_lock:
                     self._sessions.pop(session_id, None)
+
+    def _enter(self, session_id: int, cancelled: threading.Event) -> bool:
+        """Take a session number for a request's first step; False where another request holds it."""
+        with self._sessions_lock:
+            if self._waiting.get(session_id) is cancelled:
+                del self._waiting[session_id]
+            if session_id in self._sessions:
+                return False
+            self._sessions[session_id] = cancelled
+            return True
 
     def cancel(self, session_id: int) -> bool:
         """Stop a request, before its first step or after its current one; returns whether there was one."""

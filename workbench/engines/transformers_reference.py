@@ -98,25 +98,23 @@ class TransformersReference(Engine):
             hooks.append(module.register_forward_hook(lambda module, args, output: keep(name, output)))
 
         wanted, hooks = set(taps), []
-        self._lock.acquire()
-        layers = self.decoder.layers
-        hooks.append(
-            layers[0].register_forward_pre_hook(
-                lambda module, args, kwargs: keep("embed", args[0] if args else kwargs["hidden_states"]),
-                with_kwargs=True,
-            )
-        )
-        for number, layer in enumerate(layers):
-            after(layer, f"layers.{number}")
-            if hasattr(layer, "self_attn") and hasattr(layer, "mlp"):
-                after(layer.self_attn, f"layers.{number}.attention")
-                after(layer.mlp, f"layers.{number}.mlp")
-        try:
-            hidden = self.hidden(prompt)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self._lock.release()
+        with self._lock:
+            try:
+                hooks.append(
+                    self.decoder.layers[0].register_forward_pre_hook(
+                        lambda module, args, kwargs: keep("embed", args[0] if args else kwargs["hidden_states"]),
+                        with_kwargs=True,
+                    )
+                )
+                for number, layer in enumerate(self.decoder.layers):
+                    after(layer, f"layers.{number}")
+                    if hasattr(layer, "self_attn") and hasattr(layer, "mlp"):
+                        after(layer.self_attn, f"layers.{number}.attention")
+                        after(layer.mlp, f"layers.{number}.mlp")
+                hidden = self.hidden(prompt)
+            finally:
+                for hook in hooks:
+                    hook.remove()
         keep("norm", hidden)
         if "logits" in wanted:
             kept["logits"] = self.head(hidden[rows])

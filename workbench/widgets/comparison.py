@@ -18,11 +18,11 @@ from ..models import Model
 from ..plots.errors import error_by_layer, ratio_map
 from ..plots.png import to_png
 from ..prompt import Prompt
+from ..taps import EVERY_TAP
 from ..trace import Trace
 from . import parts
 from .latest import Latest
 
-TAPS = ("embed", "layers.*", "layers.*.*", "norm", "logits")
 CLEAN = "none"
 
 
@@ -44,8 +44,7 @@ class ComparisonBench:
         self._traces: dict[tuple[str, str, str], list[Trace]] = {}
         self.comparison: Comparison | None = None
         self._jobs = Latest(self._show_error)
-        tokens = model.tokenizer.encode(placeholder, add_special_tokens=False)
-        at = self.ids.index(tokens[0]) if tokens and tokens[0] in self.ids else len(self.ids) // 2
+        at = model.position_of(placeholder, self.ids, otherwise=len(self.ids) // 2)
         self.dtype = w.Dropdown(options=["float32", "bfloat16", "float16"], description="Engine runs in")
         self.dtype.style.description_width = "initial"
         self.fault = w.Dropdown(options=[CLEAN, *FAULTS], description="Fault")
@@ -126,11 +125,11 @@ class ComparisonBench:
             if len(self._traces) > 12:
                 self._traces.pop(next(iter(self._traces)))
             if name == "engine":
-                self._traces[key] = [self._engine(dtype, fault).trace(prompt, TAPS)]
+                self._traces[key] = [self._engine(dtype, fault).trace(prompt, EVERY_TAP)]
             elif name == "floor":
-                self._traces[key] = reference(self.model, dtype).noise_floor(prompt, TAPS)
+                self._traces[key] = reference(self.model, dtype).noise_floor(prompt, EVERY_TAP)
             else:
-                self._traces[key] = [reference(self.model, "float64").trace(prompt, TAPS)]
+                self._traces[key] = [reference(self.model, "float64").trace(prompt, EVERY_TAP)]
         return self._traces[key]
 
     def _engine(self, dtype: str, fault: str) -> Engine:

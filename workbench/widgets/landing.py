@@ -51,7 +51,7 @@ class LandingBench:
             style={"description_width": "initial"}, layout={"width": "300px"},
         )  # fmt: skip
         ids = self._ids()
-        at = self._find(placeholder, ids)
+        at = engine.model.position_of(placeholder, ids, otherwise=max(len(ids) - 2, 0))
         self._start = parts.slider("Range starts at", at, 0, len(ids) - 1, "first position that is replaced")
         self._rows = parts.slider("and holds", 1, 1, len(ids) - at, "number of tokens that are replaced")
         self.start, self.rows = self._start.children[0], self._rows.children[0]
@@ -98,11 +98,6 @@ class LandingBench:
         return model.chat_ids(self.question.value) + model.tokenizer.encode(
             self.answer_start.value, add_special_tokens=False
         )
-
-    def _find(self, word: str, ids: list[int]) -> int:
-        """Position of the first token of `word`, or of the last token but one."""
-        tokens = self.engine.model.tokenizer.encode(word, add_special_tokens=False)
-        return ids.index(tokens[0]) if tokens and tokens[0] in ids else max(len(ids) - 2, 0)
 
     def _new_text(self, change: object = None) -> None:
         self.start.max = len(self._ids()) - 1

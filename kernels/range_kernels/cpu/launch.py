@@ -13,14 +13,16 @@ from .vector import COLUMNS
 
 # Numba's portable threading layer aborts the process when two threads enter parallel code at once.
 _PARALLEL = threading.Lock()
-_DECODE_QUERIES = 4  # up to so many queries a sequence, packing K and V costs more than it saves
-_SMALL_WORK = 1 << 18  # multiply-adds under which waking the other threads costs more than the work
+# Two guesses, not measured: up to so many queries a sequence K and V are read unpacked, and under so many multiply-adds by
+# one thread.
+_DECODE_QUERIES = 4
+_SMALL_WORK = 1 << 18
 
 
 class _Scratch:
-    """Memory kept from call to call: fresh pages cost more than packing a short prompt. Used under `_PARALLEL` only."""
+    """Memory kept from call to call, aligned to cache lines. Used under `_PARALLEL` only."""
 
-    LARGEST = 1 << 24  # floats kept (64 MiB); longer prompts pay for their pages
+    LARGEST = 1 << 24  # floats kept (64 MiB) under each name
 
     def __init__(self) -> None:
         self._kept: dict[str, np.ndarray] = {}

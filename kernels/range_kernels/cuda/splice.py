@@ -43,7 +43,8 @@ def launch(
 ) -> None:
     """See `range_kernels.splice`; fills `out` in one launch without waiting for the device, so ids are not checked."""
     row_bytes = table.shape[1] * table.element_size()
-    word = next(kind for size, kind in _WORDS if row_bytes % size == 0)
+    starts = [x.storage_offset() * x.element_size() for x in (table, rows, out)]  # a view may begin between words
+    word = next(kind for size, kind in _WORDS if not any(number % size for number in (row_bytes, *starts)))
     device_plan = torch.from_numpy(plan).to(table.device, non_blocking=True)
     arrays = [as_array(x.detach().view(word)) for x in (table, rows, out)]
     _copy_rows[len(input_ids), _THREADS, stream(table)](as_array(input_ids), as_array(device_plan), *arrays)

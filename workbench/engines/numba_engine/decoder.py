@@ -55,54 +55,55 @@ class Decoder:
         hidden, intermediate, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
 
-        def get(shape: tuple[int, ...], *names: str) -> torch.Tensor:
-            """Tensors stacked along their rows; `shape` is that of the stack, parted as `parted` says."""
-            parts = []
-            for name, rows in zip(names, parted(shape[0], len(names)), strict=True):
-                parts.append(model.weights.get(name))
-                needed = (rows, *shape[1:])
-                if parts[-1].shape != needed:
-                    raise ModelError(
-                        f"tensor {name} of {model.name!r} is {tuple(parts[-1].shape)}, its configuration needs {needed}"
-                    )
-            return torch.cat(parts).to(device, dtype)
+        def get(name: str, *shape: int) -> torch.Tensor:
+            tensor = model.weights.get(name)
+            if tensor.shape != shape:
+                raise ModelError(
+                    f"tensor {name} of {model.name!r} is {tuple(tensor.shape)}, its configuration needs {shape}"
+                )
+            return tensor.to(device, dtype)
 
-        def parted(rows: int, parts: int) -> list[int]:
-            return [queries, keys, keys] if parts == 3 else [rows // parts] * parts
+        def weight(parts: dict[str, int], width: int) -> torch.Tensor:
+            """The weights of projections `{name: rows}`, stacked along their rows."""
+            return torch.cat([get(f"{name}.weight", rows, width) for name, rows in parts.items()])
 
-        def bias(wanted: bool, shape: tuple[int, ...], *names: str) -> torch.Tensor | None:
-            extra = [name for name in names if name in model.weights]
+        def bias(parts: dict[str, int], wanted: bool) -> torch.Tensor | None:
+            extra = [name for name in parts if f"{name}.bias" in model.weights]
             if extra and not wanted:
-                raise ModelError(f"{model.name!r} has {extra[0]}, but its configuration says that there is none")
-            return get(shape, *names) if wanted else None
+                raise ModelError(
+                    f"{model.name!r} has {extra[0]}.bias, but its configuration says that there is none: correct one of them"
+                )
+            return torch.cat([get(f"{name}.bias", rows) for name, rows in parts.items()]) if wanted else None
 
-        self.table = get((vocab, hidden), "model.embed_tokens.weight")
-        self.norm = get((hidden,), "model.norm.weight")
+        self.table = get("model.embed_tokens.weight", vocab, hidden)
+        self.norm = get("model.norm.weight", hidden)
         self.head = self.table
         if not config.tie_word_embeddings or "lm_head.weight" in model.weights:
-            self.head = get((vocab, hidden), "lm_head.weight")
+            self.head = get("lm_head.weight", vocab, hidden)
             if config.tie_word_embeddings and not torch.equal(self.head, self.table):
                 raise ModelError(
-                    f"{model.name!r} says tie_word_embeddings, but its lm_head.weight is not its embedding table: which holds?"
+                    f"{model.name!r} says tie_word_embeddings, but its lm_head.weight is not its embedding table: which holds? "
+                    "Set tie_word_embeddings to false, or drop lm_head.weight"
                 )
         self.layers = []
         for number in range(config.num_hidden_layers):
             at = f"model.layers.{number}"
-            qkv = [f"{at}.self_attn.{part}_proj" for part in "qkv"]
-            gate_up = [f"{at}.mlp.{part}_proj" for part in ("gate", "up")]
-            attention_bias, mlp_bias = bool(config.attention_bias), bool(config.mlp_bias)
+            qkv = {f"{at}.self_attn.{part}_proj": rows for part, rows in (("q", queries), ("k", keys), ("v", keys))}
+            output = {f"{at}.self_attn.o_proj": hidden}
+            gate_up = {f"{at}.mlp.{part}_proj": intermediate for part in ("gate", "up")}
+            down = {f"{at}.mlp.down_proj": hidden}
             self.layers.append(
                 Layer(
-                    get((hidden,), f"{at}.input_layernorm.weight"),
-                    get((queries + 2 * keys, hidden), *(f"{name}.weight" for name in qkv)),
-                    bias(attention_bias, (queries + 2 * keys,), *(f"{name}.bias" for name in qkv)),
-                    get((hidden, queries), f"{at}.self_attn.o_proj.weight"),
-                    bias(attention_bias, (hidden,), f"{at}.self_attn.o_proj.bias"),
-                    get((hidden,), f"{at}.post_attention_layernorm.weight"),
-                    get((2 * intermediate, hidden), *(f"{name}.weight" for name in gate_up)),
-                    bias(mlp_bias, (2 * intermediate,), *(f"{name}.bias" for name in gate_up)),
-                    get((hidden, intermediate), f"{at}.mlp.down_proj.weight"),
-                    bias(mlp_bias, (hidden,), f"{at}.mlp.down_proj.bias"),
+                    get(f"{at}.input_layernorm.weight", hidden),
+                    weight(qkv, hidden),
+                    bias(qkv, config.attention_bias),
+                    weight(output, queries),
+                    bias(output, config.attention_bias),
+                    get(f"{at}.post_attention_layernorm.weight", hidden),
+                    weight(gate_up, hidden),
+                    bias(gate_up, config.mlp_bias),
+                    weight(down, intermediate),
+                    bias(down, config.mlp_bias),
                 )
             )
 
