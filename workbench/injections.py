@@ -32,8 +32,7 @@ def injected_rows(
     if kind == "identity":
         return own
     if kind == "noise":
-        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed))
-        return noise * (own.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True))
+        return noise_like(own, torch.Generator().manual_seed(seed))
     if kind not in KINDS:
         raise PromptError(f"no injection {kind!r}: choose one of {', '.join(KINDS)}")
     ids = model.tokenizer.encode(word, add_special_tokens=False)
@@ -41,3 +40,9 @@ def injected_rows(
         raise PromptError(f"the word to inject, {word!r}, has no tokens: type a word (a leading blank belongs to it)")
     other = table[[ids[i % len(ids)] for i in range(len(own_ids))]].float()
     return other if kind == "another word" else (1.0 - share) * own + share * other
+
+
+def noise_like(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random directions, each as long as the row of `rows` `[rows, hidden]` it stands for."""
+    noise = torch.randn(rows.shape, generator=generator)
+    return noise * (rows.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True))

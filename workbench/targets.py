@@ -62,9 +62,6 @@ def effect(prompt: Prompt, target: Target) -> Effect:
     """Work out what `target` computes from `prompt`."""
     if target.name == "transformers" or not prompt.input_embeddings:
         return Effect(prompt)
-    for number, item in enumerate(prompt.input_embeddings):
-        if not is_item(item):
-            return Effect(None, (f"input_embeddings[{number}] is no dense tensor [rows, hidden]: rejected",))
     if target.name == "lmdeploy-pytorch":
         if target.before("0.5.0"):
             return Effect(_placeholders(prompt), ("the PyTorch engine takes no embeddings before 0.5.0",))
@@ -122,6 +119,9 @@ def _turbomind(prompt: Prompt, target: Target) -> Effect:
 
 
 def _turbomind_rejects(prompt: Prompt) -> str | None:
+    for number, item in enumerate(prompt.input_embeddings):
+        if not is_item(item):
+            return f"input_embeddings[{number}] is no dense tensor [rows, hidden]"
     end_before = 0
     for number, (start, stop) in enumerate(prompt.embedding_ranges):
         if start < end_before:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ..engines.api import Engine
+from ..injections import noise_like
 from ..models import Model
 from ..prompt import Prompt
 from .run import check_engine
@@ -16,7 +17,7 @@ from .verdict import Comparison
 def clean_runs(engine: Engine, runs: int, seed: int = 0, tokens: tuple[int, int] = (8, 160)) -> Iterator[Comparison]:
     """Compare a clean engine with the reference on `runs` random prompts.
 
-    Half of them are chats of ordinary words, half random ids; each has one to three items of injected rows, drawn from the
+    Half of them are ordinary words in random order, half random ids; each has one to three items of injected rows, drawn from the
     embedding table or as noise of the same length. Lengths are uniform in `tokens`.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -42,8 +43,7 @@ def random_prompt(model: Model, generator: torch.Generator, tokens: tuple[int, i
             break
         rows = table[torch.randint(len(table), (stop - start,), generator=generator)].float()
         if integer(0, 1):
-            noise = torch.randn(rows.shape, generator=generator)
-            rows = noise * rows.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+            rows = noise_like(rows, generator)
         items.append(rows)
         ranges.append((start, stop))
         position = stop
