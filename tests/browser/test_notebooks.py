@@ -14,7 +14,8 @@ SECOND = 1000
 
 
 def open_and_run(page, lab, notebook):
-    page.goto(f"{lab}/lab/tree/notebooks/{notebook}?reset")
+    # A workspace of its own: `?reset` would start a kernel, shut it down and start another, losing what was sent to the first.
+    page.goto(f"{lab}/lab/workspaces/{notebook[:2]}/tree/notebooks/{notebook}")
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=120 * SECOND)
     # a kernel that is not there yet would swallow the command
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=120 * SECOND)
