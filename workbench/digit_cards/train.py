@@ -1,0 +1,245 @@
+"""Train digit-cards: `python -m workbench.digit_cards.train OUT` (minutes on one data-centre GPU).
+
+Two stages. First the tower alone, with probes that name the cards it sees: an hour's detour through a frozen language model
+saved. Then tower and projector through the frozen language model, on the answers. Both draw from one pool of pictures whose
+handwriting is the training part of the split, and are tried on pictures whose handwriting is the other part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import smollm2
+from .cards import SIZE, Scene, draw_scene, render, split
+from .network import IGNORED, CardReader, Probes, probe_targets
+from .questions import QUESTIONS, Question
+
+CARDS_SHARE = {1: 0.66, 2: 0.17, 3: 0.17}  # of the pool, by cards in a picture
+QUESTION_SHARE = {"digit": 0.2, "colour": 0.1, "corner": 0.1, "order": 0.25, "row": 0.25, "count": 0.1}
+
+
+@dataclass
+class Pool:
+    """Rendered pictures: uint8 `[pictures, 3, 224, 224]`, their scenes, and which hold how many cards."""
+
+    pixels: torch.Tensor
+    scenes: list[Scene]
+    of_cards: dict[int, np.ndarray]
+
+    def pose(self, question: Question, generator: np.random.Generator) -> tuple[list[int], str]:
+        """Pictures (by their index) for a question, and the right answer."""
+        images, cards = (int(generator.integers(low, high + 1)) for low, high in (question.images, question.cards))
+        chosen = [int(index) for index in generator.choice(self.of_cards[cards], images)]
+        return chosen, question.answer([self.scenes[index] for index in chosen])
+
+
+def make_pool(size: int, held_out: bool, seed: int, workers: int, device: str) -> Pool:
+    """Draw and render `size` pictures in `workers` processes; the same seed gives the same pool."""
+    counts = [cards for cards, share in CARDS_SHARE.items() for _ in range(round(size * share))]
+    jobs = [(seed, number, part.tolist(), held_out) for number, part in enumerate(np.array_split(counts, workers * 4))]
+    pixels = torch.empty((len(counts), 3, SIZE, SIZE), dtype=torch.uint8, device=device)
+    scenes: list[Scene] = []
+    with ProcessPoolExecutor(workers) as pool:
+        for drawn, pictures in pool.map(_render_part, jobs):
+            pixels[len(scenes) : len(scenes) + len(drawn)] = torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2)
+            scenes += drawn
+    of_cards = {cards: np.flatnonzero(np.asarray(counts) == cards) for cards in CARDS_SHARE}
+    return Pool(pixels, scenes, of_cards)
+
+
+def _render_part(job: tuple[int, int, list[int], bool]) -> tuple[list[Scene], np.ndarray]:
+    seed, number, counts, held_out = job
+    generator = np.random.default_rng([seed, number])
+    indices = split(held_out)
+    scenes = [draw_scene(generator, indices, cards) for cards in counts]
+    return scenes, np.stack([np.asarray(render(scene)) for scene in scenes])
+
+
+class Log:
+    """Lines of JSON in a file, and the same on the screen."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("a")
+        self.start = time.monotonic()
+
+    def write(self, **entry: object) -> None:
+        line = json.dumps({"seconds": round(time.monotonic() - self.start, 1), **entry})
+        print(line, flush=True)
+        self.file.write(line + "\n")
+        self.file.flush()
+
+
+def brighten(pixels: torch.Tensor) -> torch.Tensor:
+    """Change each picture's light and contrast a little: uint8 in, uint8 out."""
+    images = len(pixels)
+    gain = torch.empty((images, 1, 1, 1), device=pixels.device).uniform_(0.85, 1.15)
+    tint = torch.empty((images, 3, 1, 1), device=pixels.device).uniform_(-14, 14)
+    return (pixels.float() * gain + tint).clamp(0, 255).to(torch.uint8)
+
+
+def schedule(optimizer: torch.optim.Optimizer, steps: int, warm: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then half a cosine down to 2 %."""
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train_tower(
+    reader: CardReader, probes: Probes, pool: Pool, tried: Pool, steps: int, batch: int, rate: float, log: Log
+) -> None:
+    """Stage one: the tower learns to see cards, through probes."""
+    tower = reader.parts["tower"]
+    targets, tried_targets = (probe_targets(each.scenes).to(each.pixels.device) for each in (pool, tried))
+    optimizer = torch.optim.AdamW([*tower.parameters(), *probes.parameters()], rate, (0.9, 0.98), weight_decay=0.05)
+    plan = schedule(optimizer, steps, steps // 20)
+    for step in range(steps):
+        chosen = torch.randint(len(pool.scenes), (batch,), device=targets.device)
+        with _autocast(reader):
+            loss, right = probes.loss(reader.features(brighten(pool.pixels[chosen])), targets[chosen])
+        _update(loss, optimizer, plan, [*tower.parameters(), *probes.parameters()])
+        if step % 250 == 249 or step == steps - 1:
+            with torch.no_grad(), _autocast(reader):
+                parts = zip(tried.pixels.split(512), tried_targets.split(512), strict=True)
+                shares = [float(probes.loss(reader.features(pixels), wanted)[1]) for pixels, wanted in parts]
+            entry = {"loss": round(loss.item(), 4), "digits": round(right.item(), 4)}
+            log.write(stage="tower", step=step + 1, **entry, held_out_digits=round(float(np.mean(shares)), 4))
+
+
+def train_answers(
+    reader: CardReader, probes: Probes, pool: Pool, tried: Pool, steps: int, batch: int, rate: float, log: Log
+) -> None:
+    """Stage two: tower and projector learn to make the frozen language model answer."""
+    kinds, shares = list(QUESTION_SHARE), list(QUESTION_SHARE.values())
+    generator = np.random.default_rng(1)
+    targets = probe_targets(pool.scenes).to(pool.pixels.device)
+    groups = [
+        {"params": reader.parts["projector"].parameters(), "lr": rate},
+        {"params": reader.parts["tower"].parameters(), "lr": rate / 3},
+        {"params": probes.parameters(), "lr": rate / 3},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.02)
+    plan = schedule(optimizer, steps, steps // 30)
+    trained = [*reader.parts.parameters(), *probes.parameters()]
+    for step in range(steps):
+        posed = [QUESTIONS[kind] for kind in generator.choice(kinds, batch, p=shares)]
+        ids, labels, images, _ = encode_batch(reader, pool, posed, generator)
+        with _autocast(reader):
+            features = reader.features(brighten(pool.pixels[images]))
+            loss, right = reader.answer_loss(ids, labels, reader.rows(features))
+            seen, _ = probes.loss(features, targets[images])
+        _update(loss + 0.2 * (1 - step / steps) * seen, optimizer, plan, trained)
+        if step % 250 == 249 or step == steps - 1:
+            entry = {"loss": round(loss.item(), 4), "right": round(float(right.float().mean()), 4)}
+            log.write(stage="answers", step=step + 1, **entry, held_out=try_answers(reader, tried, 256))
+
+
+@torch.no_grad()
+def try_answers(reader: CardReader, pool: Pool, questions: int) -> dict[str, float]:
+    """Share of exactly right greedy answers for each kind of question."""
+    generator = np.random.default_rng(2)
+    shares = {}
+    for kind, question in QUESTIONS.items():
+        right: list[bool] = []
+        for _ in range(questions // 128):
+            ids, labels, images, _ = encode_batch(reader, pool, [question] * 128, generator)
+            with _autocast(reader):
+                rows = reader.rows(reader.features(pool.pixels[images]))
+                right += reader.answer_loss(ids, labels, rows)[1].tolist()
+        shares[kind] = round(float(np.mean(right)), 4)
+    return shares
+
+
+def encode_batch(
+    reader: CardReader, pool: Pool, questions: Sequence[Question], generator: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+    """Ids and labels `[prompts, tokens]` padded on the right, the pictures in their order, and the right answers."""
+    encoded, images, answers = [], [], []
+    for question in questions:
+        chosen, answer = pool.pose(question, generator)
+        encoded.append(reader.encode(question.text, len(chosen), answer))
+        images += chosen
+        answers.append(answer)
+    longest = max(len(ids) for ids, _ in encoded)
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row, _ in encoded])
+    labels = torch.tensor([row + [IGNORED] * (longest - len(row)) for _, row in encoded])
+    device = pool.pixels.device
+    return ids.to(device), labels.to(device), torch.tensor(images, device=device), answers
+
+
+def _autocast(reader: CardReader) -> torch.autocast:
+    device = next(reader.parameters()).device.type
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def _update(
+    loss: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    plan: torch.optim.lr_scheduler.LRScheduler,
+    trained: Iterator | list,
+) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    plan.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m workbench.digit_cards.train", description=__doc__)
+    parser.add_argument("out", type=Path, help="folder for vision.safetensors and train_log.jsonl")
+    parser.add_argument("--pictures", type=int, default=150_000)
+    parser.add_argument("--tower-steps", type=int, default=5_000)
+    parser.add_argument("--tower-batch", type=int, default=512)
+    parser.add_argument("--tower-rate", type=float, default=1e-3)
+    parser.add_argument("--answer-steps", type=int, default=2_000)
+    parser.add_argument("--answer-batch", type=int, default=192)
+    parser.add_argument("--answer-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=20261122)
+    parser.add_argument("--workers", type=int, default=16)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/tower.pt, which stage one leaves")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    log = Log(options.out / "train_log.jsonl")
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "workers")}
+    log.write(settings=settings, torch=torch.__version__, device=_device_name(options.device))
+    pool = make_pool(options.pictures, False, options.seed, options.workers, options.device)
+    tried = make_pool(4096, True, options.seed + 1, options.workers, options.device)
+    log.write(pictures=len(pool.scenes), held_out_pictures=len(tried.scenes))
+    reader = CardReader(smollm2.folder(), options.device)
+    probes = Probes().to(options.device)
+    state = options.out / "tower.pt"
+    both = torch.nn.ModuleDict({"tower": reader.parts["tower"], "probes": probes})
+    if options.resume:
+        both.load_state_dict(torch.load(state, weights_only=True))
+    else:
+        train_tower(reader, probes, pool, tried, options.tower_steps, options.tower_batch, options.tower_rate, log)
+        torch.save(both.state_dict(), state)
+    if options.answer_steps:
+        train_answers(reader, probes, pool, tried, options.answer_steps, options.answer_batch, options.answer_rate, log)
+        reader.save(options.out / "vision.safetensors")
+        log.write(stage="done", held_out=try_answers(reader, tried, 1024))
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+
+
+if __name__ == "__main__":
+    main()
