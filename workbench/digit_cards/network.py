@@ -32,8 +32,8 @@ class CardReader(nn.Module):
         self.language = AutoModelForCausalLM.from_pretrained(language, dtype=torch.bfloat16).requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(language)
         with torch.no_grad():  # start with rows as long as a word's
-            table = self.language.get_input_embeddings().weight.float()
-            self.parts["projector"].linear_2.weight.mul_(float(table.std()) * 4)
+            deviation = float(self.language.get_parameter("model.embed_tokens.weight").float().std())
+            self.parts["projector"].get_parameter("linear_2.weight").mul_(deviation * 4)
         self.to(device)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
