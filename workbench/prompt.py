@@ -19,12 +19,19 @@ from .ranges import Range, range_faults
 
 @dataclass(frozen=True)
 class Span:
-    """What a range holds, beside its position: modality, patch grid (rows, columns), and how its tokens attend."""
+    """What a range holds, beside its position.
+
+    Attributes:
+        grid: of patches, (rows, columns); on models with M-RoPE (time, height, width).
+        attention: "bidirectional" where the tokens of the range see each other both ways.
+        block: the tokens that see each other where they are more than the range (PaliGemma: the whole prompt), `[start, stop)`.
+    """
 
     modality: str = "image"
     grid: tuple[int, ...] | None = None
     attention: Literal["causal", "bidirectional"] = "causal"
     label: str = ""
+    block: Range | None = None
 
     def __post_init__(self) -> None:
         if self.attention not in ("causal", "bidirectional"):
@@ -44,6 +51,8 @@ class Prompt:
         embedding_ranges: half-open `(start, stop)`; item i replaces the token embeddings there.
         spans: what each range holds; empty, or one a range.
         position_ids: `[seq]`, or `[3, seq]` for M-RoPE; None means 0, 1, 2, ...
+        deepstack: one an item, `[levels, rows_i, hidden]`: level k is added to the item's positions after layer k (Qwen3-VL;
+            Meng et al. 2024, arXiv:2406.04334); empty on models without it.
     """
 
     input_ids: Sequence[int]
@@ -51,6 +60,7 @@ class Prompt:
     embedding_ranges: Sequence[Range] = ()
     spans: Sequence[Span] = ()
     position_ids: torch.Tensor | None = None
+    deepstack: Sequence[torch.Tensor] = ()
 
     def __post_init__(self) -> None:
         ids = _plain(self.input_ids)
@@ -70,6 +80,7 @@ class Prompt:
             ) from error
         object.__setattr__(self, "embedding_ranges", ranges)
         object.__setattr__(self, "spans", () if self.spans is None else tuple(self.spans))
+        object.__setattr__(self, "deepstack", () if self.deepstack is None else tuple(self.deepstack))
         for number, span in enumerate(self.spans):
             if not isinstance(span, Span):
                 raise EmbeddingRangeError(f"spans[{number}] is {span!r}: give a workbench.Span")
@@ -93,9 +104,9 @@ class Prompt:
 
     @property
     def bidirectional(self) -> list[Range]:
-        """The ranges whose tokens see their whole span."""
+        """The stretches of tokens that see each other both ways: ranges, or the blocks that their spans name."""
         pairs = zip(self.embedding_ranges, self.spans, strict=False)
-        return [place for place, span in pairs if span.attention == "bidirectional"]
+        return sorted({span.block or place for place, span in pairs if span.attention == "bidirectional"})
 
     def faults(self, vocab_size: int | None = None, hidden_size: int | None = None) -> Iterator[Finding]:
         """Yield all that makes the prompt impossible to run; sizes left None are not checked."""
@@ -154,6 +165,15 @@ class Prompt:
                 "error",
                 f"{len(self.spans)} spans but {len(self.embedding_ranges)} embedding_ranges: give one span a range, or none",
             )
+        for item, span in enumerate(self.spans):
+            if span.block is not None and not 0 <= span.block[0] < span.block[1] <= len(self):
+                yield Finding(
+                    "span-block",
+                    "error",
+                    f"spans[{item}].block = {span.block} leaves the prompt of {len(self)} tokens: keep 0 <= start < stop <= {len(self)}",
+                    item,
+                )
+        yield from self._deepstack_faults()
         if self.position_ids is not None and self.position_ids.dtype not in (torch.int32, torch.int64):
             yield Finding(
                 "position-dtype",
@@ -167,6 +187,30 @@ class Prompt:
                 f"position_ids is {tuple(self.position_ids.shape)} for {len(self)} tokens: give [{len(self)}], or "
                 f"[3, {len(self)}] for M-RoPE",
             )
+
+    def _deepstack_faults(self) -> Iterator[Finding]:
+        if self.deepstack and len(self.deepstack) != len(self.input_embeddings):
+            yield Finding(
+                "item-deepstack",
+                "error",
+                f"{len(self.deepstack)} deepstack tensors but {len(self.input_embeddings)} input_embeddings: give one an item, or none",
+            )
+            return
+        for item, (levels, rows) in enumerate(zip(self.deepstack, self.input_embeddings, strict=False)):
+            fits = (
+                isinstance(levels, torch.Tensor)
+                and levels.ndim == 3
+                and is_item(rows)
+                and levels.shape[1:] == rows.shape
+            )
+            if not fits or not torch.isfinite(levels).all():
+                got = tuple(levels.shape) if isinstance(levels, torch.Tensor) else type(levels).__name__
+                yield Finding(
+                    "item-deepstack",
+                    "error",
+                    f"deepstack[{item}] is {got}: give finite numbers [levels, rows, hidden] for the item's {tuple(rows.shape)}",
+                    item,
+                )
 
     def check(self, vocab_size: int | None = None, hidden_size: int | None = None) -> None:
         """Raise on the first fault.
@@ -183,8 +227,9 @@ class Prompt:
     def digest(self) -> str:
         """SHA-256 over everything an engine computes from: ids, rows with their dtype, ranges, attention, positions."""
         sha = hashlib.sha256()
-        sha.update(repr((self.input_ids, self.embedding_ranges, [span.attention for span in self.spans])).encode())
-        for tensor in (*self.input_embeddings, *(() if self.position_ids is None else (self.position_ids,))):
+        sha.update(repr((self.input_ids, self.embedding_ranges, self.bidirectional)).encode())
+        positions = () if self.position_ids is None else (self.position_ids,)
+        for tensor in (*self.input_embeddings, *self.deepstack, *positions):
             sha.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
             sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()

@@ -73,10 +73,16 @@ class Engine(ABC):
                 f"{len(prompt)} prompt tokens and {new_tokens} new ones exceed the model's context of "
                 f"{config.max_position_embeddings}: shorten the prompt or lower max_new_tokens"
             )
+        if prompt.deepstack and not self.capabilities.deepstack:
+            raise EmbeddingRangeError(
+                f"{self.capabilities.name} with {config.model_type} adds no features after the first layers: leave deepstack "
+                "empty, or use an engine and a model that have it (Qwen3-VL in 'transformers')"
+            )
         if prompt.position_ids is not None:
-            if prompt.position_ids.ndim == 2:
+            if prompt.position_ids.ndim == 2 and not self.capabilities.mrope:
                 raise PromptError(
-                    f"position_ids [3, seq] are for M-RoPE, which {config.model_type} does not have: give [seq]"
+                    f"position_ids [3, seq] are for M-RoPE, which {self.capabilities.name} with {config.model_type} does not "
+                    "have: give [seq]"
                 )
             if prompt.position_ids.min() < 0:
                 raise PromptError(f"position_ids holds {int(prompt.position_ids.min())}: positions count from 0")

@@ -125,6 +125,8 @@ class Capabilities:
     devices: tuple[str, ...]
     accepts_embeddings: bool = True
     bidirectional_spans: bool = True
+    mrope: bool = False
+    deepstack: bool = False
 
 
 def join_outputs(outputs: Iterable[EngineOutput]) -> EngineOutput:

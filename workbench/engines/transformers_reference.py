@@ -45,7 +45,15 @@ class TransformersReference(Engine):
         taps = decoder_taps(len(self.decoder.layers))
         if not plain:  # a layer without these parts has no such taps
             taps = tuple(tap for tap in taps if not tap.endswith((".attention", ".mlp")))
-        return Capabilities("transformers", taps, DTYPES, ("cpu", "cuda"))
+        config = self.decoder.config
+        return Capabilities(
+            "transformers",
+            taps,
+            DTYPES,
+            ("cpu", "cuda"),
+            mrope="mrope_section" in (getattr(config, "rope_parameters", None) or {}),
+            deepstack=hasattr(self.decoder, "_deepstack_process"),
+        )
 
     def precision(self) -> contextlib.AbstractContextManager:
         """What a forward pass must run in to keep the engine's dtype."""
@@ -72,17 +80,6 @@ class TransformersReference(Engine):
                 finally:
                     self._jitter = None
         return traces
-
-    def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
-        super().check(prompt, new_tokens)
-        config = self.decoder.config
-        kinds = getattr(config, "layer_types", None)
-        slides = set(kinds) - {"full_attention"} if kinds else getattr(config, "sliding_window", None)
-        if prompt.bidirectional and slides:
-            raise EmbeddingRangeError(
-                f"bidirectional spans on a model with a sliding window ({config.model_type}) are not supported yet: the mask "
-                "for them would replace the window's"
-            )
 
     @torch.no_grad()
     def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -126,9 +123,10 @@ class TransformersReference(Engine):
             return self.decoder(
                 inputs_embeds=self.splice(prompt)[None],
                 attention_mask=self._mask(prompt),
-                position_ids=self._positions(prompt)[None],
+                position_ids=self._positions(prompt)[..., None, :],  # [1, seq], or [3, 1, seq]
                 past_key_values=cache,
                 use_cache=cache is not None,
+                **self._deepstack(prompt),
             ).last_hidden_state[0]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -151,13 +149,45 @@ class TransformersReference(Engine):
         positions = torch.arange(len(prompt)) if prompt.position_ids is None else prompt.position_ids
         return positions.to(self.device)
 
-    def _mask(self, prompt: Prompt) -> torch.Tensor | None:
-        """None for causal; else an additive `[1, 1, seq, seq]` mask, causal or inside one bidirectional span."""
+    def _deepstack(self, prompt: Prompt) -> dict[str, Any]:
+        """What Qwen3-VL's decoder takes besides: where pictures stand, and what each early layer adds there."""
+        if not prompt.deepstack:
+            return {}
+        inside = torch.zeros((1, len(prompt)), dtype=torch.bool)
+        for start, stop in prompt.embedding_ranges:
+            inside[0, start:stop] = True
+        levels = torch.cat(
+            [levels.to(self.dtype) for levels in prompt.deepstack], dim=1
+        )  # [levels, rows of all items, hidden]
+        return {
+            "visual_pos_masks": inside.to(self.device),
+            "deepstack_visual_embeds": list(levels.to(self.device)),
+        }
+
+    def _mask(self, prompt: Prompt) -> torch.Tensor | dict[str, torch.Tensor] | None:
+        """None for causal; else additive `[1, 1, seq, seq]`: causal or inside one bidirectional block, and inside the window.
+
+        A model whose layers differ gets a mask for each kind. "And" is what Transformers means by a window with blocks
+        (`create_sliding_window_causal_mask`); vLLM lets a block reach over it.
+        """
         if not prompt.bidirectional:
             return None
         visible = torch.ones(len(prompt), len(prompt), dtype=torch.bool).tril()
         for start, stop in prompt.bidirectional:
             visible[start:stop, start:stop] = True
+        config = self.decoder.config
+        window = getattr(config, "sliding_window", None)
+        places = torch.arange(len(prompt))
+        near = visible & (places[:, None] - places < window) if window else visible
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if kinds <= {"full_attention"}:
+            return self._additive(near if window and not kinds else visible)
+        unknown = kinds - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise EmbeddingRangeError(f"bidirectional spans on layers of kind {sorted(unknown)[0]!r} are not supported")
+        return {"full_attention": self._additive(visible), "sliding_attention": self._additive(near)}
+
+    def _additive(self, visible: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(visible.shape, dtype=self.dtype).masked_fill(~visible, torch.finfo(self.dtype).min)
         return mask[None, None].to(self.device)
 
@@ -170,7 +200,9 @@ class _Run:
 
         self.engine, self.prompt = engine, prompt
         self.cache = DynamicCache()  # told the config, it drops keys for a sliding_window that the model does not use
-        self.next_position = int(engine._positions(prompt).max()) + 1
+        positions = engine._positions(prompt)
+        self.axes = positions.shape[:-1]  # M-RoPE has three
+        self.next_position = int(positions.max()) + 1
 
     @torch.no_grad()
     def prefill(self, all_logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,7 +216,7 @@ class _Run:
         with engine._lock, engine.precision():
             hidden = engine.decoder(
                 input_ids=torch.tensor([[token]], device=engine.device),
-                position_ids=torch.tensor([[self.next_position]], device=engine.device),
+                position_ids=torch.full((*self.axes, 1, 1), self.next_position, device=engine.device),
                 past_key_values=self.cache,
                 use_cache=True,
             ).last_hidden_state[0]
@@ -193,14 +225,13 @@ class _Run:
 
 
 def _load(model: Model, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # a memory-mapped load takes a second or two
     try:
         narrow = torch.float32 if dtype is torch.float64 else dtype
-        pair: Any = AutoModelForCausalLM.from_pretrained(
+        pair: Any = _class_for(model).from_pretrained(
             model.path,
             dtype=narrow,
             trust_remote_code=model.trust_remote_code,
@@ -221,3 +252,12 @@ def _load(model: Model, dtype: torch.dtype) -> Any:
             f"{', '.join(lacking[:3])}{' ...' * (len(lacking) > 3)}. Fetch the checkpoint again"
         )
     return widen(network) if dtype is torch.float64 else network
+
+
+def _class_for(model: Model) -> Any:
+    """The class to load: of a model that also sees or hears its own, whose language part is run here."""
+    import transformers
+
+    multimodal = any(getattr(model.config, part, None) is not None for part in ("vision_config", "audio_config"))
+    names = [name for name in model.config.architectures or () if hasattr(transformers, name)]
+    return getattr(transformers, names[0]) if multimodal and names else transformers.AutoModelForCausalLM

@@ -75,19 +75,21 @@ class Decoder:
                 )
             return torch.cat([get(f"{name}.bias", rows) for name, rows in parts.items()]) if wanted else None
 
-        self.table = get("model.embed_tokens.weight", vocab, hidden)
-        self.norm = get("model.norm.weight", hidden)
+        base, head = _prefixes(model)
+        self.table = get(f"{base}embed_tokens.weight", vocab, hidden)
+        self.norm = get(f"{base}norm.weight", hidden)
         self.head = self.table
-        if not config.tie_word_embeddings or "lm_head.weight" in model.weights:
-            self.head = get("lm_head.weight", vocab, hidden)
-            if config.tie_word_embeddings and not torch.equal(self.head, self.table):
+        tied = config.tie_word_embeddings or model.config.tie_word_embeddings
+        if not tied or head in model.weights:
+            self.head = get(head, vocab, hidden)
+            if tied and not torch.equal(self.head, self.table):
                 raise ModelError(
                     f"{model.name!r} says tie_word_embeddings, but its lm_head.weight is not its embedding table: which holds? "
                     "Set tie_word_embeddings to false, or drop lm_head.weight"
                 )
         self.layers = []
         for number in range(config.num_hidden_layers):
-            at = f"model.layers.{number}"
+            at = f"{base}layers.{number}"
             qkv = {f"{at}.self_attn.{part}_proj": rows for part, rows in (("q", queries), ("k", keys), ("v", keys))}
             output = {f"{at}.self_attn.o_proj": hidden}
             gate_up = {f"{at}.mlp.{part}_proj": intermediate for part in ("gate", "up")}
@@ -167,6 +169,17 @@ class Decoder:
     def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), the mean of squares in float32."""
         return F.rms_norm(x, weight.shape, weight, self.epsilon)
+
+
+def _prefixes(model: Model) -> tuple[str, str]:
+    """What stands before the decoder's tensor names, and the output head's name: `model.`, or longer in a VLM's checkpoint."""
+    ending = "embed_tokens.weight"
+    names = [name for name in model.weights if name.endswith(ending)]
+    if len(names) != 1:
+        raise ModelError(f"{model.path} has {len(names)} tensors named *{ending}: which is the language model's?")
+    base = names[0].removesuffix(ending)
+    heads = [name for name in model.weights if name.endswith("lm_head.weight")]
+    return base, heads[0] if heads else "lm_head.weight"
 
 
 _REQUIRED = {"hidden_act": "silu", "pretraining_tp": 1}

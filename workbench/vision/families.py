@@ -1,0 +1,244 @@
+"""How each architecture takes pictures: what its tower returns for one, and which tokens stand for it in the prompt.
+
+Layouts follow the processors of Transformers 5 (`replace_image_token` there); `tests/vision/test_build.py` holds them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from ..errors import ModelError
+from ..prompt import Span
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a tower makes of one picture or sound.
+
+    Attributes:
+        rows: `[rows, hidden]`, as they enter the language model.
+        grid: (rows, columns) of patches that the rows come from, where they form one; M-RoPE models: (time, height, width).
+        deepstack: `[levels, rows, hidden]`, added to hidden states after the first layers (Qwen3-VL), or None.
+        tiles: (rows, columns) of tiles that the picture was cut into, where it was (Idefics 3); (0, 0) for none.
+    """
+
+    rows: torch.Tensor
+    grid: tuple[int, ...] | None = None
+    deepstack: torch.Tensor | None = None
+    tiles: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Family:
+    """LLaVA and all that work like it: the marker is repeated once a row.
+
+    Attributes:
+        config: the whole model's configuration.
+        modality: "image" or "audio".
+        marker: what the chat template leaves where an item goes.
+        token: the placeholder token; one for each row.
+    """
+
+    config: Any
+    marker: str
+    token: str
+    modality: str = "image"
+    attention: Literal["causal", "bidirectional"] = "causal"
+
+    def inputs(self, processed: dict[str, Any]) -> dict[str, Any]:
+        """From the processor's output, what the tower takes besides names that its signature has."""
+        return processed
+
+    def split(self, output: Any, processed: dict[str, Any], count: int) -> list[Features]:
+        """The tower's output, item by item."""
+        pooled = output.pooler_output
+        if len(pooled) != count:
+            raise ModelError(f"{count} pictures went into the tower and {len(pooled)} came out")
+        rows = [each.reshape(-1, each.shape[-1]) for each in pooled]
+        return [Features(each, _square(len(each))) for each in rows]
+
+    def text(self, features: Features) -> str:
+        """What stands in the prompt for one item: its placeholders and what surrounds them."""
+        return self.token * len(features.rows)
+
+    def arrange(self, text: str) -> str:
+        """The whole prompt's text, once markers are replaced."""
+        return text
+
+    def spans(self, features: Features, label: str) -> list[tuple[int, Span]]:
+        """The runs of placeholders of one item: how many rows each, and its span."""
+        return [(len(features.rows), Span(self.modality, features.grid, self.attention, label))]
+
+    def position_ids(self, length: int, ranges: Sequence[tuple[int, int]], spans: Sequence[Span]) -> Any:
+        """Positions of the prompt's tokens where they are not 0, 1, 2, ...; else None."""
+        return None
+
+    def whole_prompt(self, spans: Sequence[Span], length: int) -> list[Span]:
+        """Spans once the prompt's length is known."""
+        return list(spans)
+
+
+class QwenVL(Family):
+    """Qwen2-VL, 2.5-VL and 3-VL: any size of picture, M-RoPE positions, and in 3-VL features for the first layers."""
+
+    def split(self, output: Any, processed: dict[str, Any], count: int) -> list[Features]:
+        merge = self.config.vision_config.spatial_merge_size
+        deep = getattr(output, "deepstack_features", None)
+        features = []
+        for item, rows in enumerate(output.pooler_output):
+            time, height, width = (int(size) for size in processed["image_grid_thw"][item])
+            levels = torch.stack([level[item] for level in deep]) if deep else None
+            features.append(Features(rows, (time, height // merge, width // merge), levels))
+        return features
+
+    def position_ids(self, length: int, ranges: Sequence[tuple[int, int]], spans: Sequence[Span]) -> torch.Tensor:
+        """M-RoPE (Wang et al. 2024, arXiv:2409.12191): text counts on all three axes, a picture's rows on its own grid.
+
+        Returns:
+            int64 `[3, length]`: time, height, width. What follows a picture goes on after its largest position.
+        """
+        positions = torch.empty((3, length), dtype=torch.int64)
+        done, following = 0, 0
+        for (start, stop), span in zip(ranges, spans, strict=True):
+            positions[:, done:start] = torch.arange(start - done) + following
+            following += start - done
+            time, height, width = span.grid or (1, 1, stop - start)
+            axes = torch.meshgrid(*(torch.arange(size) for size in (time, height, width)), indexing="ij")
+            positions[:, start:stop] = torch.stack([axis.flatten() for axis in axes]) + following
+            following += max(time, height, width)
+            done = stop
+        positions[:, done:] = torch.arange(length - done) + following
+        return positions
+
+
+class InternVL(Family):
+    """InternVL: a picture is one to a dozen tiles, each with as many rows, between `<img>` and `</img>`."""
+
+    def split(self, output: Any, processed: dict[str, Any], count: int) -> list[Features]:
+        tiles = [int(number) for number in processed.get("num_patches", [1] * count)]
+        parts = output.pooler_output.split(tiles)
+        return [
+            Features(part.reshape(-1, part.shape[-1]), _square(len(part[0])) if len(part) == 1 else None)
+            for part in parts
+        ]
+
+    def text(self, features: Features) -> str:
+        return f"<img>{self.token * len(features.rows)}</img>"
+
+
+class Gemma3(Family):
+    """Gemma 3: 256 rows a picture that see each other both ways, on lines of their own."""
+
+    def text(self, features: Features) -> str:
+        return f"\n\n<start_of_image>{self.token * len(features.rows)}<end_of_image>\n\n"
+
+
+class PaliGemma(Family):
+    """PaliGemma: pictures, then `<bos>`, the question and a line feed; the whole prompt sees itself; positions count from 1."""
+
+    def arrange(self, text: str) -> str:
+        end = text.rfind(self.token) + len(self.token) if self.token in text else 0
+        return f"{text[:end]}<bos>{text[end:]}\n"
+
+    def whole_prompt(self, spans: Sequence[Span], length: int) -> list[Span]:
+        return [Span(span.modality, span.grid, "bidirectional", span.label, block=(0, length)) for span in spans]
+
+    def position_ids(self, length: int, ranges: Sequence[tuple[int, int]], spans: Sequence[Span]) -> torch.Tensor:
+        return torch.arange(1, length + 1)
+
+
+class Idefics3(Family):
+    """Idefics 3 and SmolVLM: a large picture is cut into tiles, each a run of placeholders of its own, then seen whole."""
+
+    def inputs(self, processed: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in processed.items() if name not in ("rows", "cols")}
+
+    def split(self, output: Any, processed: dict[str, Any], count: int) -> list[Features]:
+        rows, columns = (processed.get(name, [[0] * count])[0] for name in ("rows", "cols"))
+        tiles = [int(row) * int(column) + 1 for row, column in zip(rows, columns, strict=True)]
+        every = torch.cat([part.reshape(-1, part.shape[-1]) for part in output.pooler_output])
+        each = len(every) // sum(tiles)
+        parts = every.split([number * each for number in tiles])
+        return [
+            Features(part, _square(each), None, (int(row), int(column)))
+            for part, row, column in zip(parts, rows, columns, strict=True)
+        ]
+
+    def text(self, features: Features) -> str:
+        rows, columns = features.tiles
+        run = self.token * (len(features.rows) // (rows * columns + 1))
+        fence = "<fake_token_around_image>"
+        cut = "".join(
+            "".join(f"{fence}<row_{row + 1}_col_{column + 1}>{run}" for column in range(columns)) + "\n"
+            for row in range(rows)
+        )
+        return f"{cut}{chr(10) if cut else ''}{fence}<global-img>{run}{fence}"
+
+    def spans(self, features: Features, label: str) -> list[tuple[int, Span]]:
+        rows, columns = features.tiles
+        each = len(features.rows) // (rows * columns + 1)
+        names = [f"{label}, tile {row + 1}.{column + 1}" for row in range(rows) for column in range(columns)]
+        whole = f"{label}, whole" if names else label
+        return [(each, Span(self.modality, features.grid, self.attention, name)) for name in [*names, whole]]
+
+
+class Audio(Family):
+    """Qwen2-Audio and Voxtral: a sound is a run of placeholders."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """An entry of the table of families."""
+
+    family: type[Family]
+    marker: str | None = None
+    attention: Literal["causal", "bidirectional"] = "causal"
+    modality: str = "image"
+    token_names: tuple[str, ...] = field(default=("image_token_id", "image_token_index"))
+
+
+_KINDS = {
+    "llava": _Kind(Family),
+    "llava_onevision": _Kind(Family),
+    "qwen2_vl": _Kind(QwenVL),
+    "qwen2_5_vl": _Kind(QwenVL),
+    "qwen3_vl": _Kind(QwenVL),
+    "internvl": _Kind(InternVL),
+    "gemma3": _Kind(Gemma3, "<start_of_image>", "bidirectional"),
+    "paligemma": _Kind(PaliGemma, attention="bidirectional"),
+    "idefics3": _Kind(Idefics3),
+    "smolvlm": _Kind(Idefics3),
+    "qwen2_audio": _Kind(Audio, modality="audio", token_names=("audio_token_id", "audio_token_index")),
+    "voxtral": _Kind(Audio, modality="audio", token_names=("audio_token_id",)),
+}
+SUPPORTED = tuple(_KINDS)
+
+
+def family_of(config: Any, tokenizer: Any) -> Family:
+    """The family of a model's configuration.
+
+    Raises:
+        ModelError: an architecture whose placeholders are not known here.
+    """
+    kind = _KINDS.get(config.model_type)
+    if kind is None:
+        raise ModelError(
+            f"how {config.model_type!r} lays out pictures is not known here; known are {', '.join(SUPPORTED)}. Compute its "
+            "features with load_vision_tower or by other means and give Prompt the ranges yourself"
+        )
+    ids = [getattr(config, name) for name in kind.token_names if getattr(config, name, None) is not None]
+    if not ids:
+        raise ModelError(
+            f"the configuration of {config.model_type!r} names no placeholder token ({', '.join(kind.token_names)})"
+        )
+    token = tokenizer.convert_ids_to_tokens(ids[0])
+    return kind.family(config, kind.marker or token, token, kind.modality, kind.attention)
+
+
+def _square(rows: int) -> tuple[int, int] | None:
+    side = round(rows**0.5)
+    return (side, side) if side * side == rows else None

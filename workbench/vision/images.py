@@ -1,0 +1,67 @@
+"""Open pictures safely: whole, of a bearable size, upright, in RGB."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import PromptError
+
+MOST_PIXELS = 64_000_000  # 8,000 x 8,000: larger than any camera's picture a model looks at, 192 MB in memory
+
+Picture = Image.Image | str | os.PathLike
+
+
+class ImageError(PromptError):
+    """A picture that cannot be used: missing, damaged, cut short, too large."""
+
+
+def open_image(picture: Picture) -> Image.Image:
+    """The picture as RGB, turned as its EXIF orientation says.
+
+    Raises:
+        ImageError: naming the file and what is wrong with it.
+    """
+    if isinstance(picture, Image.Image):
+        name, opened = (
+            getattr(picture, "filename", "") or f"a picture of {picture.size[0]} x {picture.size[1]}",
+            picture,
+        )
+    elif isinstance(picture, str | os.PathLike):
+        name = os.fspath(picture)
+        opened = _open(name)
+    else:
+        raise ImageError(f"{picture!r} is no picture: give a PIL image or the path of a file")
+    width, height = opened.size
+    if width * height > MOST_PIXELS:
+        raise ImageError(
+            f"{name} claims {width} x {height} pixels, over the limit of {MOST_PIXELS:,}: a decompression bomb, or a scan to "
+            "make smaller first"
+        )
+    if not width or not height:
+        raise ImageError(f"{name} has no pixels ({width} x {height})")
+    try:
+        return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{name} is damaged or cut short: {error}. Fetch it again") from error
+
+
+def _open(name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by our own, lower limit
+            return Image.open(name)
+    except FileNotFoundError as error:
+        raise ImageError(f"{name} does not exist") from error
+    except UnidentifiedImageError as error:
+        size = Path(name).stat().st_size
+        raise ImageError(
+            f"{name} ({size} bytes) is no picture that Pillow can read: damaged, or another format"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} is a decompression bomb: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{name} cannot be opened: {error}") from error
