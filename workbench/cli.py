@@ -9,7 +9,7 @@ from .errors import ModelError, PromptError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 good, 1 an engine with a bug, 2 bad input."""
+    """Run one command; returns the exit status: 0 good, 1 an engine with a bug or pictures that failed, 2 bad input."""
     parser = argparse.ArgumentParser(prog="workbench", description="See where embeddings land, and judge engines.")
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="fetch a model once and say where it is")
@@ -23,9 +23,16 @@ def main(arguments: list[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="speed of engine, trace and picture on this machine")
     bench.add_argument("--model", default="smollm2-135m")
     bench.add_argument("--rounds", type=int, default=5)
+    features = commands.add_parser("features", help="run a vision tower over pictures, ahead of time, into a store")
+    features.add_argument("images", nargs="+", help="pictures, or folders of them")
+    features.add_argument("--store", required=True, help="a folder, or an fsspec URL such as s3://bucket/features")
+    features.add_argument("--model", default="digit-cards", help="built-in name, folder, or Hugging Face id")
+    features.add_argument("--workers", type=int, default=0, help="Ray workers; 0 (the default) runs in this process")
+    features.add_argument("--device", default="cpu")
+    features.add_argument("--max-bytes", type=int, help="hold the store under this size")
     options = parser.parse_args(arguments)
     try:
-        return {"fetch": _fetch, "check": _check, "bench": _bench}[options.command](options)
+        return {"fetch": _fetch, "check": _check, "bench": _bench, "features": _features}[options.command](options)
     except (ModelError, PromptError, ValueError) as error:
         print(f"workbench: {error}", file=sys.stderr)
         return 2
@@ -53,6 +60,23 @@ def _check(options: argparse.Namespace) -> int:
     comparison = check_engine(engine, Prompt(ids, [model.embedding_table[ids[start:stop]]], [(start, stop)]))
     print(comparison)
     return int(comparison.verdict == "bug")
+
+
+def _features(options: argparse.Namespace) -> int:
+    from .vision.ahead import compute_features, find_pictures
+
+    report = compute_features(
+        find_pictures(options.images),
+        options.model,
+        options.store,
+        workers=options.workers,
+        device=options.device,
+        max_bytes=options.max_bytes,
+    )
+    for path, reason in report.failed:
+        print(f"workbench: {path}: {reason}", file=sys.stderr)
+    print(report)
+    return int(bool(report.failed))
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -235,6 +235,41 @@ class Prompt:
         return sha.hexdigest()
 
 
+@dataclass(frozen=True, eq=False)
+class MultimodalPrompt(Prompt):
+    """A prompt for an engine with the vision model inside: ids with placeholders, and processed pictures instead of rows.
+
+    Attributes:
+        multimodal: what the model's processor made of the pictures, one dict a group of pictures (`pixel_values` and what goes
+            with them); groups are joined along their first axis.
+    """
+
+    multimodal: Sequence[dict[str, Any]] = ()
+
+    @classmethod
+    def of(cls, prompt: Prompt, multimodal: Sequence[dict[str, Any]]) -> MultimodalPrompt:
+        """A prompt with pictures added."""
+        fields = {field.name: getattr(prompt, field.name) for field in dataclasses.fields(Prompt)}
+        return cls(**fields, multimodal=tuple(multimodal))
+
+    @property
+    def lookup_ids(self) -> list[int]:
+        return list(self.input_ids)
+
+    @cached_property
+    def digest(self) -> str:
+        sha = hashlib.sha256(super().digest.encode())
+        for group in self.multimodal:
+            for name in sorted(group):
+                value = group[name]
+                plain = value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else repr(value)
+                sha.update(name.encode())
+                sha.update(
+                    plain.encode() if isinstance(plain, str) else plain.flatten().view(torch.uint8).numpy().tobytes()
+                )
+        return sha.hexdigest()
+
+
 def is_item(value: Any) -> bool:
     """Whether a value can be an item of `input_embeddings`: dense numbers `[rows, hidden]` that can be read."""
     return (

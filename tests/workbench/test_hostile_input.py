@@ -172,7 +172,7 @@ def test_a_stray_sliding_window_key_does_not_drop_keys(tmp_path):
     assert tokens[0] == tokens[1]
 
 
-def test_the_reference_refuses_bidirectional_spans_beside_a_window(tmp_path):
+def test_bidirectional_spans_stay_inside_the_references_window(tmp_path):
     from transformers import MistralConfig, MistralForCausalLM
 
     small = {
@@ -185,8 +185,14 @@ def test_the_reference_refuses_bidirectional_spans_beside_a_window(tmp_path):
     MistralForCausalLM(MistralConfig(**small, num_key_value_heads=2, sliding_window=4)).save_pretrained(tmp_path)
     engine = workbench.open_engine("transformers", workbench.load_model(tmp_path))
     engine.generate(random_prompt(), GenerationConfig(max_new_tokens=1))
-    with pytest.raises(EmbeddingRangeError, match="sliding window"):
-        engine.trace(random_prompt().replace(spans=[Span(attention="bidirectional")] * 2))
+    both = random_prompt().replace(spans=[Span(attention="bidirectional")] * 2)
+    # With a window of 4, tokens 20 to 23 see position 20 and no other does, span or not.
+    changed = [both.input_embeddings[0], both.input_embeddings[1].clone()]
+    changed[1][0] += 1.0
+    before, after = (
+        engine.trace(each, ["layers.0"])["layers.0"] for each in (both, both.replace(input_embeddings=changed))
+    )
+    assert [int(row) for row in (before != after).any(dim=1).nonzero()] == [20, 21, 22, 23]
 
 
 def test_threads_do_not_mix_traces(engine):

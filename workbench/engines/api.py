@@ -14,7 +14,7 @@ import torch
 
 from ..errors import EmbeddingRangeError, ModelError, PromptError
 from ..models import Model
-from ..prompt import Prompt
+from ..prompt import MultimodalPrompt, Prompt
 from ..taps import select_taps
 from ..trace import Trace
 from .messages import Capabilities, EngineOutput, GenerationConfig, ResponseType, join_outputs
@@ -57,6 +57,12 @@ class Engine(ABC):
             EmbeddingRangeError, PromptError: see `Prompt.check`; also a prompt that does not fit the model's context.
         """
         config = self.model.text_config
+        if isinstance(prompt, MultimodalPrompt) and not self.capabilities.vision_inside:
+            raise PromptError(
+                f"{self.capabilities.name} has no vision model inside, so it takes no multimodal=: compute the features with "
+                "workbench.load_vision_tower, give them as input_embeddings (build_prompt does both), or open "
+                "'transformers-multimodal'"
+            )
         prompt.check(vocab_size=config.vocab_size, hidden_size=config.hidden_size)
         for number, item in enumerate(prompt.input_embeddings):
             overflows = ~torch.isfinite(item.to(self.dtype)).all(dim=1)
@@ -96,6 +102,7 @@ class Engine(ABC):
         gen_config: GenerationConfig | None = None,
         *,
         input_embedding_ranges: Sequence[tuple[int, int]] | None = None,
+        multimodal: Sequence[dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> Generator[EngineOutput, None, None]:
         """Generate from token ids with embeddings spliced in; each new token comes once.
@@ -103,6 +110,8 @@ class Engine(ABC):
         Args:
             session_id: a number of the caller's, for `cancel`; one request a number at a time.
             input_embedding_ranges: LMDeploy's keyword for `embedding_ranges`.
+            multimodal: processed pictures, for engines that run the vision model inside (LMDeploy's PyTorch engine since 0.6.5,
+                "transformers-multimodal" here); others refuse them.
 
         Raises:
             EmbeddingRangeError, PromptError: at the call, not at the first token. Unknown keywords raise TypeError; engines
@@ -115,11 +124,12 @@ class Engine(ABC):
                 "embedding_ranges and input_embedding_ranges are two names of one thing: give one"
             )
         ranges = embedding_ranges if embedding_ranges is not None else input_embedding_ranges
-        return self.stream(
-            Prompt(input_ids, () if input_embeddings is None else input_embeddings, () if ranges is None else ranges),
-            gen_config,
-            session_id=session_id,
+        prompt = Prompt(
+            input_ids, () if input_embeddings is None else input_embeddings, () if ranges is None else ranges
         )
+        if multimodal is not None:
+            prompt = MultimodalPrompt.of(prompt, multimodal)
+        return self.stream(prompt, gen_config, session_id=session_id)
 
     async def async_stream_infer(self, *args: Any, **kwargs: Any) -> AsyncIterator[EngineOutput]:
         """`stream_infer` for an event loop: each step runs in a worker thread.

@@ -127,6 +127,7 @@ class Capabilities:
     bidirectional_spans: bool = True
     mrope: bool = False
     deepstack: bool = False
+    vision_inside: bool = False
 
 
 def join_outputs(outputs: Iterable[EngineOutput]) -> EngineOutput:

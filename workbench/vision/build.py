@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import PromptError
 from ..models import Model
-from ..prompt import Prompt, Span
+from ..prompt import MultimodalPrompt, Prompt, Span
 from .families import Family, Features, family_of
 from .images import Picture
 from .tower import VisionTower, load_vision_tower
@@ -49,10 +49,39 @@ def build_prompt(
         raise PromptError(f"{len(items)} pictures but {len(features)} features: give one an item, in the same order")
     processor = tower.processor if tower is not None else _processor(model)
     family = family_of(model.config, processor.tokenizer)
+    return _lay_out(family, processor, features, turns, text)
+
+
+def _lay_out(
+    family: Family, processor: Any, features: Sequence[Features], turns: list[Message], text: str | None
+) -> Prompt:
+    """Text with placeholders, ids, ranges."""
     marked = text if text is not None else processor.text(turns)
     whole = family.arrange(_replace(marked, family, features))
     ids = processor.tokenizer.encode(whole, add_special_tokens=text is not None and not whole.startswith(family.token))
     return _place(ids, family, features, processor.tokenizer.convert_tokens_to_ids(family.token))
+
+
+def build_multimodal(
+    model: Model,
+    messages: str | Sequence[Message],
+    images: Sequence[Picture | Any] = (),
+    *,
+    tower: VisionTower | None = None,
+) -> MultimodalPrompt:
+    """The same prompt for an engine with the vision model inside: placeholders and processed pictures, no features.
+
+    Args:
+        tower: an open one, for its processor; its network is not run.
+    """
+    turns, items = _unpack(messages, list(images))
+    tower = tower or load_vision_tower(model)
+    processed = tower.process(items) if items else {}
+    family = family_of(model.config, tower.processor.tokenizer)
+    outline = family.outline(processed, len(items)) if items else []
+    laid_out = _lay_out(family, tower.processor, tower.features(items) if outline is None else outline, turns, None)
+    prompt = Prompt(laid_out.input_ids, position_ids=laid_out.position_ids)
+    return MultimodalPrompt.of(prompt, [processed] if processed else ())
 
 
 def _unpack(messages: str | Sequence[Message], images: list[Any]) -> tuple[list[Message], list[Any]]:

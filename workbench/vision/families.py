@@ -5,6 +5,7 @@ Layouts follow the processors of Transformers 5 (`replace_image_token` there); `
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -49,9 +50,9 @@ class Family:
     modality: str = "image"
     attention: Literal["causal", "bidirectional"] = "causal"
 
-    def inputs(self, processed: dict[str, Any]) -> dict[str, Any]:
-        """From the processor's output, what the tower takes besides names that its signature has."""
-        return processed
+    def run(self, network: Any, processed: dict[str, Any]) -> Any:
+        """Processed inputs through tower and projector; Transformers' output object."""
+        return run_tower(network, self.modality, processed)
 
     def split(self, output: Any, processed: dict[str, Any], count: int) -> list[Features]:
         """The tower's output, item by item."""
@@ -60,6 +61,23 @@ class Family:
             raise ModelError(f"{count} pictures went into the tower and {len(pooled)} came out")
         rows = [each.reshape(-1, each.shape[-1]) for each in pooled]
         return [Features(each, _square(len(each))) for each in rows]
+
+    def outline(self, processed: dict[str, Any], count: int) -> list[Features] | None:
+        """Features without numbers (rows on the meta device), from the processor's output alone; None where only a run tells."""
+        height, width = processed["pixel_values"].shape[-2:]
+        patch = self.config.vision_config.patch_size
+        whole = getattr(self.config, "vision_feature_select_strategy", "full") == "full"
+        # CLIP's class token stays with "full"; SigLIP has none
+        extra = int(
+            whole
+            and "clip" in self.config.vision_config.model_type
+            and "siglip" not in self.config.vision_config.model_type
+        )
+        return [self._blank((height // patch) * (width // patch) + extra)] * count
+
+    def _blank(self, rows: int, grid: tuple[int, ...] | None = None, tiles: tuple[int, int] = (0, 0)) -> Features:
+        hidden = self.config.get_text_config().hidden_size
+        return Features(torch.empty((rows, hidden), device="meta"), grid or _square(rows), None, tiles)
 
     def text(self, features: Features) -> str:
         """What stands in the prompt for one item: its placeholders and what surrounds them."""
@@ -95,6 +113,13 @@ class QwenVL(Family):
             features.append(Features(rows, (time, height // merge, width // merge), levels))
         return features
 
+    def outline(self, processed: dict[str, Any], count: int) -> list[Features]:
+        merge = self.config.vision_config.spatial_merge_size
+        grids = [
+            (time, height // merge, width // merge) for time, height, width in processed["image_grid_thw"].tolist()
+        ]
+        return [self._blank(time * height * width, (time, height, width)) for time, height, width in grids]
+
     def position_ids(self, length: int, ranges: Sequence[tuple[int, int]], spans: Sequence[Span]) -> torch.Tensor:
         """M-RoPE (Wang et al. 2024, arXiv:2409.12191): text counts on all three axes, a picture's rows on its own grid.
 
@@ -126,12 +151,21 @@ class InternVL(Family):
             for part in parts
         ]
 
+    def outline(self, processed: dict[str, Any], count: int) -> list[Features]:
+        height, width = processed["pixel_values"].shape[-2:]
+        patch, ratio = self.config.vision_config.patch_size[0], self.config.downsample_ratio
+        each = int(height // patch * ratio) * int(width // patch * ratio)
+        return [self._blank(each * int(tiles)) for tiles in processed.get("num_patches", [1] * count)]
+
     def text(self, features: Features) -> str:
         return f"<img>{self.token * len(features.rows)}</img>"
 
 
 class Gemma3(Family):
     """Gemma 3: 256 rows a picture that see each other both ways, on lines of their own."""
+
+    def outline(self, processed: dict[str, Any], count: int) -> list[Features]:
+        return [self._blank(self.config.mm_tokens_per_image)] * count
 
     def text(self, features: Features) -> str:
         return f"\n\n<start_of_image>{self.token * len(features.rows)}<end_of_image>\n\n"
@@ -154,9 +188,6 @@ class PaliGemma(Family):
 class Idefics3(Family):
     """Idefics 3 and SmolVLM: a large picture is cut into tiles, each a run of placeholders of its own, then seen whole."""
 
-    def inputs(self, processed: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in processed.items() if name not in ("rows", "cols")}
-
     def split(self, output: Any, processed: dict[str, Any], count: int) -> list[Features]:
         rows, columns = (processed.get(name, [[0] * count])[0] for name in ("rows", "cols"))
         tiles = [int(row) * int(column) + 1 for row, column in zip(rows, columns, strict=True)]
@@ -166,6 +197,15 @@ class Idefics3(Family):
         return [
             Features(part, _square(each), None, (int(row), int(column)))
             for part, row, column in zip(parts, rows, columns, strict=True)
+        ]
+
+    def outline(self, processed: dict[str, Any], count: int) -> list[Features]:
+        side = processed["pixel_values"].shape[-1] // self.config.vision_config.patch_size // self.config.scale_factor
+        cuts = [
+            tuple(int(number[0][item]) for number in (processed["rows"], processed["cols"])) for item in range(count)
+        ]
+        return [
+            self._blank(side * side * (rows * columns + 1), (side, side), (rows, columns)) for rows, columns in cuts
         ]
 
     def text(self, features: Features) -> str:
@@ -186,8 +226,33 @@ class Idefics3(Family):
         return [(each, Span(self.modality, features.grid, self.attention, name)) for name in [*names, whole]]
 
 
-class Audio(Family):
-    """Qwen2-Audio and Voxtral: a sound is a run of placeholders."""
+class LlavaOnevision(Family):
+    """LLaVA-OneVision: how many rows a picture gets follows from its shape in ways that only its own code tells."""
+
+    def outline(self, processed: dict[str, Any], count: int) -> None:
+        return None
+
+
+class Qwen2Audio(Family):
+    """Qwen2-Audio: a sound is a run of placeholders, one for each 40 ms; its encoder is told where the sound ends."""
+
+    def run(self, network: Any, processed: dict[str, Any]) -> list[torch.Tensor]:
+        whole = network.model
+        features, mask = processed["input_features"], processed["feature_attention_mask"]
+        frames, rows = whole.audio_tower._get_feat_extract_output_lengths(mask.sum(-1))
+        padding = torch.arange((features.shape[-1] - 2) // 2 + 1, device=mask.device) >= frames[:, None]
+        hidden = torch.zeros(padding.shape, dtype=features.dtype, device=mask.device)
+        hidden = hidden.masked_fill(padding, torch.finfo(features.dtype).min)[:, None, None, :]
+        hidden = hidden.expand(-1, 1, padding.shape[1], -1)
+        states = whole.multi_modal_projector(whole.audio_tower(features, attention_mask=hidden).last_hidden_state)
+        return [state[:count] for state, count in zip(states, rows.tolist(), strict=True)]
+
+    def outline(self, processed: dict[str, Any], count: int) -> list[Features]:
+        lengths = processed["feature_attention_mask"].sum(-1).tolist()
+        return [self._blank(((length - 1) // 2 - 1) // 2 + 1) for length in lengths]
+
+    def split(self, output: list[torch.Tensor], processed: dict[str, Any], count: int) -> list[Features]:
+        return [Features(rows) for rows in output]
 
 
 @dataclass(frozen=True)
@@ -203,7 +268,7 @@ class _Kind:
 
 _KINDS = {
     "llava": _Kind(Family),
-    "llava_onevision": _Kind(Family),
+    "llava_onevision": _Kind(LlavaOnevision),
     "qwen2_vl": _Kind(QwenVL),
     "qwen2_5_vl": _Kind(QwenVL),
     "qwen3_vl": _Kind(QwenVL),
@@ -212,8 +277,7 @@ _KINDS = {
     "paligemma": _Kind(PaliGemma, attention="bidirectional"),
     "idefics3": _Kind(Idefics3),
     "smolvlm": _Kind(Idefics3),
-    "qwen2_audio": _Kind(Audio, modality="audio", token_names=("audio_token_id", "audio_token_index")),
-    "voxtral": _Kind(Audio, modality="audio", token_names=("audio_token_id",)),
+    "qwen2_audio": _Kind(Qwen2Audio, modality="audio", token_names=("audio_token_id", "audio_token_index")),
 }
 SUPPORTED = tuple(_KINDS)
 
@@ -242,3 +306,19 @@ def family_of(config: Any, tokenizer: Any) -> Family:
 def _square(rows: int) -> tuple[int, int] | None:
     side = round(rows**0.5)
     return (side, side) if side * side == rows else None
+
+
+_FUNCTIONS = ("get_{}_features", "extract_feature", "encode_images", "get_vision_features")
+
+
+def run_tower(network: Any, modality: str, processed: dict[str, Any]) -> Any:
+    """Call the method that turns processed inputs into rows: Transformers' own name, or one that remote code uses."""
+    names = [name.format(modality) for name in _FUNCTIONS]
+    holders = [holder for holder in (network, getattr(network, "model", None)) if holder is not None]
+    function = next((getattr(holder, name) for holder in holders for name in names if hasattr(holder, name)), None)
+    if function is None:
+        raise ModelError(
+            f"{type(network).__name__} has none of {', '.join(names)}: what makes its features is not known here"
+        )
+    taken = inspect.signature(function).parameters
+    return function(**{name: value for name, value in processed.items() if name in taken and value is not None})

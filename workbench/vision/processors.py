@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import ModelError, PromptError
+from .sounds import open_sound
 
 
 class Processor:
@@ -46,18 +47,24 @@ class Processor:
     def images(self, pictures: Sequence[Image.Image]) -> dict[str, Any]:
         """Pixel values, and what goes with them, of the pictures of one prompt."""
         extra = {"return_row_col_info": True} if self.model_type in ("idefics3", "smolvlm") else {}
+        # These cut a picture by how many share its prompt, so they are told which do.
+        nested = self.model_type in ("idefics3", "smolvlm", "llava_onevision")
         try:
             return dict(
-                self._reader(images=[list(pictures)] if extra else list(pictures), return_tensors="pt", **extra)
+                self._reader(images=[list(pictures)] if nested else list(pictures), return_tensors="pt", **extra)
             )
         except (ValueError, TypeError, RuntimeError) as error:
             raise PromptError(f"{self.model_type}'s image processor refuses the pictures: {error}") from error
 
     def audio(self, waves: Sequence[Any]) -> dict[str, Any]:
-        """Mel features `[sounds, bins, frames]` and their mask."""
+        """Mel features `[sounds, bins, frames]` and their mask, of WAV files or waveforms."""
         rate = self._reader.sampling_rate
         output = self._reader(
-            list(waves), sampling_rate=rate, return_tensors="pt", return_attention_mask=True, padding="max_length"
+            [open_sound(wave, rate) for wave in waves],
+            sampling_rate=rate,
+            return_tensors="pt",
+            return_attention_mask=True,
+            padding="max_length",
         )
         processed = dict(output)
         if "attention_mask" in processed:

@@ -7,11 +7,13 @@ checkpoint only the other tensors are read.
 from __future__ import annotations
 
 import copy
-import inspect
+import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ..errors import ModelError
 from ..memory import PeakMemory, in_words
 from ..models import Model
 from .checkpoint import INDEX, SINGLE, Checkpoint
-from .families import Family, Features, family_of
+from .families import Family, Features, family_of, run_tower
 from .images import Picture, open_image
 from .processors import load_processor
 from .remote_code import python_files, refuse_remote_code
@@ -86,6 +88,21 @@ class VisionTower:
         self.processor = load_processor(folder, config, trusted)
         self.family: Family | None = None if trusted else family_of(config, self.processor.tokenizer)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over all, besides the pictures, that decides their features: weights, processor, dtype, versions."""
+        import transformers
+
+        parts = {
+            "weights": self.weights_digest,
+            "processor": self.processor.settings,
+            "dtype": str(self.dtype),
+            "model_type": self.config.model_type,
+            "vision": _plain(getattr(self.config, "vision_config", None) or self.config.audio_config),
+            "transformers": transformers.__version__,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
     @torch.no_grad()
     def features(self, items: Sequence[Picture | Any]) -> list[Features]:
         """The features of pictures (or sounds) that stand in one prompt.
@@ -120,12 +137,9 @@ class VisionTower:
 
     @torch.no_grad()
     def run(self, processed: dict[str, Any]) -> Any:
-        """Processed inputs through tower and projector; Transformers' output object."""
-        function = _feature_function(self.network, self.family.modality if self.family else "image")
-        taken = inspect.signature(function).parameters
-        given = self.family.inputs(processed) if self.family else processed
-        inputs = {name: self._moved(value) for name, value in given.items() if name in taken and value is not None}
-        return function(**inputs)
+        """Processed inputs through tower and projector."""
+        given = {name: self._moved(value) for name, value in processed.items()}
+        return self.family.run(self.network, given) if self.family else run_tower(self.network, "image", given)
 
     def _moved(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -207,6 +221,11 @@ def model_class(config: Any) -> Any:
     raise ModelError(f"Transformers {transformers.__version__} has no class {names}: is the model newer than it?")
 
 
+def _plain(config: Any) -> dict[str, Any]:
+    """A configuration without what names where it came from."""
+    return {key: value for key, value in config.to_dict().items() if not key.startswith(("_", "transformers_version"))}
+
+
 def _small_files(source: Source, scratch: Path) -> Path:
     """A local folder with configuration, processor and tokenizer."""
     if isinstance(source, FolderSource):
@@ -235,8 +254,6 @@ def _configuration(folder: Path, name: str, trusted: bool) -> Any:
 
 def _vision_tensors(source: Source, config: Any) -> tuple[dict[str, torch.Tensor], int, str]:
     """Every tensor that is not the language model's, the bytes of all weight files, and a digest of what was read."""
-    import hashlib
-
     if not source.exists(INDEX) and not source.exists(SINGLE) and source.exists(_BIN):
         tensors, total = _unpickled(source)
     else:
@@ -326,15 +343,3 @@ def _class_of(config: Any, folder: Path, trusted: bool) -> Any:
             )
         return get_class_from_dynamic_module(entry, folder)
     return model_class(config)
-
-
-def _feature_function(network: Any, modality: str) -> Any:
-    """The method that turns processed inputs into rows: Transformers' own name, or one of those remote code uses."""
-    names = (f"get_{modality}_features", "extract_feature", "encode_images", "get_vision_features")
-    for holder in (network, getattr(network, "model", None)):
-        for name in names:
-            if holder is not None and hasattr(holder, name):
-                return getattr(holder, name)
-    raise ModelError(
-        f"{type(network).__name__} has none of {', '.join(names)}: what makes its features is not known here"
-    )

@@ -1,0 +1,99 @@
+"""One engine for everything: Transformers' whole model, which runs the vision tower itself and takes no embeddings.
+
+This is the shape of LMDeploy's PyTorch engine since 0.6.5. That engine swallows `input_embeddings` without a word and answers
+from the placeholders; this one refuses them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import EmbeddingRangeError, ModelError, PromptError
+from ..models import Model
+from ..prompt import MultimodalPrompt, Prompt
+from .messages import Capabilities
+from .transformers_reference import TransformersReference
+
+
+class TransformersMultimodal(TransformersReference):
+    """The whole model, pictures in."""
+
+    def __init__(self, model: Model, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> None:
+        if all(getattr(model.config, part, None) is None for part in ("vision_config", "audio_config")):
+            raise ModelError(f"{model.name!r} has no vision or audio part: open it with 'transformers' or 'numba'")
+        super().__init__(model, dtype=dtype, device=device)
+        # Transformers' own names for them differ by model
+        self._placeholder = next(
+            getattr(model.config, name)
+            for name in ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
+            if getattr(model.config, name, None) is not None
+        )
+
+    @property
+    def capabilities(self) -> Capabilities:
+        own = super().capabilities
+        return Capabilities(
+            "transformers-multimodal",
+            own.taps,
+            own.dtypes,
+            own.devices,
+            accepts_embeddings=False,
+            mrope=own.mrope,
+            vision_inside=True,
+        )
+
+    def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
+        if prompt.input_embeddings or prompt.embedding_ranges or prompt.deepstack:
+            raise EmbeddingRangeError(
+                "transformers-multimodal runs the vision model inside and takes pictures (multimodal=[...], from "
+                "build_multimodal), not embeddings. LMDeploy's PyTorch engine, which it stands for, has taken none since 0.6.5: "
+                "it swallows them and answers from the placeholders. For embeddings open 'transformers', 'numba' or LMDeploy's "
+                "TurboMind"
+            )
+        super().check(prompt, new_tokens)
+        groups = prompt.multimodal if isinstance(prompt, MultimodalPrompt) else ()
+        for number, group in enumerate(groups):
+            if not isinstance(group, dict) or not any(isinstance(value, torch.Tensor) for value in group.values()):
+                raise PromptError(
+                    f"multimodal[{number}] is {type(group).__name__}: give a dict of tensors (pixel_values, ...)"
+                )
+        if not groups and self._placeholder in prompt.input_ids:
+            raise PromptError(
+                f"the prompt has {list(prompt.input_ids).count(self._placeholder)} placeholders and no pictures: pass "
+                "multimodal=[...]"
+            )
+
+    def hidden(self, prompt: Prompt, cache: Any = None) -> torch.Tensor:
+        """Run the whole prompt, pictures and all; `[seq, hidden]` after the final norm."""
+        groups = prompt.multimodal if isinstance(prompt, MultimodalPrompt) else ()
+        ids = torch.tensor([prompt.input_ids], device=self.device)
+        kinds = (ids == self._placeholder).int()
+        # Token types tell Gemma 3 which tokens see each other, and Qwen-VL which positions are a picture's.
+        types = {"gemma3": {"token_type_ids": kinds}, "paligemma": {"token_type_ids": torch.zeros_like(kinds)}}
+        extra = types.get(self.model.config.model_type, {})
+        if self.capabilities.mrope and groups:
+            extra = {"mm_token_type_ids": kinds}
+        taken = inspect.signature(self.network.model.forward).parameters
+        inputs = {name: value for name, value in _join(groups, self.device, self.dtype).items() if name in taken}
+        try:
+            with self.precision():
+                return self.network.model(
+                    input_ids=ids, past_key_values=cache, use_cache=cache is not None, **inputs, **extra
+                ).last_hidden_state[0]
+        except (ValueError, IndexError) as error:
+            raise PromptError(f"the pictures do not fit the prompt: {error}") from error
+
+
+def _join(groups: Sequence[dict[str, Any]], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Groups of processed pictures as one, along the first axis of each tensor."""
+    joined = {}
+    for name in groups[0] if groups else ():
+        values = [group[name] for group in groups]
+        if all(isinstance(value, torch.Tensor) for value in values):
+            value = torch.cat(values)
+            joined[name] = value.to(device, dtype if value.is_floating_point() else None)
+    return joined

@@ -1,0 +1,169 @@
+"""Features ahead of time: run a tower over folders of pictures into a store, in this process or with Ray Data on many.
+
+A picture that is in the store already costs the reading of its bytes, so a run that was stopped goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError, PromptError
+from .features import FeatureStore
+from .tower import load_vision_tower
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass
+class Report:
+    """What became of the pictures of one run.
+
+    Attributes:
+        computed, found: pictures whose features were computed, and those that the store held.
+        failed: path and reason of each that could not be used.
+        seconds: of the run, without loading the tower.
+    """
+
+    computed: int = 0
+    found: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second."""
+        return (self.computed + self.found + len(self.failed)) / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.computed} computed, {self.found} found in the store, {len(self.failed)} failed; {self.rate:.1f} images/s"
+
+
+def find_pictures(names: Iterable[str | Path]) -> list[str]:
+    """Files, and the pictures in folders and their subfolders, each once, in order.
+
+    Raises:
+        PromptError: a name that is neither, or no picture at all.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = (each for each in sorted(path.rglob("*")) if each.suffix.lower() in SUFFIXES and each.is_file())
+            found |= {str(each): None for each in inside}
+        elif path.is_file():
+            found[str(path)] = None
+        else:
+            raise PromptError(f"{name} is neither a picture nor a folder")
+    if not found:
+        raise PromptError(f"no pictures ({', '.join(SUFFIXES)}) in {', '.join(map(str, names))}")
+    return list(found)
+
+
+class Worker:
+    """A tower and a store in one process; takes batches of paths, as Ray Data calls it."""
+
+    def __init__(self, model: str, store: str, max_bytes: int | None, device: str, threads: int | None = None) -> None:
+        import torch
+
+        from ..models import load_model
+
+        if threads:
+            torch.set_num_threads(threads)
+        local = load_model(model) if model == "digit-cards" or Path(model).exists() else model
+        self.tower = load_vision_tower(local, device=device)
+        self.store = FeatureStore(store, max_bytes)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        """Paths in, what became of each out: "found", "computed", or a reason of failure."""
+        outcomes = {str(path): self._one(str(path)) for path in batch["path"]}
+        return {"path": list(outcomes), "outcome": list(outcomes.values())}
+
+    def _one(self, path: str) -> str:
+        try:
+            (key,) = self.store.keys(self.tower, [path])
+            if self.store.get(key) is not None:
+                return "found"
+            self.store.put(key, self.tower.features([path])[0])
+            return "computed"
+        except PromptError as error:  # this picture's fault; the others go on
+            return str(error)
+
+
+def compute_features(
+    pictures: Sequence[str],
+    model: str,
+    store: str,
+    *,
+    workers: int = 0,
+    device: str = "cpu",
+    max_bytes: int | None = None,
+    batch: int = 16,
+    progress: bool = True,
+) -> Report:
+    """Put the features of pictures into a store.
+
+    Args:
+        workers: 0 for this process alone; else Ray Data with so many, on this machine or the cluster it is connected to.
+        batch: pictures that a worker is handed at once.
+
+    Raises:
+        ModelError: a model or store that cannot be opened, or no Ray where workers are asked for.
+    """
+    from tqdm.auto import tqdm
+
+    report = Report()
+    batches = (
+        _ray(pictures, model, store, workers, device, max_bytes, batch)
+        if workers
+        else _here(pictures, Worker(model, store, max_bytes, device), batch)
+    )
+    started = time.perf_counter()
+    with tqdm(total=len(pictures), unit="image", disable=not progress) as bar:
+        for outcome in batches:
+            for path, what in zip(outcome["path"], outcome["outcome"], strict=True):
+                if what == "computed":
+                    report.computed += 1
+                elif what == "found":
+                    report.found += 1
+                else:
+                    report.failed.append((str(path), str(what)))
+                bar.update()
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _here(pictures: Sequence[str], worker: Worker, batch: int) -> Iterator[dict[str, list[str]]]:
+    for start in range(0, len(pictures), batch):
+        yield worker({"path": list(pictures[start : start + batch])})
+
+
+def _ray(
+    pictures: Sequence[str], model: str, store: str, workers: int, device: str, max_bytes: int | None, batch: int
+) -> Iterator[dict[str, Any]]:
+    try:
+        import ray
+    except ImportError as error:
+        raise ModelError("workers need Ray: pip install 'embedding-workbench[ray]', or use --workers 0") from error
+    if "://" not in store:
+        store = str(Path(store).expanduser().resolve())  # workers have working folders of their own
+    if not ray.is_initialized():
+        # The package need not be installed on a cluster's nodes if they run this process's code from a shared disk.
+        ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts pictures
+    rows = [{"path": str(Path(path).resolve())} for path in pictures]
+    blocks = max(workers, min(len(rows), 4 * workers, -(-len(rows) // batch)))
+    data = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+        Worker,
+        fn_constructor_args=(model, store, max_bytes, device, 1),
+        compute=ray.data.ActorPoolStrategy(size=workers),
+        batch_size=batch,
+        batch_format="numpy",
+        num_gpus=1 if device.startswith("cuda") else 0,
+        num_cpus=1,
+    )
+    yield from data.iter_batches(batch_size=None, batch_format="numpy")

@@ -1,0 +1,53 @@
+"""Open sounds safely: WAV files, mono, at the rate that a model was trained at."""
+
+from __future__ import annotations
+
+import os
+import wave
+
+import numpy as np
+
+from ..errors import PromptError
+
+LONGEST = 600.0  # seconds
+
+
+class SoundError(PromptError):
+    """A sound that cannot be used: missing, damaged, at another rate, too long."""
+
+
+def open_sound(sound: np.ndarray | str | os.PathLike, rate: int) -> np.ndarray:
+    """The waveform, float32 from -1 to 1, mono.
+
+    Args:
+        sound: the path of a PCM WAV file of 16 bits, or a mono waveform, which is taken to be at `rate`.
+        rate: samples a second that the model wants.
+
+    Raises:
+        SoundError: naming the file and what is wrong with it.
+    """
+    if not isinstance(sound, str | os.PathLike):
+        waveform = np.asarray(sound, dtype=np.float32)
+        if waveform.ndim != 1 or not len(waveform) or not np.isfinite(waveform).all():
+            raise SoundError(f"a waveform of shape {waveform.shape} is no mono sound of finite samples")
+        return waveform
+    name = os.fspath(sound)
+    try:
+        with wave.open(name, "rb") as file:
+            channels, width, found, frames = file.getparams()[:4]
+            if frames / max(found, 1) > LONGEST:
+                raise SoundError(f"{name} lasts {frames / found:.0f} s, over the limit of {LONGEST:.0f} s: cut it")
+            data = file.readframes(frames)
+    except FileNotFoundError as error:
+        raise SoundError(f"{name} does not exist") from error
+    except (wave.Error, EOFError, OSError) as error:
+        raise SoundError(f"{name} is no PCM WAV file, or a damaged one: {error or 'it ends early'}") from error
+    if width != 2:
+        raise SoundError(f"{name} has samples of {8 * width} bits: save it as 16-bit PCM")
+    if found != rate:
+        raise SoundError(
+            f"{name} is at {found} Hz and the model hears {rate} Hz: resample it (sox in.wav -r {rate} out.wav)"
+        )
+    if not frames or len(data) != frames * width * channels:
+        raise SoundError(f"{name} is cut short: {len(data)} bytes of {frames * width * channels}")
+    return np.frombuffer(data, dtype="<i2").reshape(frames, channels).mean(axis=1, dtype=np.float32) / 32768.0
