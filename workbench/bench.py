@@ -37,6 +37,15 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
     def transformers_generate() -> None:
         reference.network.generate(batch, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
 
+    uneven = _uneven(ids, model.embedding_table)
+    padded = _padded(uneven)
+
+    @torch.no_grad()
+    def transformers_padded() -> None:
+        reference.decoder(**padded, use_cache=False)
+
+    longest = max(map(len, uneven))
+    filled = [each.replace(input_ids=[*each.input_ids, *[0] * (longest - len(each))]) for each in uneven]
     jobs: dict[str, Callable[[], object]] = {
         f"generate {NEW_TOKENS} tokens, numba": lambda: engine.generate(prompt, config),
         f"generate {NEW_TOKENS} tokens, transformers": transformers_generate,
@@ -44,7 +53,12 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
         "trace of every layer, transformers": lambda: reference.trace(prompt),
         "slider: run and compare": lambda: land(engine, prompt, plain),
         "slider: draw": lambda: picture.png(landing),
+        f"prefill {len(uneven)} uneven, packed, numba": lambda: engine.prefill_packed(uneven),
+        f"prefill {len(uneven)} uneven, padded, numba": lambda: engine.prefill_packed(filled, longest * len(filled)),
+        f"prefill {len(uneven)} uneven, padded, transformers": transformers_padded,
     }
+    tokens = {name: sum(map(len, uneven)) for name in jobs if name.startswith("prefill")}
+    tokens |= {name: NEW_TOKENS for name in jobs if name.startswith("generate")}
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(rounds + 1):
         for name, job in jobs.items():
@@ -57,6 +71,24 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
     )
     medians = {name: median(times) for name, times in seconds.items()}
     for name, value in medians.items():
-        rate = f"{NEW_TOKENS / value:8.1f} tokens/s" if name.startswith("generate") else ""
-        print(f"{name:42} {value * 1000:9.1f} ms {rate}")
+        rate = f"{tokens[name] / value:8.1f} tokens/s" if name in tokens else ""
+        print(f"{name:44} {value * 1000:9.1f} ms {rate}")
     return medians
+
+
+def _uneven(ids: list[int], table: torch.Tensor) -> list[Prompt]:
+    """Sixteen prompts of 20 to 340 tokens, an image-sized range in every other."""
+    prompts = []
+    for number in range(16):
+        long = (ids * 6)[: 20 + (number * 7 % 16) * 64 // 3]
+        ranges = [(4, min(len(long), 53))] if number % 2 else []
+        prompts.append(Prompt(long, [table[long[a:b]] for a, b in ranges], ranges))
+    return prompts
+
+
+def _padded(prompts: list[Prompt]) -> dict[str, torch.Tensor]:
+    """The ids of all prompts, padded on the right, and their mask: what a padded batch takes."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[*prompt.input_ids, *[0] * (longest - len(prompt))] for prompt in prompts])
+    mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
+    return {"input_ids": ids, "attention_mask": mask}

@@ -18,7 +18,7 @@ from range_kernels import attention
 
 from ...errors import ModelError
 from ...models import Model
-from .kv_cache import KVCache
+from .kv_cache import KVCache, PackedCache
 from .rope import inverse_frequencies, rotate, rotation
 
 Tap = Callable[[str, torch.Tensor], None]
@@ -119,7 +119,7 @@ class Decoder:
         positions: torch.Tensor,
         low: torch.Tensor,
         reach: torch.Tensor,
-        cache: KVCache,
+        cache: KVCache | PackedCache,
         tap: Tap | None = None,
     ) -> torch.Tensor:
         """Run new tokens through every layer.
@@ -135,7 +135,7 @@ class Decoder:
             `[tokens, hidden]` after the final norm.
         """
         cosine, sine = rotation(self.frequencies, positions, self.device)
-        cu_queries, cu_keys = (0, len(hidden)), (0, cache.length + len(hidden))
+        cu_queries, cu_keys = cache.bounds(len(hidden))
         if tap:
             tap("embed", hidden)
         for number, layer in enumerate(self.layers):

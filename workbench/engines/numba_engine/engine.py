@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 
 import torch
 from range_kernels import splice, visible_keys
 
+from ...batches import plan_batch
 from ...models import Model
 from ...prompt import Prompt
 from ...taps import decoder_taps
@@ -14,6 +15,7 @@ from ..api import Engine, parse_device, parse_dtype
 from ..messages import Capabilities, EngineOutput, GenerationConfig
 from ..sampling import generate, stop_tokens
 from .decoder import Decoder, Tap
+from .kv_cache import PackedCache
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -53,6 +55,36 @@ class NumbaEngine(Engine):
             kept["logits"] = self.decoder.logits(hidden[rows])
         return {name: kept[name] for name in taps}
 
+    @torch.no_grad()
+    def prefill_packed(self, prompts: Sequence[Prompt], max_tokens: int = 2048) -> list[torch.Tensor]:
+        """Run several prompts packed end to end, no padding, by `plan_batch(prompts, max_tokens)`.
+
+        Returns:
+            for each prompt the hidden state of its last token after the final norm, `[hidden]`, which predicts the first new one.
+
+        Raises:
+            PromptError: a prompt that cannot run; none has run then.
+        """
+        for prompt in prompts:
+            self.check(prompt)
+        plan = plan_batch(prompts, max_tokens)
+        runs = [_Run(self.decoder, prompt, len(prompt)) for prompt in prompts]
+        states = [run.embed() for run in runs]
+        last: dict[int, torch.Tensor] = {}
+        for chunk in plan.chunks:
+            mine = [(runs[piece.prompt], states[piece.prompt], slice(piece.start, piece.stop)) for piece in chunk]
+            low, reach = (torch.cat([run.visible[bound][part] for run, _, part in mine]) for bound in (0, 1))
+            hidden = self.decoder.forward(
+                torch.cat([state[part] for _, state, part in mine]),
+                torch.cat([run.positions[part] for run, _, part in mine]),
+                low,
+                reach,
+                PackedCache([run.cache for run, _, _ in mine], [len(piece) for piece in chunk]),
+            )
+            for piece, rows in zip(chunk, hidden.split([len(piece) for piece in chunk]), strict=True):
+                last[piece.prompt] = rows[-1]
+        return [last[number] for number in range(len(prompts))]
+
 
 class _Run:
     """One request: its cache and where its next token goes."""
@@ -63,15 +95,19 @@ class _Run:
         positions = prompt.position_ids
         self.positions = torch.arange(len(prompt)) if positions is None else positions
         self.next_position = int(self.positions.max()) + 1
+        low, reach = visible_keys(len(prompt), prompt.bidirectional)
+        self.visible = torch.from_numpy(low), torch.from_numpy(reach)
 
     @torch.no_grad()
     def hidden(self, tap: Tap | None = None) -> torch.Tensor:
         """Run the whole prompt; `[seq, hidden]` after the final norm."""
-        prompt, decoder = self.prompt, self.decoder
+        return self.decoder.forward(self.embed(), self.positions, *self.visible, self.cache, tap)
+
+    def embed(self) -> torch.Tensor:
+        """Hidden state 0 of the whole prompt, `[seq, hidden]`."""
+        prompt = self.prompt
         ids = torch.tensor(prompt.lookup_ids)
-        state = splice(ids, decoder.table, prompt.input_embeddings, prompt.embedding_ranges)
-        low, reach = (torch.from_numpy(x) for x in visible_keys(len(prompt), prompt.bidirectional))
-        return decoder.forward(state, self.positions, low, reach, self.cache, tap)
+        return splice(ids, self.decoder.table, prompt.input_embeddings, prompt.embedding_ranges)
 
     @torch.no_grad()
     def prefill(self, all_logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
