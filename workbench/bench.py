@@ -12,8 +12,8 @@ from statistics import median
 
 import torch
 
-from .engines import open_engine
 from .engines.messages import GenerationConfig
+from .engines.numba_engine.engine import NumbaEngine
 from .engines.transformers_reference import TransformersReference
 from .landing import land
 from .models import load_model
@@ -26,7 +26,7 @@ NEW_TOKENS = 32
 def run(model_name: str, rounds: int) -> dict[str, float]:
     """Print a table; return `{job: median seconds}`."""
     model = load_model(model_name)
-    engine, reference = open_engine("numba", model), TransformersReference(model)
+    engine, reference = NumbaEngine(model), TransformersReference(model)
     ids = model.chat_ids("Tell me a story about a fox and the moon, please. " * 2)[:64]
     prompt = Prompt(ids, [model.embedding_table[ids[30:34]]], [(30, 34)])
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, ignore_eos=True)

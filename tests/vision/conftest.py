@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import transformers
@@ -9,6 +11,8 @@ from PIL import Image
 from transformers.processing_utils import ProcessorMixin
 
 from .small_vlms import SOUND, VLMS, reader, save_vlm
+
+SAMPLES = Path(__file__).resolve().parents[2] / "data" / "images"
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +54,9 @@ def pictures():
     """Two noisy pictures of different sizes."""
     generator = np.random.default_rng(0)
     return [Image.fromarray(generator.integers(0, 255, size, dtype=np.uint8)) for size in ((60, 90, 3), (100, 70, 3))]
+
+
+@pytest.fixture(scope="session")
+def shown():
+    """The repository's sample pictures: real handwriting."""
+    return [SAMPLES / name for name in ("blue_7.png", "orange_3.png")]

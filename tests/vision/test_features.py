@@ -1,0 +1,195 @@
+"""The store gives back what the tower made, for exactly the same picture and tower, whoever else uses it and whatever dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+import torch
+from PIL import Image
+
+import workbench
+from workbench.vision.features import FeatureStore, content_digest
+from workbench.vision.tower import load_vision_tower
+
+
+@pytest.fixture(scope="module")
+def tower():
+    return load_vision_tower(workbench.load_model("digit-cards"))
+
+
+def counted(tower, monkeypatch):
+    """How often the tower runs."""
+    runs = []
+    original = type(tower).run
+    monkeypatch.setattr(type(tower), "run", lambda self, processed: runs.append(1) or original(self, processed))
+    return runs
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "memory"])
+def test_a_hit_skips_the_tower_and_gives_the_same(kind, tower, shown, tmp_path, monkeypatch):
+    url = {"folder": str(tmp_path), "file": f"file://{tmp_path}/x", "memory": f"memory://{uuid.uuid4()}"}[kind]
+    runs, store = counted(tower, monkeypatch), FeatureStore(url)
+    first = store.features(tower, shown)
+    again = FeatureStore(url).features(tower, [shown[1], shown[0]])
+    assert len(runs) == 1
+    for made, kept in zip(first, reversed(again), strict=True):
+        assert torch.equal(made.rows, kept.rows)
+        assert (made.grid, made.tiles, made.rows.dtype) == (kept.grid, kept.tiles, kept.rows.dtype)
+    assert len(store) == 2
+    assert store.stats.misses == 2
+
+
+def test_only_missing_pictures_are_computed(tower, shown, tmp_path, monkeypatch):
+    runs, store = counted(tower, monkeypatch), FeatureStore(tmp_path)
+    store.features(tower, shown[:1])
+    both = store.features(tower, shown)
+    assert len(runs) == 2
+    assert torch.equal(both[1].rows, tower.features(shown[1:])[0].rows)
+    assert (store.stats.hits, store.stats.misses) == (1, 2)
+
+
+def test_every_part_of_the_key_counts(tower, shown, tmp_path, small_vlm):
+    store = FeatureStore(tmp_path)
+    (key,) = store.keys(tower, shown[:1])
+    picture = Image.open(shown[0])
+    changed = picture.copy()
+    changed.putpixel((0, 0), (1, 2, 3))
+    others = {*store.keys(tower, [changed]), *store.keys(tower, [picture]), *store.keys(tower, shown[1:])}
+    half = load_vision_tower(workbench.load_model("digit-cards"), dtype="bfloat16")
+    others |= {*store.keys(half, shown[:1]), *store.keys(load_vision_tower(small_vlm("llava")), shown[:1])}
+    assert len(others | {key}) == 6
+    reader = tower.processor._reader
+    before, tower.processor.__dict__["settings"] = tower.processor.settings, {"image_mean": [0.1]}
+    fingerprint = tower.__dict__.pop("fingerprint")
+    assert store.keys(tower, shown[:1]) != [key]
+    tower.processor.__dict__["settings"], tower.__dict__["fingerprint"] = before, fingerprint
+    assert store.keys(tower, shown[:1]) == [key]
+    assert reader is tower.processor._reader
+
+
+def test_deepstack_and_tiles_are_kept(small_vlm, pictures, tmp_path):
+    for name in ("qwen3_vl", "idefics3"):
+        own = load_vision_tower(small_vlm(name))
+        store = FeatureStore(tmp_path)
+        made, kept = store.features(own, pictures), FeatureStore(tmp_path).features(own, pictures)
+        for a, b in zip(made, kept, strict=True):
+            assert torch.equal(a.rows, b.rows)
+            assert (a.grid, a.tiles) == (b.grid, b.tiles)
+            assert (a.deepstack is None) == (b.deepstack is None)
+            assert a.deepstack is None or torch.equal(a.deepstack, b.deepstack)
+
+
+def test_onevision_knows_a_picture_in_company(small_vlm, pictures, tmp_path):
+    own, store = load_vision_tower(small_vlm("llava_onevision")), FeatureStore(tmp_path)
+    alone = store.features(own, pictures[:1])[0].rows
+    together = store.features(own, pictures)
+    assert len(alone) != len(together[0].rows)
+    for kept, made in zip(store.features(own, pictures), own.features(pictures), strict=True):
+        assert torch.equal(kept.rows, made.rows)
+
+
+def test_damaged_entries_are_computed_anew(tower, shown, tmp_path):
+    store = FeatureStore(tmp_path)
+    (made,) = store.features(tower, shown[:1])
+    (path,) = tmp_path.glob("*/*.safetensors")
+    for damage in (b"", b"short", path.read_bytes()[:-7], b"\xff" * 300):
+        path.write_bytes(damage)
+        assert torch.equal(store.features(tower, shown[:1])[0].rows, made.rows)
+    assert store.stats.damaged == 4
+    assert store.get(path.stem) is not None
+
+
+def test_eviction_drops_what_was_used_longest_ago(tower, shown, tmp_path):
+    pictures = [Image.new("RGB", (8, 8), (number * 20, 0, 0)) for number in range(8)]
+    size = 49 * 576 * 4
+    store = FeatureStore(tmp_path, max_bytes=5 * (size + 1000))
+    (first,) = store.keys(tower, pictures[:1])
+    for number, picture in enumerate(pictures):
+        store.features(tower, [picture])
+        os.utime(next(tmp_path.glob(f"*/{store.keys(tower, [picture])[0]}*")), (1000 + number, 1000 + number))
+        if number == 3:
+            assert store.get(first) is not None  # used: now the youngest
+    store.evict()
+    assert store.bytes <= store.max_bytes
+    assert store.get(first) is not None
+    assert store.get(store.keys(tower, pictures[1:2])[0]) is None
+    assert store.stats.evicted > 0
+    with pytest.raises(ValueError, match="max_bytes=0"):
+        FeatureStore(tmp_path, max_bytes=0)
+
+
+WRITER = """
+import sys, torch
+from workbench.vision.families import Features
+from workbench.vision.features import FeatureStore
+store = FeatureStore(sys.argv[1])
+print("ready", flush=True)
+number = 0
+while True:
+    number += 1
+    store.put(f"{number % 40:064x}", Features(torch.full((2000, 256), float(number % 40))))
+"""
+
+
+def test_a_killed_writer_leaves_whole_entries_or_none(tmp_path):
+    """Writers are killed at random moments; a reader meanwhile and afterwards finds only whole, right entries."""
+    store = FeatureStore(tmp_path)
+
+    def whole():
+        found = 0
+        for number in range(40):
+            kept = store.get(f"{number:064x}")
+            if kept is not None:
+                found += 1
+                assert kept.rows.shape == (2000, 256)
+                assert bool((kept.rows == float(number)).all())
+        return found
+
+    for round_number in range(6):
+        writers = [
+            subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+            for _ in range(2)
+        ]
+        for writer in writers:
+            assert writer.stdout.readline().strip() == "ready"
+        until = time.monotonic() + 0.15 + 0.07 * round_number
+        while time.monotonic() < until:
+            whole()
+        for writer in writers:
+            os.kill(writer.pid, signal.SIGKILL)
+            writer.wait()
+        whole()
+    assert whole() > 0
+    assert store.stats.damaged == 0
+
+
+def test_left_overs_of_killed_writers_are_swept(tower, shown, tmp_path):
+    store = FeatureStore(tmp_path, max_bytes=10**9)
+    store.features(tower, shown[:1])
+    folder = next(path for path in tmp_path.iterdir() if path.is_dir())
+    old, young = folder / f".{'a' * 64}.1.ff", folder / f".{'b' * 64}.2.ff"
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (1000, 1000))
+    store.evict()
+    assert not old.exists()
+    assert young.exists()
+    assert len(store) == 1
+
+
+def test_bad_stores_and_pictures(tower, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(workbench.ModelError, match="cannot be made"):
+        FeatureStore(tmp_path / "file")
+    with pytest.raises(workbench.ModelError, match="nosuch"):
+        FeatureStore("nosuch://bucket")
+    with pytest.raises(workbench.PromptError, match="missing.png cannot be read"):
+        content_digest(tmp_path / "missing.png")
+    with pytest.raises(workbench.PromptError, match="is no picture"):
+        content_digest(7)
