@@ -132,3 +132,42 @@ def test_02_compare_engines(page, lab):
     move(page, view, "Range starts at", "ArrowLeft")
     view.locator("text=noise: at most").wait_for(timeout=60 * SECOND)
     check_quiet(page)
+
+
+def test_03_images_as_embeddings(page, lab):
+    open_and_run(page, lab, "03_images_as_embeddings.ipynb")
+    view = page.locator(".workbench-pictures").first
+    view.wait_for(timeout=240 * SECOND)
+    wait_idle(page)
+    view.scroll_into_view_if_needed()
+    view.locator("text=Moved by +1").wait_for(timeout=60 * SECOND)  # the last cell moved the range
+    page.screenshot(path=ARTIFACTS / "03_moved.png")
+    move(page, view, "Move the ranges by", "ArrowLeft")
+    view.locator("text=Every row stands over its placeholder").wait_for(timeout=60 * SECOND)
+    move(page, view, "Show row", "ArrowRight")
+    view.locator("summary", has_text="The map as a table").click()
+    assert view.locator("details table tr").count() == 50
+    page.screenshot(path=ARTIFACTS / "03_home.png")
+    check_quiet(page)
+
+
+def test_04_vision_weights_and_features(page, lab):
+    open_and_run(page, lab, "04_vision_weights_and_features.ipynb")
+    wait_idle(page)
+    page.locator("text=two engines: blue 7, green 5").first.wait_for(timeout=60 * SECOND)
+    page.screenshot(path=ARTIFACTS / "04_flows.png")
+    check_quiet(page)
+
+
+def test_05_batches_of_ranges(page, lab):
+    open_and_run(page, lab, "05_batches_of_ranges.ipynb")
+    view = page.locator(".workbench-plan").first
+    view.wait_for(timeout=240 * SECOND)
+    wait_idle(page)
+    view.scroll_into_view_if_needed()
+    view.locator("text=10 chunks, 88% full").wait_for(timeout=60 * SECOND)
+    view.locator("text=pictures see themselves both ways").click()
+    view.locator("text=9 chunks, 97% full").wait_for(timeout=60 * SECOND)
+    move(page, view, "Tokens a chunk", "ArrowRight")
+    page.screenshot(path=ARTIFACTS / "05_plan.png")
+    check_quiet(page)

@@ -1,9 +1,21 @@
 """Pictures, one function each, drawn into matplotlib Figures without pyplot state; no widgets, no engines."""
 
+from .batches import plan_figure
 from .errors import error_by_layer, ratio_map
 from .landing import landing_figure
 from .maps import hidden_state_map
+from .patches import PatchMap, patch_figure
 from .png import to_png
 from .tokens import token_strip
 
-__all__ = ["error_by_layer", "hidden_state_map", "landing_figure", "ratio_map", "to_png", "token_strip"]
+__all__ = [
+    "PatchMap",
+    "error_by_layer",
+    "hidden_state_map",
+    "landing_figure",
+    "patch_figure",
+    "plan_figure",
+    "ratio_map",
+    "to_png",
+    "token_strip",
+]

@@ -1,6 +1,8 @@
 """Widgets: controls and what they show. They call engines and plots, and hold no maths of their own."""
 
+from .batches import PlanBench
 from .comparison import ComparisonBench
 from .landing import LandingBench
+from .pictures import PictureBench
 
-__all__ = ["ComparisonBench", "LandingBench"]
+__all__ = ["ComparisonBench", "LandingBench", "PictureBench", "PlanBench"]

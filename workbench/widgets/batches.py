@@ -1,0 +1,74 @@
+"""The bench of notebook 05: a budget of tokens, and how prompts are laid out in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from html import escape
+from typing import Literal
+
+import ipywidgets as w
+
+from ..batches import BatchPlan, plan_batch
+from ..plots.batches import plan_figure
+from ..plots.png import to_png
+from ..prompt import Prompt
+from . import parts
+from .latest import Latest
+
+
+class PlanBench:
+    """Plans for one list of prompts. Display `bench.view`; `bench.plan` is the plan as the controls say."""
+
+    def __init__(self, prompts: Sequence[Prompt], max_tokens: int = 128) -> None:
+        self.prompts = list(prompts)
+        self._jobs = Latest(self._show_error)
+        longest = max(map(len, self.prompts))
+        self._budget = parts.slider("Tokens a chunk", max_tokens, 16, max(512, longest), "budget of one step")
+        self.budget = self._budget.children[0]
+        self.split = w.Checkbox(value=True, description="prompts may be split", indent=False)
+        self.bidirectional = w.Checkbox(value=False, description="pictures see themselves both ways", indent=False)
+        self.status, self.words, self.image = w.HTML(), w.HTML(), parts.picture()
+        self.view = w.VBox(
+            [w.HBox([self._budget, self.split, self.bidirectional], layout={"flex_flow": "row wrap"}), self.status, self.image, self.words]
+        )  # fmt: skip
+        self.view.add_class("workbench-plan")
+        for control in (self.budget, self.split, self.bidirectional):
+            control.observe(self._changed, "value")
+        self._changed()
+
+    @property
+    def laid_out(self) -> list[Prompt]:
+        """The prompts, their spans as the controls say."""
+        attention: Literal["causal", "bidirectional"] = "bidirectional" if self.bidirectional.value else "causal"
+        return [
+            prompt.replace(spans=[replace(span, attention=attention) for span in prompt.spans])
+            for prompt in self.prompts
+        ]
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The plan that the controls describe."""
+        return plan_batch(self.laid_out, self.budget.value, split=self.split.value)
+
+    def wait(self, timeout: float | None = 60.0) -> bool:
+        """Wait until the picture is there."""
+        return self._jobs.wait(timeout)
+
+    def _changed(self, change: object = None) -> None:
+        self._jobs.submit(self._draw)
+
+    def _draw(self) -> Iterator[None]:
+        plan = self.plan
+        self.image.value = to_png(plan_figure(plan, self.laid_out))
+        full = sum(plan.fill) / len(plan.fill)
+        self.status.value = parts.note(
+            "plain",
+            f"{len(plan.chunks)} chunks, {full:.0%} full on average, no padding. One padded batch would run "
+            f"{plan.padded_tokens} tokens for {sum(plan.lengths)}: {plan.padding / plan.padded_tokens:.0%} of them padding.",
+        )
+        self.words.value = f"<details><summary>The picture as text</summary><pre>{escape(str(plan))}</pre></details>"
+        yield
+
+    def _show_error(self, error: Exception) -> None:
+        self.status.value = parts.note("bad", f"{type(error).__name__}: {escape(str(error))}")
