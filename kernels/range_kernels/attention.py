@@ -26,6 +26,7 @@ def attention(
     window_rule: WindowRule = "inside",
     softcap: float = 0.0,
     scale: float | None = None,
+    path: str | None = None,
 ) -> torch.Tensor:
     """Softmax attention over packed sequences; query i sees the keys `low[i] <= j <= reach[i]` of its own sequence.
 
@@ -42,6 +43,7 @@ def attention(
             seen whole in spite of the window (vLLM), needs the spans and is made by `visible_keys`: pass its `low`.
         softcap: c > 0 replaces a score s by `c * tanh(s / c)`.
         scale: factor on scores; None means `head_dim ** -0.5`.
+        path: the kernel by name ("tensor-core" or "plain" on a GPU), for tests and benchmarks; None chooses.
 
     Returns:
         `[queries, q_heads, head_dim]` in the dtype of `q`; zeros for a query that sees no key. Sums run in float32.
@@ -67,13 +69,19 @@ def attention(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    if q.device.type == "cpu":
-        from .cpu.launch import attention as launch
-    elif q.device.type == "cuda":
-        from .cuda.attention import launch
-    else:
+    numbers = (low, reach, lengths_q, lengths_k, scale, float(softcap))
+    if q.device.type == "cuda":
+        from .cuda.paths import launch as launch_cuda
+
+        launch_cuda(q, k, v, out, *numbers, path=path)
+        return out
+    if q.device.type != "cpu":
         raise ValueError(f"q is on {q.device}: kernels exist for cpu and cuda")
-    launch(q, k, v, out, low, reach, lengths_q, lengths_k, scale, float(softcap))
+    if path is not None:
+        raise ValueError(f"path={path!r}: on the CPU there is one path, so leave it out")
+    from .cpu.launch import attention as launch_cpu
+
+    launch_cpu(q, k, v, out, *numbers)
     return out
 
 

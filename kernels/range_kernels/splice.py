@@ -51,32 +51,36 @@ def splice(
         )
     if input_ids.ndim != 1:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected one packed [tokens]")
-    plan, rows = plan_splice(items, ranges, table, offset, offset + len(input_ids))
+    clipped = clip_items(items, ranges, table, offset, offset + len(input_ids))
     out = torch.empty((len(input_ids), table.shape[1]), dtype=table.dtype, device=table.device)
     if out.numel() == 0:
         return out
     if table.device.type == "cpu":
-        from .cpu.launch import splice as launch
+        from .cpu.launch import splice as launch_cpu
+
+        plan, rows = pack_rows(clipped, table)
+        launch_cpu(input_ids, table, rows, plan, out, float(scale))
     elif table.device.type == "cuda":
-        from .cuda.splice import launch
+        from .cuda.splice import launch as launch_cuda
+
+        launch_cuda(input_ids, table, clipped, out, float(scale))
     else:
         raise ValueError(f"table is on {table.device}: kernels exist for cpu and cuda")
-    launch(input_ids, table, rows, plan, out, float(scale))
     return out
 
 
-def plan_splice(
-    items: Sequence[torch.Tensor], ranges: Sequence[tuple[int, int]], table: torch.Tensor, begin: int, end: int
-) -> tuple[np.ndarray, torch.Tensor]:
-    """Clip ranges to the chunk `[begin, end)` and pack the rows they need.
+Clipped = list[tuple[int, int, torch.Tensor]]
 
-    Returns:
-        `plan`, int32 `[clipped ranges, 3]`: start and stop counted from `begin`, and the first packed row; and `rows`
-        `[packed rows, hidden]` in the table's dtype and device.
-    """
+
+def clip_items(
+    items: Sequence[torch.Tensor], ranges: Sequence[tuple[int, int]], table: torch.Tensor, begin: int, end: int
+) -> Clipped:
+    """The parts of ranges inside the chunk `[begin, end)`: start and stop counted from `begin`, and the rows, cast and moved
+    to the table's dtype and device."""
     if len(items) != len(ranges):
         raise ValueError(f"{len(items)} items but {len(ranges)} ranges: each item needs one range")
-    plan, needed, packed, end_before = [], [], 0, 0
+    clipped: Clipped = []
+    end_before = 0
     for number, (item, (start, stop)) in enumerate(zip(items, ranges, strict=True)):
         if start < end_before or stop <= start:
             raise ValueError(
@@ -91,8 +95,21 @@ def plan_splice(
         end_before = stop
         first, last = max(start, begin), min(stop, end)
         if first < last:
-            plan.append((first - begin, last - begin, packed))
-            needed.append(item[first - start : last - start].to(table.device, table.dtype))
-            packed += last - first
+            rows = item[first - start : last - start].to(table.device, table.dtype)
+            clipped.append((first - begin, last - begin, rows))
+    return clipped
+
+
+def pack_rows(clipped: Clipped, table: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+    """All rows in one tensor.
+
+    Returns:
+        `plan`, int32 `[clipped ranges, 3]`: start, stop, and the first packed row; and `rows` `[packed rows, hidden]`.
+    """
+    plan, packed = [], 0
+    for start, stop, _ in clipped:
+        plan.append((start, stop, packed))
+        packed += stop - start
+    needed = [rows for _, _, rows in clipped]
     rows = torch.cat(needed) if len(needed) > 1 else needed[0].contiguous() if needed else table[:0]
     return np.asarray(plan, dtype=np.int32).reshape(-1, 3), rows

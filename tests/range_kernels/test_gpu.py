@@ -1,9 +1,12 @@
 """The CUDA kernels on a GPU: `make test-gpu`."""
 
+from itertools import accumulate, pairwise
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from range_kernels import attention, splice
+from range_kernels import attention, splice, visible_keys
 from range_kernels.reference import splice as splice_oracle
 
 from .cases import DTYPES, assert_close, make_case
@@ -27,6 +30,108 @@ def test_attention_at_odd_sizes(keys, dtype):
     for queries in {1, min(keys, 64), keys}:
         case = make_case(keys, [(queries, keys)], head_dim=256 if keys == 129 else 64, dtype=dtype)
         assert_close(attention(*case.to("cuda").args), case)
+
+
+def random_call(generator, head_dim, dtype):
+    """Packed sequences of random lengths, some chunked, with spans and windows; q, k, v and bounds on the GPU."""
+    kv_heads = int(generator.integers(1, 4))
+    heads = kv_heads * int(generator.integers(1, 4))
+    queries, keys, lows, reaches = [], [], [], []
+    for _ in range(int(generator.integers(1, 4))):
+        length = int(generator.choice([1, 17, 63, 64, 65, 127, 128, 129, 200, 257, 400]))
+        first = int(generator.integers(0, length)) if generator.random() < 0.3 else 0
+        edges = sorted({int(edge) for edge in generator.integers(0, length + 1, 6)})
+        spans = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=False) if not a < first < b]
+        window = int(generator.integers(1, 100)) if generator.random() < 0.3 else None
+        rule = str(generator.choice(["inside", "union"]))
+        low, reach = visible_keys(length, spans, first=first, window=window, window_rule=rule)
+        queries.append(length - first)
+        keys.append(length)
+        lows.append(low)
+        reaches.append(reach)
+    total_q, total_k = sum(queries), sum(keys)
+    make = torch.Generator("cuda").manual_seed(int(generator.integers(2**31)))
+    q, k, v = (
+        torch.randn(total, count, head_dim, generator=make, device="cuda").to(dtype)
+        for total, count in ((total_q, heads), (total_k, kv_heads), (total_k, kv_heads))
+    )
+    bounds = [torch.from_numpy(np.concatenate(each)).cuda() for each in (lows, reaches)]
+    return q, k, v, [0, *accumulate(queries)], [0, *accumulate(keys)], *bounds
+
+
+def dense(q, k, v, cu_q, cu_k, low, reach, softcap, dtype):
+    """Attention with a dense mask and plain torch operations in `dtype`, one sequence after the other."""
+    outs = []
+    for (a, b), (c, d) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
+        group = q.shape[1] // k.shape[1]
+        x, y, z = (t.to(dtype).transpose(0, 1) for t in (q[a:b], k[c:d], v[c:d]))
+        y, z = (t.repeat_interleave(group, dim=0) for t in (y, z))
+        place = torch.arange(d - c, device="cuda")
+        seen = (place >= low[a:b, None]) & (place <= reach[a:b, None])
+        if softcap:
+            scores = torch.tanh(x @ y.transpose(1, 2) * q.shape[2] ** -0.5 / softcap) * softcap
+            weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
+            outs.append((weights @ z).transpose(0, 1))
+        else:
+            outs.append(torch.nn.functional.scaled_dot_product_attention(x, y, z, attn_mask=seen).transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_tensor_cores_err_at_most_twice_as_much_as_torch(head_dim, dtype, softcap):
+    """Error against float64, beside that of torch's attention in the same dtype; outputs are poisoned before."""
+    generator = np.random.default_rng(head_dim + int(softcap))
+    for _ in range(25):
+        case = random_call(generator, head_dim, dtype)
+        low, reach = case[5:]
+        truth = dense(*case, softcap, torch.float64)
+        torch.empty_like(case[0]).fill_(torch.nan)  # freed at once: the output is likely to lie here
+        out = attention(*case[:5], low=low, reach=reach, softcap=softcap, path="tensor-core")
+        theirs = dense(*case, softcap, dtype)
+        mine = (out.double() - truth).norm()
+        assert mine <= 2 * (theirs.double() - truth).norm() + 1e-12, (
+            f"{mine} against {(theirs.double() - truth).norm()}"
+        )
+        assert torch.isfinite(out).all()
+
+
+def test_tensor_cores_take_views_and_queries_that_see_nothing():
+    packed = torch.randn(300, 12, 64, device="cuda").bfloat16()
+    q, k, v = packed[:, :8], packed[:, 8:10], packed[:, 10:]
+    low = torch.zeros(300, dtype=torch.int32, device="cuda")
+    reach = torch.arange(300, dtype=torch.int32, device="cuda")
+    reach[[0, 70, 299]] = -1
+    out = attention(q, k, v, [0, 300], [0, 300], low=low, reach=reach, path="tensor-core")
+    plain = attention(q, k, v, [0, 300], [0, 300], low=low, reach=reach, path="plain")
+    assert (out[[0, 70, 299]] == 0).all()
+    torch.testing.assert_close(out.float(), plain.float(), rtol=2e-2, atol=2e-3)
+
+
+def test_a_path_that_cannot_is_refused_by_name():
+    case = make_case(0, [(3, 3)], head_dim=72, dtype=torch.float32).to("cuda")
+    with pytest.raises(ValueError, match=r"path='tensor-core' does not compute torch.float32, head_dim=72"):
+        attention(*case.args, path="tensor-core")
+    with pytest.raises(ValueError, match="path='fast' does not compute"):
+        attention(*case.args, path="fast")
+
+
+def test_splice_reads_items_where_they_lie():
+    """Views with gaps between rows, chunks, and rows that begin between 16-byte pieces."""
+    table = torch.randn(40, 512, device="cuda").bfloat16()
+    ids = torch.randint(40, (90,), device="cuda")
+    wide = torch.randn(30, 1024, device="cuda").bfloat16()
+    items = [wide[:10, :512], wide[::3, 512:], torch.randn(5 * 512 + 1, device="cuda").bfloat16()[1:].view(5, 512)]
+    ranges = [(3, 13), (20, 30), (85, 90)]
+    expected = table[ids]
+    for item, (start, stop) in zip(items, ranges, strict=True):
+        expected[start:stop] = item
+    for begin, end in ((0, 90), (5, 25), (30, 85)):
+        for count in (2, 3):
+            out = splice(ids[begin:end], table, items[:count], ranges[:count], offset=begin)
+            wanted = expected if count == 3 else torch.cat([expected[:85], table[ids[85:]]])
+            assert torch.equal(out, wanted[begin:end])
 
 
 def test_a_head_too_large_is_refused():

@@ -13,7 +13,7 @@ if not config.ENABLE_CUDASIM:
 from range_kernels.cuda import attention as cuda_attention
 from range_kernels.cuda import splice as cuda_splice
 from range_kernels.reference import splice as splice_oracle
-from range_kernels.splice import plan_splice
+from range_kernels.splice import clip_items
 
 from ..range_kernels.cases import DTYPES, assert_close, make_case
 
@@ -54,9 +54,9 @@ def test_splice_matches_the_oracle(dtype, hidden):
     items, ranges = [torch.randn(3, hidden).to(dtype), torch.randn(2, hidden).to(dtype)], [(1, 4), (6, 8)]
     ids = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8], dtype=torch.int64)
     for begin, end in ((0, 9), (2, 7)):
-        plan, rows = plan_splice(items, ranges, table, begin, end)
+        clipped = clip_items(items, ranges, table, begin, end)
         out = torch.full((end - begin, hidden), torch.nan, dtype=dtype)
-        cuda_splice.launch(ids[begin:end], table, rows, plan, out, 2.0)
+        cuda_splice.launch(ids[begin:end], table, clipped, out, 2.0)
         expected = splice_oracle(
             ids[begin:end].numpy(),
             table.float().numpy(),
@@ -71,16 +71,15 @@ def test_splice_matches_the_oracle(dtype, hidden):
 def test_a_view_that_begins_between_words():
     table = torch.randn(4 * 5 + 1)[1:].view(5, 4)
     item = torch.randn(4 + 1)[1:].view(1, 4)
-    plan, rows = plan_splice([item], [(0, 1)], table, 0, 2)
+    clipped = clip_items([item], [(0, 1)], table, 0, 2)
     out = torch.zeros(2, 4)
-    cuda_splice.launch(torch.tensor([0, 3]), table, rows, plan, out, 1.0)
+    cuda_splice.launch(torch.tensor([0, 3]), table, clipped, out, 1.0)
     assert torch.equal(out, torch.stack([item[0], table[3]]))
 
 
 def test_an_id_outside_the_table_shows_as_nan():
     table = torch.randn(5, 4)
-    plan, rows = plan_splice([], [], table, 0, 2)
     out = torch.zeros(2, 4)
-    cuda_splice.launch(torch.tensor([1, 7], dtype=torch.int32), table, rows, plan, out, 1.0)
+    cuda_splice.launch(torch.tensor([1, 7], dtype=torch.int32), table, [], out, 1.0)
     assert torch.equal(out[0], table[1])
     assert out[1].isnan().all()

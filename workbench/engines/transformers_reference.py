@@ -16,6 +16,7 @@ import torch
 from ..errors import EmbeddingRangeError, ModelError
 from ..models import Model
 from ..prompt import Prompt
+from ..quiet import quiet_transformers
 from ..taps import decoder_taps
 from ..trace import Trace
 from .api import Engine, parse_device, parse_dtype
@@ -225,25 +226,19 @@ class _Run:
 
 
 def _load(model: Model, dtype: torch.dtype) -> Any:
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a memory-mapped load takes a second or two
     try:
         narrow = torch.float32 if dtype is torch.float64 else dtype
-        pair: Any = _class_for(model).from_pretrained(
-            model.path,
-            dtype=narrow,
-            trust_remote_code=model.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-        )
+        with quiet_transformers():  # a memory-mapped load takes a second or two
+            pair: Any = _class_for(model).from_pretrained(
+                model.path,
+                dtype=narrow,
+                trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+            )
     except Exception as error:  # Transformers raises many kinds for a damaged or foreign folder
         raise ModelError(f"Transformers cannot load {model.name!r} from {model.path}: {error}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     network, loaded = pair
     lacking = sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]]))
     if lacking:  # Transformers would fill them with random numbers and go on

@@ -22,6 +22,7 @@ import torch
 from ..errors import ModelError
 from ..memory import PeakMemory, in_words
 from ..models import Model
+from ..quiet import quiet_transformers
 from .checkpoint import INDEX, SINGLE, Checkpoint
 from .families import Family, Features, family_of, run_tower
 from .images import Picture, open_image
@@ -207,7 +208,8 @@ def load_vision_tower(
 
 def load_full(config: Any, folder: str | Path, dtype: torch.dtype) -> Any:
     """The whole model, language weights and all."""
-    return model_class(config).from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
+    with quiet_transformers():
+        return model_class(config).from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
 
 
 def model_class(config: Any) -> Any:
@@ -303,25 +305,21 @@ def _build(config: Any, folder: Path, tensors: dict[str, torch.Tensor], dtype: t
         if hasattr(text, key):
             setattr(text, key, value)
     small.tie_word_embeddings = False
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would report the language weights as missing
     try:
         built = _class_of(small, folder, trusted)
-        network, loaded = built.from_pretrained(
-            None, config=small, state_dict=tensors, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with quiet_transformers(reports=False):  # it would report the language weights as missing
+            network, loaded = built.from_pretrained(
+                None,
+                config=small,
+                state_dict=tensors,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"the vision part of {config.model_type!r} cannot be built: {error}") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
     missing = [name for name in loaded["missing_keys"] if not _LANGUAGE.search(name)]
     wrong = [str(entry) for entry in loaded["mismatched_keys"] if not _LANGUAGE.search(str(entry[0]))]
     if missing or wrong:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import cuda
 from numba.core import config
@@ -20,10 +22,18 @@ if SIMULATED:
         """Reinterpret a float32 as its int32 bits."""
         return np.float32(value).view(np.int32)
 
+    def copy_16_bytes(target, source):
+        """Addresses mean nothing in the simulator, which takes the paths without them."""
+        raise NotImplementedError
+
+    fill_16_bytes = copy_16_bytes
+
 else:
     from llvmlite import ir
-    from numba.cuda import types
+    from numba.cuda import types as _types
     from numba.cuda.extending import intrinsic
+
+    types: Any = _types  # type checkers see the simulator's, which lacks most
 
     @intrinsic
     def float_from_bits(typing_context, bits):
@@ -42,3 +52,119 @@ else:
             return builder.bitcast(args[0], ir.IntType(32))
 
         return types.int32(types.float32), codegen
+
+
+if not SIMULATED:
+    I32, I64, F32, VOID = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.VoidType()
+    SHORT = {"bfloat16": "bf16", "float16": "f16"}
+
+    def asm(builder, returns, operands, text, constraints, side_effect=True):
+        """A call of inline PTX; operands are LLVM values."""
+        kind = ir.FunctionType(returns, [operand.type for operand in operands])
+        return builder.call(ir.InlineAsm(kind, text, constraints, side_effect=side_effect), operands)
+
+    def load_matrices(builder, address, transposed=False):
+        """ldmatrix: four 8 x 8 matrices of 16-bit numbers from shared memory; four registers a thread."""
+        kind = ".trans" if transposed else ""
+        text = f"ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16 {{$0,$1,$2,$3}}, [$4];"
+        out = asm(builder, ir.LiteralStructType([I32] * 4), [address], text, "=r,=r,=r,=r,r,~{memory}")
+        return [builder.extract_value(out, i) for i in range(4)]
+
+    def multiply_add(builder, dtype, a, b, c):
+        """mma.sync m16n8k16: c + a b, float32 sums; a four registers, b two, c and the result four floats."""
+        short = SHORT[dtype]
+        text = (
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{short}.{short}.f32 "
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$0,$1,$2,$3};"
+        )
+        out = asm(
+            builder, ir.LiteralStructType([F32] * 4), [*a, *b, *c], text, "=f,=f,=f,=f,r,r,r,r,r,r,0,1,2,3", False
+        )
+        return [builder.extract_value(out, i) for i in range(4)]
+
+    def exp2(builder, x):
+        """2 ** x, to 2 units in the last place; 0 for minus infinity."""
+        return asm(builder, F32, [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f", False)
+
+    def reciprocal(builder, x):
+        return asm(builder, F32, [x], "rcp.approx.ftz.f32 $0, $1;", "=f,f", False)
+
+    def maximum(builder, a, b):
+        return asm(builder, F32, [a, b], "max.f32 $0, $1, $2;", "=f,f,f", False)
+
+    def from_lane(builder, x, flip):
+        """The value of the lane whose number differs in the bits of `flip`."""
+        return asm(builder, F32, [x], f"shfl.sync.bfly.b32 $0, $1, {flip}, 31, -1;", "=f,f")
+
+    def pack(builder, dtype, low, high):
+        """Two float32 as two 16-bit floats in one register, rounded to nearest."""
+        return asm(builder, I32, [high, low], f"cvt.rn.{SHORT[dtype]}x2.f32 $0, $1, $2;", "=r,f,f", False)
+
+    def load_shared(builder, address):
+        return asm(builder, I32, [address], "ld.shared.b32 $0, [$1];", "=r,r,~{memory}")
+
+    def store_global(builder, address, value):
+        asm(builder, VOID, [address, value], "st.global.b32 [$0], $1;", "l,r,~{memory}")
+
+    def _statement(text, *kinds):
+        """An intrinsic that runs one instruction and returns nothing."""
+        letters = {types.uint32: ("r", I32), types.uint64: ("l", I64)}
+        constraints = ",".join([*(letters[kind][0] for kind in kinds), "~{memory}"])
+
+        def codegen(context, builder, signature, args):
+            asm(builder, VOID, args, text, constraints)
+            return context.get_dummy_value()
+
+        if len(kinds) == 3:
+
+            @intrinsic
+            def statement(typing_context, a, b, c):
+                return types.void(*kinds), codegen
+        else:
+
+            @intrinsic
+            def statement(typing_context):
+                return types.void(), codegen
+
+        return statement
+
+    # Copies 16 bytes from global to shared memory, in the background; the third operand is how many are read, the rest is zero.
+    copy_async = _statement("cp.async.cg.shared.global [$0], [$1], 16, $2;", types.uint32, types.uint64, types.uint32)
+    copies_commit = _statement("cp.async.commit_group;")
+    copies_wait_all = _statement("cp.async.wait_group 0;")
+    copies_wait_all_but_one = _statement("cp.async.wait_group 1;")
+
+    @intrinsic
+    def shared_address(typing_context, array):
+        """Where a shared array lies, as the 32-bit address that shared-memory instructions take."""
+
+        def codegen(context, builder, signature, args):
+            data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
+            return builder.ptrtoint(builder.addrspacecast(data, ir.PointerType(ir.IntType(8), addrspace=3)), I32)
+
+        return types.uint32(array), codegen
+
+    @intrinsic
+    def copy_16_bytes(typing_context, target, source):
+        """One 16-byte load past the caches' first level, one 16-byte store."""
+
+        def codegen(context, builder, signature, args):
+            text = (
+                "{ .reg .b32 a, b, c, d; ld.global.nc.L1::no_allocate.v4.b32 {a, b, c, d}, [$1]; "
+                "st.global.v4.b32 [$0], {a, b, c, d}; }"
+            )
+            asm(builder, VOID, args, text, "l,l,~{memory}")
+            return context.get_dummy_value()
+
+        return types.void(types.uint64, types.uint64), codegen
+
+    @intrinsic
+    def fill_16_bytes(typing_context, target):
+        """All bits set, which is NaN in every float."""
+
+        def codegen(context, builder, signature, args):
+            ones = ir.Constant(I32, -1)
+            asm(builder, VOID, [*args, ones], "st.global.v4.b32 [$0], {$1, $1, $1, $1};", "l,r,~{memory}")
+            return context.get_dummy_value()
+
+        return types.void(types.uint64), codegen

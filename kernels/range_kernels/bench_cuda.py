@@ -1,0 +1,172 @@
+"""`python -m range_kernels.bench_cuda`: the tensor-core and splice kernels on a GPU beside torch's, in one run, in turns.
+
+Prefill: torch SDPA's FlashAttention-2 and cuDNN kernels (causal), cuDNN with a dense mask and FlexAttention (spans). Splice: an index
+assignment, `index_copy_`, Transformers' masked_scatter, and a plain copy of as many bytes. Times are medians of GPU events; buffers
+rotate so that nothing is found in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import numba
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from . import attention, splice, visible_keys
+
+HEADS, KV_HEADS, SPAN = 32, 8, 256
+PREFILLS = ((4, 4096, 128), (1, 16384, 128), (4, 4096, 64))  # batch, tokens, head size
+SPLICES = ((512, 4096), (8192, 4096), (65536, 4096), (65536, 8192))  # tokens, hidden
+_COPIES = 3  # of every input
+
+
+def time_in_turns(jobs: Mapping[str, Callable[[int], object]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each job on the GPU; jobs are handed the number of the copy of their inputs to use."""
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(rounds + 3):
+        for name, job in jobs.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            job(turn % _COPIES)
+            stop.record()
+            stop.synchronize()
+            if turn >= 3:
+                times[name].append(start.elapsed_time(stop))
+    return {name: median(values) for name, values in times.items()}
+
+
+def bench_prefill(shape: tuple[int, int, int], rounds: int, flex: bool) -> dict[str, float]:
+    """Milliseconds of each kernel; bfloat16, spans of 256 tokens end to end."""
+    batch, tokens, head_dim = shape
+    packed = [
+        [
+            torch.randn(batch * tokens, heads, head_dim, device="cuda").bfloat16()
+            for heads in (HEADS, KV_HEADS, KV_HEADS)
+        ]
+        for _ in range(_COPIES)
+    ]
+    lengths = [number * tokens for number in range(batch + 1)]
+    spans = [(start, start + SPAN) for start in range(0, tokens, SPAN)]
+    bounds = {}
+    for name, ranges in (("causal", []), ("spans", spans)):
+        low, reach = visible_keys(tokens, ranges)
+        bounds[name] = tuple(torch.from_numpy(each).cuda().repeat(batch) for each in (low, reach))
+
+    def ours(name: str) -> Callable[[int], object]:
+        low, reach = bounds[name]
+        return lambda turn: attention(*packed[turn], lengths, lengths, low=low, reach=reach, path="tensor-core")
+
+    def batched(turn: int) -> list[torch.Tensor]:
+        return [x.view(batch, tokens, -1, head_dim).transpose(1, 2) for x in packed[turn]]
+
+    def sdpa(backend: SDPBackend, mask: torch.Tensor | None = None) -> Callable[[int], object]:
+        def run(turn: int) -> object:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(
+                    *batched(turn), attn_mask=mask, is_causal=mask is None, enable_gqa=True
+                )
+
+        return run
+
+    dense = torch.arange(tokens, device="cuda") <= bounds["spans"][1][:tokens, None]
+    jobs = {
+        "ours, causal": ours("causal"),
+        "ours, spans": ours("spans"),
+        "flash, causal": sdpa(SDPBackend.FLASH_ATTENTION),
+        "cuDNN, causal": sdpa(SDPBackend.CUDNN_ATTENTION),
+        "cuDNN, spans (dense mask)": sdpa(SDPBackend.CUDNN_ATTENTION, dense[None, None]),
+    }
+    if flex:
+        jobs |= _flex_jobs(batched, tokens)
+    return time_in_turns(jobs, rounds)
+
+
+def _flex_jobs(batched: Callable[[int], list[torch.Tensor]], tokens: int) -> dict[str, Callable[[int], object]]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def causal(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return q >= k
+
+    def spans(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (q >= k) | (q // SPAN == k // SPAN)
+
+    masks = {f.__name__: create_block_mask(f, None, None, tokens, tokens, device="cuda") for f in (causal, spans)}
+
+    def run(name: str) -> Callable[[int], object]:
+        return lambda turn: compiled(*batched(turn), block_mask=masks[name], enable_gqa=True)
+
+    return {f"FlexAttention, {name}": run(name) for name in masks}
+
+
+def bench_splice(shape: tuple[int, int], rounds: int) -> dict[str, float]:
+    """Milliseconds of each way; bfloat16, vocabulary 128,256, half of the tokens in ranges of 576."""
+    tokens, hidden = shape
+    table = torch.randn(128256, hidden, device="cuda", dtype=torch.bfloat16)
+    size = min(576, tokens // 2)
+    ranges = [(start, start + size) for start in range(0, tokens - size + 1, 2 * size)]
+    ids = [torch.randint(128256, (tokens,), device="cuda") for _ in range(_COPIES)]
+    items = [torch.randn(size, hidden, device="cuda", dtype=torch.bfloat16) for _ in ranges]
+    joined = torch.cat(items)
+    places = torch.cat([torch.arange(start, stop, device="cuda") for start, stop in ranges])
+    inside = torch.zeros(tokens, 1, dtype=torch.bool, device="cuda")
+    inside[places] = True
+    source, target = (torch.empty(tokens, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+    def index_assignment(turn: int) -> torch.Tensor:
+        state = table[ids[turn]]
+        state[places] = joined
+        return state
+
+    return time_in_turns(
+        {
+            "ours": lambda turn: splice(ids[turn], table, items, ranges),
+            "masked_scatter": lambda turn: table[ids[turn]].masked_scatter(inside.expand(-1, hidden), joined),
+            "index_copy": lambda turn: table[ids[turn]].index_copy_(0, places, joined),
+            "index assignment": index_assignment,
+            "copy": lambda turn: target.copy_(source),
+        },
+        rounds,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m range_kernels.bench_cuda", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument(
+        "--no-flex", action="store_true", help="leave out FlexAttention, which takes a minute to compile"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
+    options = parser.parse_args()
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "numba": numba.__version__, "rounds": options.rounds, "prefill": [], "splice": [],
+    }  # fmt: skip
+    print(f"{report['device']}, torch {torch.__version__}, numba {numba.__version__}; medians of {options.rounds}")
+    for shape in PREFILLS:
+        batch, tokens, head_dim = shape
+        work = 4 * batch * HEADS * head_dim * (tokens * (tokens + 1) // 2)  # counted as causal, spans too
+        for name, ms in bench_prefill(shape, options.rounds, not options.no_flex).items():
+            print(f"prefill {batch} x {tokens}, head {head_dim}: {name:26} {ms:8.3f} ms {work / ms / 1e9:6.0f} TFLOP/s")
+            report["prefill"].append({"shape": shape, "kernel": name, "ms": ms, "tflops": work / ms / 1e9})
+    for tokens, hidden in SPLICES:
+        moved = 2 * tokens * hidden * 2
+        for name, ms in bench_splice((tokens, hidden), options.rounds).items():
+            print(f"splice {tokens} x {hidden}: {name:17} {ms:8.3f} ms {moved / ms / 1e9:6.2f} TB/s")
+            report["splice"].append({"shape": (tokens, hidden), "kernel": name, "ms": ms, "tbytes": moved / ms / 1e9})
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(report, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

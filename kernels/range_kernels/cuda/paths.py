@@ -1,0 +1,41 @@
+"""Which attention kernel runs on which GPU and call: the one place that decides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import attention as plain
+from .ptx import SIMULATED
+
+PATHS = ("tensor-core", "plain")
+
+
+def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, path: str | None = None) -> None:
+    """Run the fastest kernel that computes this call, or the one named; arguments as `plain.launch` takes them.
+
+    Raises:
+        ValueError: the named path does not compute this call.
+    """
+    chosen = path or _choose(q, rest[-2])
+    if chosen == "plain":
+        plain.launch(q, k, v, *rest)
+        return
+    from . import tensor_core
+
+    if chosen != "tensor-core" or not tensor_core.can_run(q, rest[-2]):
+        raise ValueError(
+            f"path={chosen!r} does not compute {q.dtype}, head_dim={q.shape[2]}, scale={rest[-2]} on "
+            f"{torch.cuda.get_device_name(q.device)}: paths are {', '.join(PATHS)}, and tensor-core takes float16 and bfloat16, "
+            f"head sizes {tensor_core.HEAD_DIMS}, a positive scale, and GPUs from compute capability 8.0 on"
+        )
+    tensor_core.launch(q, k, v, *rest)
+
+
+def _choose(q: torch.Tensor, scale: float) -> str:
+    if SIMULATED:
+        return "plain"
+    from . import tensor_core
+
+    return "tensor-core" if tensor_core.can_run(q, scale) else "plain"

@@ -1,0 +1,238 @@
+"""Prefill attention on tensor cores, sm_80 and later: mma.sync, tiles in shared memory, copies in the background.
+
+    block: 4 warps, 64 or 128 queries of one head          FlashAttention-2's shape (Dao 2023, arXiv:2307.08691)
+    bounds of the block's rows -> first and last key tile   no mask in memory: low and reach say all
+    for each key tile:   K here? -> start V -> s = q k^T -> start next K -> hide, only in tiles that some row sees in part
+                         -> weights -> V here? -> o += weights V
+
+A tile that every row of the block sees whole costs no masking, a tile that none sees is never read. So bidirectional spans cost
+what causal attention costs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numba import cuda, float32, int32, uint32, uint64
+
+from .device import as_array, stream
+from .ptx import copies_commit, copies_wait_all, copies_wait_all_but_one, copy_async, shared_address
+from .tile import KEYS, LOG2_E, tile_operations
+
+THREADS = 128
+HEAD_DIMS = (64, 80, 96, 128, 256)
+_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def can_run(q: torch.Tensor, scale: float) -> bool:
+    """Whether this path computes such a call: dtype, head size, device, and a scale that keeps the order of scores."""
+    capable = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return capable and q.dtype in _DTYPES and q.shape[-1] in HEAD_DIMS and scale > 0
+
+
+@cache
+def make_kernel(head_dim: int, dtype: str, softcap: bool):
+    """The Python function of a kernel, and how many queries a block has; `compiled` jits it."""
+    m_tiles = 2 if head_dim <= 128 else 1
+    rows = 64 * m_tiles
+    do = tile_operations(head_dim, m_tiles, dtype, softcap)
+    begin_sums, score, hide, weigh, add_values, store = (
+        do.start,
+        do.scores,
+        do.hide,
+        do.weights,
+        do.add_values,
+        do.store,
+    )
+    row_bytes, chunks = 2 * head_dim + 16, head_dim // 8
+    q_room, kv_room = rows * row_bytes, KEYS * row_bytes
+    sums, score_count, pairs = m_tiles * head_dim // 2, m_tiles * KEYS // 2, 2 * m_tiles
+
+    @cuda.jit(device=True, inline="always")
+    def fetch(target, source, stride, first, limit, count, thread):
+        """Start the copies of `count` rows from row `first` on; rows from `limit` on are zeros."""
+        for step in range(count * chunks // THREADS):
+            place = step * THREADS + thread
+            row = place // chunks
+            chunk = place - row * chunks
+            inside = first + row < limit
+            token = first + row if inside else int32(0)
+            copy_async(
+                target + uint32(row * row_bytes + chunk * 16),
+                source + uint64(token) * stride + uint64(chunk * 16),
+                uint32(16) if inside else uint32(0),
+            )
+
+    def prefill(
+        q,
+        q_token,
+        q_head,
+        k,
+        k_token,
+        k_head,
+        v,
+        v_token,
+        v_head,
+        out,
+        out_token,
+        low,
+        reach,
+        tiles,
+        group,
+        factor,
+        inner,
+        outer,
+    ):
+        head = cuda.blockIdx.x
+        tile = cuda.gridDim.y - 1 - cuda.blockIdx.y  # late queries see most keys: they start first
+        thread = int32(cuda.threadIdx.x)
+        lane, warp = thread & 31, thread >> 5
+        q_first, count, k_first, k_count = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], tiles[tile, 3]
+        bounds = cuda.shared.array(4, int32)  # smallest low, largest reach, largest low, smallest reach
+        lows, reaches = cuda.shared.array(rows, int32), cuda.shared.array(rows, int32)
+        room = cuda.shared.array(0, np.uint8)
+        if thread == 0:
+            bounds[0], bounds[1], bounds[2], bounds[3] = int32(1 << 30), int32(-1), int32(-1), int32(1 << 30)
+        cuda.syncthreads()
+        if thread < rows:
+            lows[thread], reaches[thread] = int32(1 << 30), int32(-1)
+            if thread < count:
+                first, last = max(low[q_first + thread], 0), min(reach[q_first + thread], k_count - 1)
+                lows[thread], reaches[thread] = first, last
+                cuda.atomic.max(bounds, 2, first)
+                cuda.atomic.min(bounds, 3, last)
+                if first <= last:
+                    cuda.atomic.min(bounds, 0, first)
+                    cuda.atomic.max(bounds, 1, last)
+        cuda.syncthreads()
+        begin, end = bounds[0] // KEYS, (bounds[1] + KEYS) // KEYS
+        whole_from, whole_to = bounds[2], bounds[3]
+
+        q_room_at = shared_address(room)
+        k_room_at, v_room_at = q_room_at + uint32(q_room), q_room_at + uint32(q_room + kv_room)
+        kv_head = uint64(head // group)
+        q_base = q + uint64(q_first) * q_token + uint64(head) * q_head
+        k_base = k + uint64(k_first) * k_token + kv_head * k_head
+        v_base = v + uint64(k_first) * v_token + kv_head * v_head
+
+        # Where this lane's rows of 16 bytes begin for ldmatrix: queries and values by 16 rows, keys by 8 and 8.
+        q_address = q_room_at + uint32((warp * 16 * m_tiles + (lane & 15)) * row_bytes + (lane >> 4) * 16)
+        k_address = k_room_at + uint32(((lane & 7) + (lane >> 4) * 8) * row_bytes + ((lane >> 3) & 1) * 16)
+        v_address = v_room_at + uint32((lane & 15) * row_bytes + (lane >> 4) * 16)
+        lows_at, reaches_at = shared_address(lows), shared_address(reaches)
+        row = warp * 16 * m_tiles + (lane >> 2)
+
+        o = cuda.local.array(sums, float32)
+        s = cuda.local.array(score_count, float32)
+        largest, total = cuda.local.array(pairs, float32), cuda.local.array(pairs, float32)
+        begin_sums(o, largest, total)
+        if begin < end:
+            fetch(q_room_at, q_base, q_token, int32(0), count, rows, thread)
+            fetch(k_room_at, k_base, k_token, begin * KEYS, k_count, KEYS, thread)
+            copies_commit()
+        for number in range(begin, end):
+            key = int32(number * KEYS)
+            copies_wait_all()
+            cuda.syncthreads()
+            fetch(v_room_at, v_base, v_token, key, k_count, KEYS, thread)
+            copies_commit()
+            score(s, q_address, k_address, inner, outer)
+            cuda.syncthreads()  # all have read K
+            if number + 1 < end:
+                fetch(k_room_at, k_base, k_token, key + KEYS, k_count, KEYS, thread)
+            copies_commit()
+            if key < whole_from or key + KEYS - 1 > whole_to:
+                hide(s, key + int32(2 * (lane & 3)), row, lows_at, reaches_at)
+            weigh(s, o, largest, total, factor)
+            copies_wait_all_but_one()
+            cuda.syncthreads()
+            add_values(o, s, v_address)
+        target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2) + uint64(4 * (lane & 3))
+        store(o, total, target, out_token, row, count)
+
+    return prefill, rows, q_room + 2 * kv_room
+
+
+@cache
+def compiled(head_dim: int, dtype: str, softcap: bool, device: int):
+    """The kernel, compiled and allowed the shared memory it needs; queries a block; bytes of shared memory."""
+    function, rows, room = make_kernel(head_dim, dtype, softcap)
+    with cuda.gpus[device]:
+        jit: Any = cuda.jit
+        kernel = jit(signature(), launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))(function)
+        _allow_shared_memory(kernel, room)
+    return kernel, rows, room
+
+
+def SIGNATURE(types):
+    """Types of a kernel's arguments."""
+    address, stride = types.uint64, types.uint64
+    tensor = (address, stride, stride)
+    numbers = types.Array(types.int32, 1, "A")
+    return types.void(
+        *tensor, *tensor, *tensor, address, stride, numbers, numbers, types.Array(types.int32, 2, "A"), types.int32,
+        types.float32, types.float32, types.float32,
+    )  # fmt: skip
+
+
+def _allow_shared_memory(kernel, room: int) -> None:
+    """More than 48 KB of dynamic shared memory must be asked for."""
+    from cuda.bindings import driver
+
+    (overload,) = kernel.overloads.values()
+    handle = overload._codelibrary.get_cufunc().handle
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _, device = driver.cuCtxGetDevice()
+    (status, *_) = driver.cuKernelSetAttribute(attribute, room, handle, device)
+    if int(status):
+        raise RuntimeError(
+            f"the GPU does not give {room} bytes of shared memory to a block (driver error {int(status)})"
+        )
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    low: torch.Tensor,
+    reach: torch.Tensor,
+    lengths_q: np.ndarray,
+    lengths_k: np.ndarray,
+    scale: float,
+    softcap: float,
+) -> None:
+    """See `range_kernels.attention`; fills `out`. Needs `can_run`."""
+    q, k, v = (_aligned(x) for x in (q, k, v))
+    heads, head_dim = q.shape[1:]
+    kernel, rows, room = compiled(head_dim, _DTYPES[q.dtype], softcap > 0, q.device.index or 0)
+    tiles = torch.from_numpy(plan_tiles(lengths_q, lengths_k, rows)).to(q.device, non_blocking=True)
+    factor, inner = (LOG2_E, scale / softcap) if softcap > 0 else (scale * LOG2_E, 0.0)
+    size = q.element_size()
+    tensors = [(x.data_ptr(), x.stride(0) * size, x.stride(1) * size) for x in (q, k, v)]
+    kernel[(heads, len(tiles)), THREADS, stream(q), room](
+        *tensors[0], *tensors[1], *tensors[2], out.data_ptr(), out.stride(0) * size, as_array(low), as_array(reach),
+        as_array(tiles), heads // k.shape[1], np.float32(factor), np.float32(inner), np.float32(softcap),
+    )  # fmt: skip
+
+
+def plan_tiles(lengths_q: np.ndarray, lengths_k: np.ndarray, rows: int) -> np.ndarray:
+    """Blocks of `rows` queries: first query, queries, first key, keys of the sequence; int32 `[tiles, 4]`."""
+    tiles = [
+        (start, min(rows, stop - start), int(first), int(last - first))
+        for (begin, stop), (first, last) in zip(pairwise(lengths_q), pairwise(lengths_k), strict=True)
+        for start in range(int(begin), int(stop), rows)
+    ]
+    return np.asarray(tiles, dtype=np.int32).reshape(-1, 4)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """The tensor as it is where 16-byte copies of its rows work, else a contiguous copy."""
+    size = x.element_size()
+    strides = [x.stride(0) * size, x.stride(1) * size]
+    fits = x.stride(2) == 1 and not x.data_ptr() % 16 and not any(stride % 16 or stride < 0 for stride in strides)
+    return x if fits else x.contiguous()
