@@ -67,10 +67,9 @@ def bench_prefill(shape: tuple[int, int, int], rounds: int, flex: bool) -> dict[
 
     def sdpa(backend: SDPBackend, mask: torch.Tensor | None = None) -> Callable[[int], object]:
         def run(turn: int) -> object:
+            q, k, v = batched(turn)
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(
-                    *batched(turn), attn_mask=mask, is_causal=mask is None, enable_gqa=True
-                )
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
         return run
 
@@ -90,7 +89,7 @@ def bench_prefill(shape: tuple[int, int, int], rounds: int, flex: bool) -> dict[
 def _flex_jobs(batched: Callable[[int], list[torch.Tensor]], tokens: int) -> dict[str, Callable[[int], object]]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
 
     def causal(b: Any, h: Any, q: Any, k: Any) -> Any:
         return q >= k

@@ -168,7 +168,7 @@ def compiled(head_dim: int, dtype: str, softcap: bool, device: int):
     return kernel, rows, room
 
 
-def SIGNATURE(types):
+def signature() -> Any:
     """Types of a kernel's arguments."""
     address, stride = types.uint64, types.uint64
     tensor = (address, stride, stride)
