@@ -60,7 +60,12 @@ def bench_prefill(shape: tuple[int, int, int], rounds: int, flex: bool) -> dict[
 
     def ours(name: str) -> Callable[[int], object]:
         low, reach = bounds[name]
-        return lambda turn: attention(*packed[turn], lengths, lengths, low=low, reach=reach, path="tensor-core")
+
+        def run(turn: int) -> object:
+            q, k, v = packed[turn]
+            return attention(q, k, v, lengths, lengths, low=low, reach=reach, path="tensor-core")
+
+        return run
 
     def batched(turn: int) -> list[torch.Tensor]:
         return [x.view(batch, tokens, -1, head_dim).transpose(1, 2) for x in packed[turn]]

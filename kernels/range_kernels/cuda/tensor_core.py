@@ -20,7 +20,7 @@ import torch
 from numba import cuda, float32, int32, uint32, uint64
 
 from .device import as_array, stream
-from .ptx import copies_commit, copies_wait_all, copies_wait_all_but_one, copy_async, shared_address
+from .ptx import copies_commit, copies_wait_all, copies_wait_all_but_one, copy_async, shared_address, types
 from .tile import KEYS, LOG2_E, tile_operations
 
 THREADS = 128
