@@ -45,6 +45,27 @@ def wait_idle(page, seconds=240):
     )
 
 
+def find(page, selector, seconds=240):
+    """Scroll through the notebook until something is there: JupyterLab draws only the cells in sight."""
+    until = time.monotonic() + seconds
+    panel = page.locator(".jp-NotebookPanel:visible .jp-WindowedPanel-outer").first.bounding_box()
+    page.mouse.move(panel["x"] + panel["width"] / 2, panel["y"] + panel["height"] / 2)
+    down = True
+    while time.monotonic() < until:
+        found = page.locator(selector).first
+        if found.count() and found.is_visible():
+            found.scroll_into_view_if_needed()
+            return found
+        page.mouse.wheel(0, 500 if down else -20_000)
+        page.wait_for_timeout(300)
+        down = page.evaluate(
+            "() => { const e = document.querySelector('.jp-WindowedPanel-outer');"
+            " return e.scrollTop + e.clientHeight < e.scrollHeight - 5; }"
+        )
+    page.screenshot(path=ARTIFACTS / "not_found.png")
+    pytest.fail(f"{selector} did not come within {seconds} s; see not_found.png in test-artifacts")
+
+
 def picture(view):
     return view.locator("img").first.get_attribute("src")
 
@@ -136,10 +157,8 @@ def test_02_compare_engines(page, lab):
 
 def test_03_images_as_embeddings(page, lab):
     open_and_run(page, lab, "03_images_as_embeddings.ipynb")
-    view = page.locator(".workbench-pictures").first
-    view.wait_for(timeout=240 * SECOND)
     wait_idle(page)
-    view.scroll_into_view_if_needed()
+    view = find(page, ".workbench-pictures")
     view.locator("text=Moved by +1").wait_for(timeout=60 * SECOND)  # the last cell moved the range
     page.screenshot(path=ARTIFACTS / "03_moved.png")
     move(page, view, "Move the ranges by", "ArrowLeft")
@@ -154,17 +173,15 @@ def test_03_images_as_embeddings(page, lab):
 def test_04_vision_weights_and_features(page, lab):
     open_and_run(page, lab, "04_vision_weights_and_features.ipynb")
     wait_idle(page)
-    page.locator("text=two engines: blue 7, green 5").first.wait_for(timeout=60 * SECOND)
+    find(page, "text=two engines: blue 7, green 5")
     page.screenshot(path=ARTIFACTS / "04_flows.png")
     check_quiet(page)
 
 
 def test_05_batches_of_ranges(page, lab):
     open_and_run(page, lab, "05_batches_of_ranges.ipynb")
-    view = page.locator(".workbench-plan").first
-    view.wait_for(timeout=240 * SECOND)
     wait_idle(page)
-    view.scroll_into_view_if_needed()
+    view = find(page, ".workbench-plan")
     view.locator("text=10 chunks, 88% full").wait_for(timeout=60 * SECOND)
     view.locator("text=pictures see themselves both ways").click()
     view.locator("text=9 chunks, 97% full").wait_for(timeout=60 * SECOND)

@@ -22,11 +22,11 @@ if SIMULATED:
         """Reinterpret a float32 as its int32 bits."""
         return np.float32(value).view(np.int32)
 
-    def copy_16_bytes(target, source):
+    def copy_16_bytes(target, source, step):
         """Addresses mean nothing in the simulator, which takes the paths without them."""
         raise NotImplementedError
 
-    fill_16_bytes = copy_16_bytes
+    fill_16_bytes = copy_4_times_16_bytes = load_long = copy_16_bytes
 
 else:
     from llvmlite import ir
@@ -132,7 +132,6 @@ if not SIMULATED:
     copy_async = _statement("cp.async.cg.shared.global [$0], [$1], 16, $2;", types.uint32, types.uint64, types.uint32)
     copies_commit = _statement("cp.async.commit_group;")
     copies_wait_all = _statement("cp.async.wait_group 0;")
-    copies_wait_all_but_one = _statement("cp.async.wait_group 1;")
 
     @intrinsic
     def shared_address(typing_context, array):
@@ -144,19 +143,47 @@ if not SIMULATED:
 
         return types.uint32(array), codegen
 
-    @intrinsic
-    def copy_16_bytes(typing_context, target, source):
-        """One 16-byte load past the caches' first level, one 16-byte store."""
+    def _copies(pieces):
+        """An intrinsic that copies `pieces` times 16 bytes, `step` bytes apart: all loads are under way before the first store."""
+        loads, stores, names = [], [], []
+        for piece in range(pieces):
+            regs = ", ".join(f"{letter}{piece}" for letter in "abcd")
+            names.append(regs)
+            loads.append(f"ld.global.nc.L1::no_allocate.v4.b32 {{{regs}}}, [s];")
+            stores.append(f"st.global.v4.b32 [t], {{{regs}}};")
+        text = (
+            f"{{ .reg .b32 {', '.join(names)}; .reg .b64 s, t; mov.b64 t, $0; mov.b64 s, $1; "
+            + " add.u64 s, s, $2; ".join(loads)
+            + " "
+            + " add.u64 t, t, $2; ".join(stores)
+            + " }"
+        )
 
-        def codegen(context, builder, signature, args):
-            text = (
-                "{ .reg .b32 a, b, c, d; ld.global.nc.L1::no_allocate.v4.b32 {a, b, c, d}, [$1]; "
-                "st.global.v4.b32 [$0], {a, b, c, d}; }"
-            )
-            asm(builder, VOID, args, text, "l,l,~{memory}")
-            return context.get_dummy_value()
+        @intrinsic
+        def copies(typing_context, target, source, step):
+            def codegen(context, builder, signature, args):
+                asm(builder, VOID, args, text, "l,l,l,~{memory}")
+                return context.get_dummy_value()
 
-        return types.void(types.uint64, types.uint64), codegen
+            return types.void(types.uint64, types.uint64, types.uint64), codegen
+
+        return copies
+
+    copy_16_bytes, copy_4_times_16_bytes = _copies(1), _copies(4)
+
+    def _loads(kind, letter, size):
+        @intrinsic
+        def load(typing_context, address):
+            def codegen(context, builder, signature, args):
+                whole = ir.IntType(8 * size)
+                return asm(builder, whole, args, f"ld.global.nc.b{8 * size} $0, [$1];", f"={letter},l", False)
+
+            return kind(types.uint64), codegen
+
+        return load
+
+    # A number at an address. Numba's array arguments cost 10 us each at a launch, addresses next to nothing.
+    load_int, load_long = _loads(types.int32, "r", 4), _loads(types.int64, "l", 8)
 
     @intrinsic
     def fill_16_bytes(typing_context, target):

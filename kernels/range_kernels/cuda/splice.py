@@ -11,7 +11,7 @@ from numba import cuda, int64, uint64
 
 from ..splice import Clipped, pack_rows
 from .device import as_array, stream
-from .ptx import SIMULATED, copy_16_bytes, fill_16_bytes
+from .ptx import SIMULATED, copy_4_times_16_bytes, copy_16_bytes, fill_16_bytes, load_long
 
 _THREADS = 128
 
@@ -41,31 +41,56 @@ def _copy_rows(input_ids, plan, table, rows, out):
 
 
 @cuda.jit
-def _copy_wide(input_ids, plan, table, vocab, row_bytes, out):
-    """The same in 16-byte pieces, from where the items lie: `plan` int64 `[ranges, 4]` start, stop, address, bytes from row to
-    row; `table` and `out` are addresses."""
-    token = int64(cuda.blockIdx.x)
-    first, last = 0, plan.shape[0]
+def _copy_wide(input_ids, plan, ranges, tokens, a_block, table, vocab, row_bytes, out):
+    """The same in 16-byte pieces, from where the items lie; a block copies `a_block` tokens, so that one search serves several.
+
+    All but the counts are addresses: int64 ids, int64 `[ranges, 4]` start, stop, address, bytes from row to row.
+    """
+    input_ids, plan, table, out = uint64(input_ids), uint64(plan), uint64(table), uint64(out)
+    begin = int64(cuda.blockIdx.x) * a_block
+    first, last = int64(0), ranges
     while first < last:
         middle = (first + last) // 2
-        if plan[middle, 0] <= token:
+        if load_long(plan + uint64(32 * middle)) <= begin:
             first = middle + 1
         else:
             last = middle
-    row = input_ids[token]
-    source = table + uint64(row) * row_bytes
-    known = 0 <= row < vocab
-    if first > 0 and token < plan[first - 1, 1]:
-        source = uint64(plan[first - 1, 2]) + uint64(token - plan[first - 1, 0]) * uint64(plan[first - 1, 3])
+    number = first - 1  # the last range that starts at or before the token
+    start, stop, address, stride, following = int64(0), int64(0), int64(0), int64(0), int64(1) << 62
+    if number >= 0:
+        entry = plan + uint64(32 * number)
+        start, stop = load_long(entry), load_long(entry + uint64(8))
+        address, stride = load_long(entry + uint64(16)), load_long(entry + uint64(24))
+    if number + 1 < ranges:
+        following = load_long(plan + uint64(32 * (number + 1)))
+    lane, step = uint64(cuda.threadIdx.x * 16), uint64(cuda.blockDim.x * 16)
+    for token in range(begin, min(begin + a_block, tokens)):
+        if token == following:
+            number += 1
+            entry = plan + uint64(32 * number)
+            start, stop = token, load_long(entry + uint64(8))
+            address, stride = load_long(entry + uint64(16)), load_long(entry + uint64(24))
+            following = load_long(entry + uint64(32)) if number + 1 < ranges else int64(1) << 62
         known = True
-    target = out + uint64(token) * row_bytes
-    place, step = uint64(cuda.threadIdx.x * 16), uint64(cuda.blockDim.x * 16)
-    while place < row_bytes:
-        if known:
-            copy_16_bytes(target + place, source + place)
+        if token < stop:
+            source = uint64(address) + uint64(token - start) * uint64(stride)
         else:
-            fill_16_bytes(target + place)
-        place += step
+            row = load_long(input_ids + uint64(8 * token))
+            known = 0 <= row < vocab
+            source = table + uint64(row) * row_bytes
+        target = out + uint64(token) * row_bytes
+        place = lane
+        if known:
+            while place + uint64(3) * step < row_bytes:
+                copy_4_times_16_bytes(target + place, source + place, step)
+                place += uint64(4) * step
+            while place < row_bytes:
+                copy_16_bytes(target + place, source + place, step)
+                place += step
+        else:
+            while place < row_bytes:
+                fill_16_bytes(target + place)
+                place += step
 
 
 def launch(input_ids: torch.Tensor, table: torch.Tensor, clipped: Clipped, out: torch.Tensor, scale: float) -> None:
@@ -85,15 +110,13 @@ def launch(input_ids: torch.Tensor, table: torch.Tensor, clipped: Clipped, out: 
             dtype=np.int64,
         ).reshape(-1, 4)
         device_plan = torch.from_numpy(plan).to(table.device, non_blocking=True)
-        threads = min(256, max(32, -(-row_bytes // 16 // 32) * 32))
-        _copy_wide[len(input_ids), threads, stream(table)](
-            as_array(input_ids),
-            as_array(device_plan),
-            table.data_ptr(),
-            table.shape[0],
-            uint64(row_bytes),
-            out.data_ptr(),
-        )
+        pieces, tokens = row_bytes // 16, len(input_ids)
+        threads = min(256, max(32, -(-pieces // 4 // 32) * 32))
+        a_block = 8 if tokens >= 16384 else 2 if tokens >= 4096 else 1
+        _copy_wide[-(-tokens // a_block), threads, stream(table)](
+            input_ids.data_ptr(), device_plan.data_ptr(), len(plan), tokens, a_block, table.data_ptr(), table.shape[0],
+            uint64(row_bytes), out.data_ptr(),
+        )  # fmt: skip
     if scale != 1.0:
         looked_up = torch.ones(len(input_ids), 1, dtype=torch.bool)
         for start, stop, _ in clipped:

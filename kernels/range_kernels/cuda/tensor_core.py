@@ -2,8 +2,8 @@
 
     block: 4 warps, 64 or 128 queries of one head          FlashAttention-2's shape (Dao 2023, arXiv:2307.08691)
     bounds of the block's rows -> first and last key tile   no mask in memory: low and reach say all
-    for each key tile:   K here? -> start V -> s = q k^T -> start next K -> hide, only in tiles that some row sees in part
-                         -> weights -> V here? -> o += weights V
+    for each key tile:   K and V here? -> start the next two -> s = q k^T -> hide, only in tiles that some row sees in part
+                         -> weights -> o += weights V
 
 A tile that every row of the block sees whole costs no masking, a tile that none sees is never read. So bidirectional spans cost
 what causal attention costs.
@@ -11,7 +11,8 @@ what causal attention costs.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +20,8 @@ import numpy as np
 import torch
 from numba import cuda, float32, int32, uint32, uint64
 
-from .device import as_array, stream
-from .ptx import copies_commit, copies_wait_all, copies_wait_all_but_one, copy_async, shared_address, types
+from .device import stream
+from .ptx import copies_commit, copies_wait_all, copy_async, load_int, shared_address, types
 from .tile import KEYS, LOG2_E, tile_operations
 
 THREADS = 128
@@ -50,6 +51,9 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
     )
     row_bytes, chunks = 2 * head_dim + 16, head_dim // 8
     q_room, kv_room = rows * row_bytes, KEYS * row_bytes
+    stage = (
+        2 * kv_room
+    )  # keys and values of one tile; there are two, so that the next is fetched while this one is used
     sums, score_count, pairs = m_tiles * head_dim // 2, m_tiles * KEYS // 2, 2 * m_tiles
 
     @cuda.jit(device=True, inline="always")
@@ -91,7 +95,9 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
         tile = cuda.gridDim.y - 1 - cuda.blockIdx.y  # late queries see most keys: they start first
         thread = int32(cuda.threadIdx.x)
         lane, warp = thread & 31, thread >> 5
-        q_first, count, k_first, k_count = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], tiles[tile, 3]
+        entry = tiles + uint64(16 * tile)
+        q_first, count = load_int(entry), load_int(entry + uint64(4))
+        k_first, k_count = load_int(entry + uint64(8)), load_int(entry + uint64(12))
         bounds = cuda.shared.array(4, int32)  # smallest low, largest reach, largest low, smallest reach
         lows, reaches = cuda.shared.array(rows, int32), cuda.shared.array(rows, int32)
         room = cuda.shared.array(0, np.uint8)
@@ -101,7 +107,8 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
         if thread < rows:
             lows[thread], reaches[thread] = int32(1 << 30), int32(-1)
             if thread < count:
-                first, last = max(low[q_first + thread], 0), min(reach[q_first + thread], k_count - 1)
+                place = uint64(4 * (q_first + thread))
+                first, last = max(load_int(low + place), 0), min(load_int(reach + place), k_count - 1)
                 lows[thread], reaches[thread] = first, last
                 cuda.atomic.max(bounds, 2, first)
                 cuda.atomic.min(bounds, 3, last)
@@ -133,28 +140,28 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
         if begin < end:
             fetch(q_room_at, q_base, q_token, int32(0), count, rows, thread)
             fetch(k_room_at, k_base, k_token, begin * KEYS, k_count, KEYS, thread)
+            fetch(v_room_at, v_base, v_token, begin * KEYS, k_count, KEYS, thread)
             copies_commit()
+        here = uint32(0)  # which of two rooms holds this tile
         for number in range(begin, end):
             key = int32(number * KEYS)
             copies_wait_all()
-            cuda.syncthreads()
-            fetch(v_room_at, v_base, v_token, key, k_count, KEYS, thread)
-            copies_commit()
-            score(s, q_address, k_address, inner, outer)
-            cuda.syncthreads()  # all have read K
+            cuda.syncthreads()  # this tile is here, and all have left the one before
             if number + 1 < end:
-                fetch(k_room_at, k_base, k_token, key + KEYS, k_count, KEYS, thread)
-            copies_commit()
+                there = uint32(stage) - here
+                fetch(k_room_at + there, k_base, k_token, key + KEYS, k_count, KEYS, thread)
+                fetch(v_room_at + there, v_base, v_token, key + KEYS, k_count, KEYS, thread)
+                copies_commit()
+            score(s, q_address, k_address + here, inner, outer)
             if key < whole_from or key + KEYS - 1 > whole_to:
                 hide(s, key + int32(2 * (lane & 3)), row, lows_at, reaches_at)
             weigh(s, o, largest, total, factor)
-            copies_wait_all_but_one()
-            cuda.syncthreads()
-            add_values(o, s, v_address)
+            add_values(o, s, v_address + here)
+            here = uint32(stage) - here
         target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2) + uint64(4 * (lane & 3))
         store(o, total, target, out_token, row, count)
 
-    return prefill, rows, q_room + 2 * kv_room
+    return prefill, rows, q_room + 2 * stage
 
 
 @cache
@@ -172,11 +179,10 @@ def signature() -> Any:
     """Types of a kernel's arguments."""
     address, stride = types.uint64, types.uint64
     tensor = (address, stride, stride)
-    numbers = types.Array(types.int32, 1, "A")
+    pointers = (address, address, address)  # low, reach, tiles: Numba's array arguments cost 10 us each at a launch
     return types.void(
-        *tensor, *tensor, *tensor, address, stride, numbers, numbers, types.Array(types.int32, 2, "A"), types.int32,
-        types.float32, types.float32, types.float32,
-    )  # fmt: skip
+        *tensor, *tensor, *tensor, address, stride, *pointers, types.int32, types.float32, types.float32, types.float32
+    )
 
 
 def _allow_shared_memory(kernel, room: int) -> None:
@@ -210,17 +216,25 @@ def launch(
     q, k, v = (_aligned(x) for x in (q, k, v))
     heads, head_dim = q.shape[1:]
     kernel, rows, room = compiled(head_dim, _DTYPES[q.dtype], softcap > 0, q.device.index or 0)
-    tiles = torch.from_numpy(plan_tiles(lengths_q, lengths_k, rows)).to(q.device, non_blocking=True)
+    tiles = _device_tiles(tuple(lengths_q.tolist()), tuple(lengths_k.tolist()), rows, q.device)
     factor, inner = (LOG2_E, scale / softcap) if softcap > 0 else (scale * LOG2_E, 0.0)
     size = q.element_size()
     tensors = [(x.data_ptr(), x.stride(0) * size, x.stride(1) * size) for x in (q, k, v)]
     kernel[(heads, len(tiles)), THREADS, stream(q), room](
-        *tensors[0], *tensors[1], *tensors[2], out.data_ptr(), out.stride(0) * size, as_array(low), as_array(reach),
-        as_array(tiles), heads // k.shape[1], np.float32(factor), np.float32(inner), np.float32(softcap),
+        *tensors[0], *tensors[1], *tensors[2], out.data_ptr(), out.stride(0) * size, low.data_ptr(), reach.data_ptr(),
+        tiles.data_ptr(), heads // k.shape[1], factor, inner, softcap,
     )  # fmt: skip
 
 
-def plan_tiles(lengths_q: np.ndarray, lengths_k: np.ndarray, rows: int) -> np.ndarray:
+@lru_cache(maxsize=128)
+def _device_tiles(
+    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], rows: int, device: torch.device
+) -> torch.Tensor:
+    """`plan_tiles` on the device; every layer of a step asks for the same."""
+    return torch.from_numpy(plan_tiles(lengths_q, lengths_k, rows)).to(device)
+
+
+def plan_tiles(lengths_q: Sequence[int], lengths_k: Sequence[int], rows: int) -> np.ndarray:
     """Blocks of `rows` queries: first query, queries, first key, keys of the sequence; int32 `[tiles, 4]`."""
     tiles = [
         (start, min(rows, stop - start), int(first), int(last - first))
