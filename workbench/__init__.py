@@ -14,9 +14,10 @@ from .errors import EmbeddingRangeError, ModelError, PromptError, TraceError
 from .findings import Finding
 from .lint import effective_prompt, lint
 from .models import Model, load_model
-from .prompt import Prompt, Span
+from .prompt import MultimodalPrompt, Prompt, Span
 from .trace import Trace
 from .version import __version__
+from .vision import build_multimodal, build_prompt, load_vision_tower
 
 __all__ = [
     "Comparison",
@@ -27,6 +28,7 @@ __all__ = [
     "GenerationConfig",
     "Model",
     "ModelError",
+    "MultimodalPrompt",
     "Prompt",
     "PromptError",
     "ResponseType",
@@ -34,10 +36,13 @@ __all__ = [
     "Trace",
     "TraceError",
     "__version__",
+    "build_multimodal",
+    "build_prompt",
     "check_engine",
     "compare",
     "effective_prompt",
     "lint",
     "load_model",
+    "load_vision_tower",
     "open_engine",
 ]

@@ -5,13 +5,18 @@ Everything is timed in one run, in turns, and the median is reported: only ratio
 
 from __future__ import annotations
 
+import atexit
 import platform
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from statistics import median
 
+import numpy as np
 import torch
 
+from .digit_cards.cards import draw_scene, render, split
 from .engines.messages import GenerationConfig
 from .engines.numba_engine.engine import NumbaEngine
 from .engines.transformers_reference import TransformersReference
@@ -19,6 +24,8 @@ from .landing import land
 from .models import load_model
 from .plots.landing import LandingPicture
 from .prompt import Prompt
+from .vision.features import FeatureStore
+from .vision.tower import load_vision_tower
 
 NEW_TOKENS = 32
 
@@ -57,6 +64,7 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
         f"prefill {len(uneven)} uneven, padded, numba": lambda: engine.prefill_packed(filled, longest * len(filled)),
         f"prefill {len(uneven)} uneven, padded, transformers": transformers_padded,
     }
+    jobs |= _picture_jobs()
     tokens = {name: sum(map(len, uneven)) for name in jobs if name.startswith("prefill")}
     tokens |= {name: NEW_TOKENS for name in jobs if name.startswith("generate")}
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
@@ -72,8 +80,22 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
     medians = {name: median(times) for name, times in seconds.items()}
     for name, value in medians.items():
         rate = f"{tokens[name] / value:8.1f} tokens/s" if name in tokens else ""
-        print(f"{name:44} {value * 1000:9.1f} ms {rate}")
+        print(f"{name:44} {value * 1000:9.3f} ms {rate}")
     return medians
+
+
+def _picture_jobs() -> dict[str, Callable[[], object]]:
+    """A picture of digit-cards through its tower, and out of a store."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tower, store = load_vision_tower(load_model("digit-cards")), FeatureStore(folder)
+    scene = draw_scene(np.random.default_rng(0), split(held_out=True))
+    path = f"{folder}/card.png"
+    render(scene).save(path)
+    return {
+        "picture through the tower": lambda: tower.features([path]),
+        "picture out of the store": lambda: store.features(tower, [path]),
+    }
 
 
 def _uneven(ids: list[int], table: torch.Tensor) -> list[Prompt]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
@@ -24,14 +25,19 @@ HEADS, KV_HEADS, SPAN = 32, 8, 256
 PREFILLS = ((4, 4096, 128), (1, 16384, 128), (4, 4096, 64))  # batch, tokens, head size
 SPLICES = ((512, 4096), (8192, 4096), (65536, 4096), (65536, 8192))  # tokens, hidden
 _COPIES = 3  # of every input
+_BUSY = 3_000_000  # cycles, about 2 ms
 
 
 def time_in_turns(jobs: Mapping[str, Callable[[int], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each job on the GPU; jobs are handed the number of the copy of their inputs to use."""
+    """Median milliseconds of each job on the GPU; jobs are handed the number of the copy of their inputs to use.
+
+    The GPU is kept busy before each job, so that what is timed is its work and not the host's way to launching it.
+    """
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(rounds + 3):
         for name, job in jobs.items():
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(_BUSY)
             start.record()
             job(turn % _COPIES)
             stop.record()
@@ -39,6 +45,32 @@ def time_in_turns(jobs: Mapping[str, Callable[[int], object]], rounds: int) -> d
             if turn >= 3:
                 times[name].append(start.elapsed_time(stop))
     return {name: median(values) for name, values in times.items()}
+
+
+def host_microseconds(job: Callable[[int], object], calls: int = 200) -> float:
+    """What a call costs the host before the GPU has it, median of three turns."""
+    times = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for turn in range(calls):
+            job(turn % _COPIES)
+        times.append((time.perf_counter() - started) / calls * 1e6)
+    return median(times)
+
+
+def bench_host() -> dict[str, float]:
+    """Microseconds of a call of each kernel on small inputs."""
+    table = torch.randn(1000, 4096, device="cuda").bfloat16()
+    ids, items = torch.randint(1000, (512,), device="cuda"), [torch.randn(256, 4096, device="cuda").bfloat16()]
+    q = torch.randn(512, HEADS, 128, device="cuda").bfloat16()
+    k = q[:, :KV_HEADS]
+    low, reach = (torch.from_numpy(each).cuda() for each in visible_keys(512))
+    jobs: dict[str, Callable[[int], object]] = {
+        "splice": lambda turn: splice(ids, table, items, [(0, 256)]),
+        "attention": lambda turn: attention(q, k, k, [0, 512], [0, 512], low=low, reach=reach),
+    }
+    return {name: host_microseconds(job) for name, job in jobs.items()}
 
 
 def bench_prefill(shape: tuple[int, int, int], rounds: int, flex: bool) -> dict[str, float]:
@@ -167,6 +199,9 @@ def main() -> None:
         for name, ms in bench_splice((tokens, hidden), options.rounds).items():
             print(f"splice {tokens} x {hidden}: {name:17} {ms:8.3f} ms {moved / ms / 1e9:6.2f} TB/s")
             report["splice"].append({"shape": (tokens, hidden), "kernel": name, "ms": ms, "tbytes": moved / ms / 1e9})
+    report["host_us"] = bench_host()
+    for name, microseconds in report["host_us"].items():
+        print(f"host, {name}: {microseconds:.0f} us a call")
     if options.json:
         with open(options.json, "w") as file:
             json.dump(report, file, indent=1)

@@ -95,7 +95,10 @@ def clip_items(
         end_before = stop
         first, last = max(start, begin), min(stop, end)
         if first < last:
-            rows = item[first - start : last - start].to(table.device, table.dtype)
+            # Each torch call costs microseconds, and there may be hundreds of items.
+            rows = item if (first, last) == (start, stop) else item[first - start : last - start]
+            if rows.dtype is not table.dtype or rows.device != table.device:
+                rows = rows.to(table.device, table.dtype)
             clipped.append((first - begin, last - begin, rows))
     return clipped
 

@@ -5,6 +5,7 @@ A picture that is in the store already costs the reading of its bytes, so a run 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ class Report:
     Attributes:
         computed, found: pictures whose features were computed, and those that the store held.
         failed: path and reason of each that could not be used.
-        seconds: of the run, without loading the tower.
+        seconds: from the first picture that a worker took to the last that one finished; loading towers is not in it.
     """
 
     computed: int = 0
@@ -77,10 +78,12 @@ class Worker:
         self.tower = load_vision_tower(local, device=device)
         self.store = FeatureStore(store, max_bytes)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """Paths in, what became of each out: "found", "computed", or a reason of failure."""
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Paths in; out what became of each ("found", "computed", or a reason of failure), and when the batch began and ended."""
+        began = time.time()
         outcomes = {str(path): self._one(str(path)) for path in batch["path"]}
-        return {"path": list(outcomes), "outcome": list(outcomes.values())}
+        times = {"began": [began] * len(outcomes), "ended": [time.time()] * len(outcomes)}
+        return {"path": list(outcomes), "outcome": list(outcomes.values()), **times}
 
     def _one(self, path: str) -> str:
         try:
@@ -121,9 +124,10 @@ def compute_features(
         if workers
         else _here(pictures, Worker(model, store, max_bytes, device), batch)
     )
-    started = time.perf_counter()
+    began, ended = float("inf"), 0.0
     with tqdm(total=len(pictures), unit="image", disable=not progress) as bar:
         for outcome in batches:
+            began, ended = min(began, *outcome["began"]), max(ended, *outcome["ended"])
             for path, what in zip(outcome["path"], outcome["outcome"], strict=True):
                 if what == "computed":
                     report.computed += 1
@@ -132,11 +136,11 @@ def compute_features(
                 else:
                     report.failed.append((str(path), str(what)))
                 bar.update()
-    report.seconds = time.perf_counter() - started
+    report.seconds = ended - began
     return report
 
 
-def _here(pictures: Sequence[str], worker: Worker, batch: int) -> Iterator[dict[str, list[str]]]:
+def _here(pictures: Sequence[str], worker: Worker, batch: int) -> Iterator[dict[str, list[Any]]]:
     for start in range(0, len(pictures), batch):
         yield worker({"path": list(pictures[start : start + batch])})
 
@@ -153,6 +157,7 @@ def _ray(
     if not ray.is_initialized():
         # The package need not be installed on a cluster's nodes if they run this process's code from a shared disk.
         ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts pictures
     rows = [{"path": str(Path(path).resolve())} for path in pictures]

@@ -96,19 +96,15 @@ def _copy_wide(input_ids, plan, ranges, tokens, a_block, table, vocab, row_bytes
 def launch(input_ids: torch.Tensor, table: torch.Tensor, clipped: Clipped, out: torch.Tensor, scale: float) -> None:
     """See `range_kernels.splice`; fills `out` in one launch without waiting for the device, so ids are not checked."""
     row_bytes = table.shape[1] * table.element_size()
+    size = table.element_size()
     rows = [rows if rows.stride(1) == 1 else rows.contiguous() for _, _, rows in clipped]
-    strides = [x.stride(0) * x.element_size() for x in rows]
-    wide = not any(number % 16 for number in (row_bytes, *strides, *(x.data_ptr() for x in (table, out, *rows))))
+    lies = [(x.data_ptr(), x.stride(0) * size) for x in rows]
+    wide = not any(number % 16 for number in (row_bytes, table.data_ptr(), out.data_ptr(), *sum(lies, ())))
     if SIMULATED or not wide:
         _launch_words(input_ids, table, *pack_rows(clipped, table), out)
     else:
-        plan = np.array(
-            [
-                (start, stop, x.data_ptr(), stride)
-                for (start, stop, _), x, stride in zip(clipped, rows, strides, strict=True)
-            ],
-            dtype=np.int64,
-        ).reshape(-1, 4)
+        entries = [(start, stop, *lie) for (start, stop, _), lie in zip(clipped, lies, strict=True)]
+        plan = np.array(entries, dtype=np.int64).reshape(-1, 4)
         device_plan = torch.from_numpy(plan).to(table.device, non_blocking=True)
         pieces, tokens = row_bytes // 16, len(input_ids)
         threads = min(256, max(32, -(-pieces // 4 // 32) * 32))
