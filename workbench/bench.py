@@ -28,6 +28,7 @@ from .vision.features import FeatureStore
 from .vision.tower import load_vision_tower
 
 NEW_TOKENS = 32
+PICTURES = 50
 
 
 def run(model_name: str, rounds: int) -> dict[str, float]:
@@ -85,16 +86,17 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
 
 
 def _picture_jobs() -> dict[str, Callable[[], object]]:
-    """A picture of digit-cards through its tower, and out of a store."""
+    """Pictures of digit-cards through its tower and out of a store, one at a time."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tower, store = load_vision_tower(load_model("digit-cards")), FeatureStore(folder)
-    scene = draw_scene(np.random.default_rng(0), split(held_out=True))
-    path = f"{folder}/card.png"
-    render(scene).save(path)
+    generator = np.random.default_rng(0)
+    paths = [f"{folder}/{number}.png" for number in range(PICTURES)]
+    for path in paths:
+        render(draw_scene(generator, split(held_out=True))).save(path)
     return {
-        "picture through the tower": lambda: tower.features([path]),
-        "picture out of the store": lambda: store.features(tower, [path]),
+        f"{PICTURES} pictures through the tower": lambda: [tower.features([path]) for path in paths],
+        f"{PICTURES} pictures out of the store": lambda: [store.features(tower, [path]) for path in paths],
     }
 
 

@@ -135,29 +135,36 @@ class Checkpoint:
             raise ModelError(
                 f"{where} is damaged or no safetensors file: its header claims {length} bytes of {size}. Fetch it again"
             )
-        try:
-            header = json.loads(self.source.read(shard, 8, 8 + length))
-            header.pop("__metadata__", None)
-            items = [
-                (name, each["dtype"], tuple(each["shape"]), *each["data_offsets"]) for name, each in header.items()
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{where} has a damaged header ({error}): fetch the file again") from error
-        entries = {}
-        for name, dtype, shape, start, stop in items:
-            if dtype not in _DTYPES:
-                raise ModelError(f"tensor {name!r} of {where} has dtype {dtype!r}, which is not read here")
-            wanted = prod(shape) * _DTYPES[dtype].itemsize
-            if not 0 <= start <= stop or stop - start != wanted:
-                raise ModelError(
-                    f"tensor {name!r} of {where}: {dtype} {list(shape)} is {wanted} bytes, its header gives [{start}, {stop})"
-                )
-            if 8 + length + stop > size:
-                raise ModelError(
-                    f"{where} is cut short: tensor {name!r} ends at byte {8 + length + stop}, the file at {size}. Fetch it again"
-                )
-            entries[name] = Entry(shard, _DTYPES[dtype], shape, 8 + length + start, 8 + length + stop)
-        return entries
+        return parse_header(self.source.read(shard, 8, 8 + length), shard, where, size)[0]
+
+
+def parse_header(text: bytes, shard: str, where: str, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors and the metadata that a safetensors header states, checked against the file's size.
+
+    Raises:
+        ModelError: naming the file, and the tensor whose place cannot be right.
+    """
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        items = [(name, each["dtype"], tuple(each["shape"]), *each["data_offsets"]) for name, each in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{where} has a damaged header ({error}): fetch the file again") from error
+    entries, data = {}, 8 + len(text)
+    for name, dtype, shape, start, stop in items:
+        if dtype not in _DTYPES:
+            raise ModelError(f"tensor {name!r} of {where} has dtype {dtype!r}, which is not read here")
+        wanted = prod(shape) * _DTYPES[dtype].itemsize
+        if not 0 <= start <= stop or stop - start != wanted:
+            raise ModelError(
+                f"tensor {name!r} of {where}: {dtype} {list(shape)} is {wanted} bytes, its header gives [{start}, {stop})"
+            )
+        if data + stop > size:
+            raise ModelError(
+                f"{where} is cut short: tensor {name!r} ends at byte {data + stop}, the file at {size}. Fetch it again"
+            )
+        entries[name] = Entry(shard, _DTYPES[dtype], shape, data + start, data + stop)
+    return entries, metadata
 
 
 def _neighbours(entries: dict[str, Entry]) -> Iterator[list[str]]:
