@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import workbench
 from workbench import ModelError
-from workbench.vision.tower import load_full, load_vision_tower
+from workbench.vision.tower import load_vision_tower
+from workbench.vision.vision_part import load_full
 
 from .server import serve
 

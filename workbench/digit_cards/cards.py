@@ -21,7 +21,6 @@ COLOURS = {
     "purple": (132, 42, 168),
     "black": (26, 26, 30),
 }
-CORNERS = ("top left", "top right", "bottom left", "bottom right")
 _HELD_OUT_EVERY = 5
 
 

@@ -27,8 +27,7 @@ class Processor:
         self.trusted, self.model_type = trusted, config.model_type
         self.tokenizer = self._load(AutoTokenizer, folder, "tokenizer")
         self.chat_template = self.tokenizer.chat_template or _stored_template(folder)
-        self._settings = _settings(folder)
-        self._reader: Any = None
+        self._reader: Any
         audio = getattr(config, "audio_config", None) is not None
         if audio:
             from transformers import AutoFeatureExtractor
@@ -105,8 +104,3 @@ def _stored_template(folder: Path) -> str | None:
             text = path.read_text()
             return json.loads(text)["chat_template"] if name.endswith(".json") else text
     return None
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "processor_config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}

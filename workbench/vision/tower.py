@@ -1,7 +1,6 @@
 """Only the vision part of a vision-language model: its tower and projector, without the language model's weights.
 
-The model is built with a language part of no layers and one token, so that Transformers' own code computes the features; of the
-checkpoint only the other tensors are read.
+Transformers' own code computes the features; of the checkpoint only the vision tensors are read (`vision_part.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,27 +20,11 @@ import torch
 from ..errors import ModelError
 from ..memory import PeakMemory, in_words
 from ..models import Model
-from ..quiet import quiet_transformers
-from .checkpoint import INDEX, SINGLE, Checkpoint
 from .families import Family, Features, family_of, run_tower
 from .images import Picture, open_image
 from .processors import load_processor
-from .remote_code import python_files, refuse_remote_code
-from .sources import FolderSource, HttpSource, Source, open_source
-
-_LANGUAGE = re.compile(r"^(model\.)*(language_model|text_model|llm|layers|embed_tokens|norm)\.|^(\w+\.)*lm_head\.")
-_BIN = "pytorch_model.bin"
-_SMALL_FILES = (
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+from .sources import open_source
+from .vision_part import build_network, load_full, plain_settings, read_configuration, small_files, vision_tensors
 
 
 @dataclass(frozen=True)
@@ -99,7 +81,7 @@ class VisionTower:
             "processor": self.processor.settings,
             "dtype": str(self.dtype),
             "model_type": self.config.model_type,
-            "vision": _plain(getattr(self.config, "vision_config", None) or self.config.audio_config),
+            "vision": plain_settings(getattr(self.config, "vision_config", None) or self.config.audio_config),
             "transformers": transformers.__version__,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -191,12 +173,12 @@ def load_vision_tower(
     name = model.name if isinstance(model, Model) else location
     source = open_source(location)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = _small_files(source, Path(scratch))
-        config = _configuration(folder, name, trusted)
+        folder = small_files(source, Path(scratch))
+        config = read_configuration(folder, name, trusted)
         weights_start = source.bytes_read
         with PeakMemory() as peak:
-            tensors, total, digest = _vision_tensors(source, config)
-            network = _build(config, folder, tensors, getattr(torch, str(dtype).removeprefix("torch.")), trusted)
+            tensors, total, digest = vision_tensors(source, config)
+            network = build_network(config, folder, tensors, getattr(torch, str(dtype).removeprefix("torch.")), trusted)
             network = network.to(device).eval()
         read = source.bytes_read - weights_start
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -204,140 +186,3 @@ def load_vision_tower(
         config.name_or_path = location
         own = trusted and getattr(config, "auto_map", None) is not None
         return VisionTower(name, config, network, folder, report, digest, own)
-
-
-def load_full(config: Any, folder: str | Path, dtype: torch.dtype) -> Any:
-    """The whole model, language weights and all."""
-    with quiet_transformers():
-        return model_class(config).from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
-
-
-def model_class(config: Any) -> Any:
-    """Transformers' class for a configuration that names it."""
-    import transformers
-
-    names = getattr(config, "architectures", None) or []
-    for name in names:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    raise ModelError(f"Transformers {transformers.__version__} has no class {names}: is the model newer than it?")
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """A configuration without what names where it came from."""
-    return {key: value for key, value in config.to_dict().items() if not key.startswith(("_", "transformers_version"))}
-
-
-def _small_files(source: Source, scratch: Path) -> Path:
-    """A local folder with configuration, processor and tokenizer."""
-    if isinstance(source, FolderSource):
-        return source.folder
-    for name in _SMALL_FILES:
-        if source.exists(name):
-            (scratch / name).write_bytes(source.read(name, 0, source.size(name)))
-    if not (scratch / "config.json").exists():
-        raise ModelError(f"{source.where('config.json')} does not exist: the address must be of a model folder")
-    return scratch
-
-
-def _configuration(folder: Path, name: str, trusted: bool) -> Any:
-    from transformers import AutoConfig
-
-    if not trusted:
-        refuse_remote_code(folder, name)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-    except Exception as error:  # Transformers and its validators raise many kinds for a damaged folder
-        raise ModelError(f"the configuration of {name!r} cannot be read: {error}") from error
-    if getattr(config, "vision_config", None) is None and getattr(config, "audio_config", None) is None:
-        raise ModelError(f"{name!r} ({config.model_type}) has no vision or audio part: it is a language model")
-    return config
-
-
-def _vision_tensors(source: Source, config: Any) -> tuple[dict[str, torch.Tensor], int, str]:
-    """Every tensor that is not the language model's, the bytes of all weight files, and a digest of what was read."""
-    if not source.exists(INDEX) and not source.exists(SINGLE) and source.exists(_BIN):
-        tensors, total = _unpickled(source)
-    else:
-        checkpoint = Checkpoint(source)
-        names = [name for name in checkpoint if not _LANGUAGE.search(name)]
-        if not names:
-            raise ModelError(f"{source.where('')} holds no vision tensors, only a language model's")
-        tensors, total = checkpoint.read(names), checkpoint.total_bytes()
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        sha.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        sha.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return tensors, total, sha.hexdigest()
-
-
-def _unpickled(source: Source) -> tuple[dict[str, torch.Tensor], int]:
-    """A `.bin` checkpoint: memory-mapped, tensors only; never any code that a pickle may carry."""
-    if isinstance(source, HttpSource):
-        raise ModelError(
-            f"{source.where(_BIN)} is a pickle, which cannot be read in parts: download and convert it first"
-        )
-    size = source.size(_BIN)
-    try:
-        every = torch.load(source.where(_BIN), map_location="cpu", weights_only=True, mmap=True)
-        tensors = {name: value.clone() for name, value in every.items() if not _LANGUAGE.search(name)}
-    except Exception as error:  # pickle and zip readers raise many kinds
-        raise ModelError(
-            f"{source.where(_BIN)} is not a plain file of tensors ({type(error).__name__}: {str(error).splitlines()[0]}). Files "
-            "that need weights_only=False can run any code and are not loaded: convert it to safetensors where you trust it"
-        ) from error
-    source.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
-    return tensors, size
-
-
-def _build(config: Any, folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, trusted: bool) -> Any:
-    """Transformers' model around the tensors, with a language part of no layers and one token."""
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    empty: dict[str, Any] = {
-        "num_hidden_layers": 0,
-        "vocab_size": 1,
-        "pad_token_id": None,
-        "layer_types": [],
-        "vocab_size_per_layer_input": 1,
-    }
-    for key, value in empty.items():
-        if hasattr(text, key):
-            setattr(text, key, value)
-    small.tie_word_embeddings = False
-    try:
-        built = _class_of(small, folder, trusted)
-        with quiet_transformers(reports=False):  # it would report the language weights as missing
-            network, loaded = built.from_pretrained(
-                None,
-                config=small,
-                state_dict=tensors,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"the vision part of {config.model_type!r} cannot be built: {error}") from error
-    missing = [name for name in loaded["missing_keys"] if not _LANGUAGE.search(name)]
-    wrong = [str(entry) for entry in loaded["mismatched_keys"] if not _LANGUAGE.search(str(entry[0]))]
-    if missing or wrong:
-        raise ModelError(
-            f"the checkpoint lacks {len(missing)} vision tensors, and {len(wrong)} have another shape than the configuration "
-            f"says: {', '.join([*sorted(missing), *wrong][:3])}. Fetch the checkpoint again"
-        )
-    return network
-
-
-def _class_of(config: Any, folder: Path, trusted: bool) -> Any:
-    if trusted and getattr(config, "auto_map", None):
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        entry = next((config.auto_map[key] for key in config.auto_map if key.startswith("AutoModel")), None)
-        if entry is None:
-            raise ModelError(
-                f"{folder}/config.json has an auto_map without a model class; its files are {python_files(folder)}"
-            )
-        return get_class_from_dynamic_module(entry, folder)
-    return model_class(config)

@@ -42,7 +42,7 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool) -> T
     columns, channels = KEYS // 8, head_dim // 8
     minus_infinity = ir.Constant(F32, float("-inf"))
 
-    def statement(*kinds: Any, emit: Callable[..., None]) -> Callable[[Any, Any, Any, Any], Any]:
+    def statement(emit: Callable[..., None]) -> Callable[[Any, Any, Any, Any], Any]:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             values = [
                 context.make_array(kind)(context, builder, value=value).data if isinstance(kind, types.Array) else value
@@ -187,34 +187,34 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool) -> T
     @intrinsic
     def start(typing_context, o, largest, total):
         """Sums to zero, maxima to minus infinity."""
-        return types.void(o, largest, total), statement(emit=emit_start)
+        return types.void(o, largest, total), statement(emit_start)
 
     @intrinsic
     def scores(typing_context, s, q_address, k_address, inner, outer):
         """s = q k^T for the tile in shared memory, capped where the kernel caps."""
         signature = types.void(s, types.uint32, types.uint32, types.float32, types.float32)
-        return signature, statement(emit=emit_scores)
+        return signature, statement(emit_scores)
 
     @intrinsic
     def hide(typing_context, s, key, row, lows, reaches):
         """Minus infinity where the key at a column (the thread's first is `key`) is outside its row's bounds."""
         signature = types.void(s, types.int32, types.int32, types.uint32, types.uint32)
-        return signature, statement(emit=emit_hide)
+        return signature, statement(emit_hide)
 
     @intrinsic
     def weights(typing_context, s, o, largest, total, factor):
         """Online softmax: scores to weights 2 ** (factor (s - maximum)), sums shrunk to the new maximum."""
-        return types.void(s, o, largest, total, types.float32), statement(emit=emit_weights)
+        return types.void(s, o, largest, total, types.float32), statement(emit_weights)
 
     @intrinsic
     def add_values(typing_context, o, s, v_address):
         """o += weights times values."""
-        return types.void(o, s, types.uint32), statement(emit=emit_add_values)
+        return types.void(o, s, types.uint32), statement(emit_add_values)
 
     @intrinsic
     def store(typing_context, o, total, target, stride, row, rows):
         """Write o / total to rows below `rows`; zeros for rows that saw no key."""
         signature = types.void(o, total, types.uint64, types.uint64, types.int32, types.int32)
-        return signature, statement(emit=emit_store)
+        return signature, statement(emit_store)
 
     return TileOperations(start, scores, hide, weights, add_values, store)
