@@ -99,11 +99,11 @@ class PictureBench:
         self.image.value = to_png(patch_figure(self._map))
         self.status.value = self._describe(self._map)
         self.details.value = self._table(self._map)
+        self.words.value = self._words(home, prompt)
         self._jobs.pause(0.3)  # a hand that drags wants the next picture, not this one's answer
         yield
         for which in (home, prompt):
             if which.digest not in self._answers:
-                self.words.value = self._words(home, prompt)
                 tokens: list[int] = []
                 probability = 1.0
                 config = GenerationConfig(max_new_tokens=self.new_tokens, logprobs=1)
