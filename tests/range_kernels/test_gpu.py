@@ -98,7 +98,8 @@ def test_tensor_cores_err_at_most_twice_as_much_as_torch(head_dim, dtype, softca
 
 
 def test_tensor_cores_take_views_and_queries_that_see_nothing():
-    packed = torch.randn(300, 12, 64, device="cuda").bfloat16()
+    make = torch.Generator("cuda").manual_seed(0)
+    packed = torch.randn(300, 12, 64, generator=make, device="cuda").bfloat16()
     q, k, v = packed[:, :8], packed[:, 8:10], packed[:, 10:]
     low = torch.zeros(300, dtype=torch.int32, device="cuda")
     reach = torch.arange(300, dtype=torch.int32, device="cuda")
@@ -106,7 +107,8 @@ def test_tensor_cores_take_views_and_queries_that_see_nothing():
     out = attention(q, k, v, [0, 300], [0, 300], low=low, reach=reach, path="tensor-core")
     plain = attention(q, k, v, [0, 300], [0, 300], low=low, reach=reach, path="plain")
     assert (out[[0, 70, 299]] == 0).all()
-    torch.testing.assert_close(out.float(), plain.float(), rtol=2e-2, atol=2e-3)
+    # Weights are rounded to bfloat16 (2 ** -9) before they meet the values, outputs after.
+    assert (out.float() - plain.float()).norm() <= 2**-7 * plain.float().norm()
 
 
 def test_a_path_that_cannot_is_refused_by_name():
