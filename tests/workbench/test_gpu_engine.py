@@ -29,3 +29,17 @@ def test_greedy_tokens_equal_the_reference(tmp_path):
     engines = [workbench.open_engine(kind, model, device="cuda") for kind in ("numba", "transformers")]
     tokens = [engine.generate(prompt, config).token_ids for engine in engines]
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_digit_cards_reads_pictures_on_the_gpu(dtype):
+    model = workbench.load_model("digit-cards")
+    tower = workbench.load_vision_tower(model, device="cuda")
+    engine = workbench.open_engine("numba", model, dtype=dtype, device="cuda")
+    names = ("blue_7", "green_5")
+    prompt = workbench.build_prompt(
+        model, "Read the cards in order.", [f"data/images/{name}.png" for name in names], tower=tower
+    )
+    said = engine.generate(prompt, workbench.GenerationConfig(max_new_tokens=12)).token_ids
+    assert model.tokenizer.decode(said) == "blue 7, green 5"
+    assert workbench.check_engine(engine, prompt).verdict in ("same", "noise")
