@@ -83,7 +83,7 @@ def plan_batch(prompts: Sequence[Prompt], max_tokens: int, *, split: bool = True
         raise PromptError("there are no prompts to plan for")
     for number, prompt in enumerate(prompts):
         prompt.check()
-        whole = prompt.bidirectional if split else [(0, len(prompt))]
+        whole = _stretches(prompt) if split else [(0, len(prompt))]
         for start, stop in whole:
             if stop - start > max_tokens:
                 what = f"the bidirectional stretch [{start}, {stop})" if split else "it"
@@ -117,6 +117,17 @@ def plan_batch(prompts: Sequence[Prompt], max_tokens: int, *, split: bool = True
             done[piece.prompt] = piece.stop
         chunks.append(tuple(chunk))
     return BatchPlan(tuple(chunks), tuple(map(len, prompts)), max_tokens)
+
+
+def _stretches(prompt: Prompt) -> list[tuple[int, int]]:
+    """Bidirectional stretches, those that overlap joined: what runs together with either runs with both."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in prompt.bidirectional:
+        if joined and start < joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return joined
 
 
 def _cuts(prompt: Prompt) -> list[int]:

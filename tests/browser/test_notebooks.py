@@ -30,7 +30,14 @@ def open_and_run(page, lab, notebook):
             return
         except PlaywrightTimeout:
             page.screenshot(path=ARTIFACTS / f"not_running_{attempt}.png")
-            page.keyboard.press("Escape")
+            choice = page.locator(".jp-Dialog .jp-mod-accept")
+            if choice.count():  # "Select Kernel": the session was not there yet when the command came
+                choice.first.click()
+                page.wait_for_selector(
+                    ".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60 * SECOND, state="attached"
+                )
+            else:
+                page.keyboard.press("Escape")
     pytest.fail("Run All Cells did not start; see the screenshots in test-artifacts")
 
 

@@ -9,12 +9,14 @@ import sys
 import time
 import uuid
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import workbench
 from workbench.vision.features import FeatureStore, content_digest
+from workbench.vision.images import open_image
 from workbench.vision.tower import load_vision_tower
 
 
@@ -173,7 +175,7 @@ def test_left_overs_of_killed_writers_are_swept(tower, shown, tmp_path):
     store = FeatureStore(tmp_path, max_bytes=10**9)
     store.features(tower, shown[:1])
     folder = next(path for path in tmp_path.iterdir() if path.is_dir())
-    old, young = folder / f".{'a' * 64}.1.ff", folder / f".{'b' * 64}.2.ff"
+    old, young = folder / f".{folder.name}{'a' * 62}.1.ff", folder / f".{folder.name}{'b' * 62}.2.ff"
     for path in (old, young):
         path.write_bytes(b"half")
     os.utime(old, (1000, 1000))
@@ -193,3 +195,42 @@ def test_bad_stores_and_pictures(tower, tmp_path):
         content_digest(tmp_path / "missing.png")
     with pytest.raises(workbench.PromptError, match="is no picture"):
         content_digest(7)
+
+
+def test_other_peoples_files_are_left_alone(tmp_path):
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / ".git").mkdir()
+    theirs = [tmp_path / "llama" / "model.safetensors", tmp_path / "llama" / ".env"]
+    for path in theirs:
+        path.write_bytes(b"x" * 5000)
+        os.utime(path, (1000, 1000))
+    store = FeatureStore(tmp_path, max_bytes=3000)
+    store.evict()
+    assert all(path.exists() for path in theirs)
+    assert len(store) == 0
+
+
+def test_palettes_and_orientation_are_part_of_a_picture():
+    first = Image.new("P", (4, 4))
+    second = first.copy()
+    first.putpalette([0, 0, 0] * 256)
+    second.putpalette([250, 0, 0] * 256)
+    assert content_digest(first) != content_digest(second)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    eight = Image.linear_gradient("L")
+    sixteen = Image.fromarray(np.asarray(eight).astype(np.uint16) * 257)
+    shown, wide = (np.asarray(open_image(each)).astype(int) for each in (eight, sixteen))
+    assert abs(shown - wide).max() <= 1
+    with pytest.raises(workbench.PromptError, match="mode 'F'"):
+        open_image(Image.new("F", (3, 3)))
+
+
+def test_settings_beside_the_vision_part_are_in_the_key(tower, shown, tmp_path):
+    store, before = FeatureStore(tmp_path), tower.config.vision_feature_layer
+    (key,) = store.keys(tower, shown[:1])
+    kept = tower.__dict__.pop("fingerprint")
+    tower.config.vision_feature_layer = -2
+    assert store.keys(tower, shown[:1]) != [key]
+    tower.config.vision_feature_layer, tower.__dict__["fingerprint"] = before, kept

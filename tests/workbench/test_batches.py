@@ -111,3 +111,12 @@ def test_the_picture_shows_every_range():
     assert sum(patch.get_width() for patch in red) == 2 * sum(
         stop - start for prompt in made for start, stop in prompt.embedding_ranges
     )
+
+
+def test_overlapping_blocks_run_together_or_are_refused():
+    rows = [torch.zeros(2, 4)] * 2
+    blocks = [Span("image", None, "bidirectional", "", block) for block in ((0, 5), (3, 9))]
+    prompt = Prompt(range(10), rows, [(1, 3), (5, 7)], blocks)
+    with pytest.raises(workbench.PromptError, match=r"\[0, 9\) has 9 tokens"):
+        plan_batch([prompt], 7)
+    assert len(plan_batch([prompt], 9).chunks) == 2

@@ -57,9 +57,12 @@ class TransformersMultimodal(TransformersReference):
         super().check(prompt, new_tokens)
         groups = prompt.multimodal if isinstance(prompt, MultimodalPrompt) else ()
         for number, group in enumerate(groups):
-            if not isinstance(group, dict) or not any(isinstance(value, torch.Tensor) for value in group.values()):
+            pixels = group.get("pixel_values", group.get("input_features")) if isinstance(group, dict) else None
+            if not isinstance(pixels, torch.Tensor):  # without them the answer would come from the placeholders
+                held = sorted(group) if isinstance(group, dict) else type(group).__name__
                 raise PromptError(
-                    f"multimodal[{number}] is {type(group).__name__}: give a dict of tensors (pixel_values, ...)"
+                    f"multimodal[{number}] is {held}: give a dict with a tensor pixel_values (or input_features), as "
+                    "build_multimodal makes it"
                 )
         if not groups and self._placeholder in prompt.input_ids:
             raise PromptError(
@@ -84,7 +87,7 @@ class TransformersMultimodal(TransformersReference):
                 return self.network.model(
                     input_ids=ids, past_key_values=cache, use_cache=cache is not None, **inputs, **extra
                 ).last_hidden_state[0]
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, RuntimeError) as error:
             raise PromptError(f"the pictures do not fit the prompt: {error}") from error
 
 

@@ -81,9 +81,10 @@ class Worker:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Paths in; out what became of each ("found", "computed", or a reason of failure), and when the batch began and ended."""
         began = time.time()
-        outcomes = {str(path): self._one(str(path)) for path in batch["path"]}
+        paths = [str(path) for path in batch["path"]]
+        outcomes = [self._one(path) for path in paths]
         times = {"began": [began] * len(outcomes), "ended": [time.time()] * len(outcomes)}
-        return {"path": list(outcomes), "outcome": list(outcomes.values()), **times}
+        return {"path": paths, "outcome": outcomes, **times}
 
     def _one(self, path: str) -> str:
         try:
@@ -118,6 +119,8 @@ def compute_features(
     """
     from tqdm.auto import tqdm
 
+    if workers < 0 or batch < 1:
+        raise ValueError(f"workers={workers}, batch={batch}: workers count from 0, a batch holds at least one picture")
     report = Report()
     batches = (
         _ray(pictures, model, store, workers, device, max_bytes, batch)
@@ -160,7 +163,7 @@ def _ray(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts pictures
-    rows = [{"path": str(Path(path).resolve())} for path in pictures]
+    rows = [{"path": str(Path(path).absolute())} for path in pictures]
     blocks = max(workers, min(len(rows), 4 * workers, -(-len(rows) // batch)))
     data = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
         Worker,

@@ -170,7 +170,7 @@ def parse_header(text: bytes, shard: str, where: str, size: int) -> tuple[dict[s
 def _neighbours(entries: dict[str, Entry]) -> Iterator[list[str]]:
     """Groups of tensors that one request reads: of one shard, next to each other, not too many bytes in all."""
     group: list[str] = []
-    for name in sorted(entries, key=lambda name: (entries[name].shard, entries[name].start)):
+    for name in sorted(entries, key=lambda name: (entries[name].shard, entries[name].start, entries[name].stop)):
         entry = entries[name]
         if group:
             first, last = entries[group[0]], entries[group[-1]]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import mmap
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from .checkpoint import parse_header
 from .families import Features
 
 SUFFIX = ".safetensors"
+# Nothing else is ever counted or dropped: a store may be put into a folder that holds other things.
+_OURS = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}\.safetensors")
+_LEFT = re.compile(r"([0-9a-f]{2})/\.\1[0-9a-f]{62}\.\d+\.[0-9a-f]+")
 
 
 class LocalEntries:
@@ -44,21 +48,24 @@ class LocalEntries:
 
     def write(self, key: str, data: bytes) -> None:
         path = Path(self._path(key))
-        path.parent.mkdir(exist_ok=True)
         # The name starts with a dot and has no suffix of an entry: what a killed writer leaves is never read as one.
         beside = path.parent / f".{key}.{os.getpid()}.{secrets.token_hex(4)}"
         try:
+            path.parent.mkdir(exist_ok=True)
             with beside.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             beside.replace(path)
         except OSError as error:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
             raise ModelError(f"the feature store {self.folder} cannot be written: {error}") from error
 
     def scan(self) -> Iterator[tuple[float, int, str]]:
         for path in self.folder.glob(f"*/*{SUFFIX}"):
+            if not _OURS.fullmatch(f"{path.parent.name}/{path.name}"):
+                continue
             with contextlib.suppress(FileNotFoundError):
                 about = path.stat()
                 yield about.st_mtime, about.st_size, str(path)
@@ -77,7 +84,7 @@ class LocalEntries:
         try:
             for left in self.folder.glob("*/.*"):  # of writers that were killed an hour ago or more
                 with contextlib.suppress(FileNotFoundError):
-                    if _age(left) > 3600:
+                    if _LEFT.fullmatch(f"{left.parent.name}/{left.name}") and left.is_file() and _age(left) > 3600:
                         left.unlink()
             yield True
         finally:
@@ -111,7 +118,7 @@ class RemoteEntries:
         if not self.files.exists(self.root):
             return
         for path, about in self.files.find(self.root, detail=True).items():
-            if path.endswith(SUFFIX):
+            if _OURS.fullmatch(path.removeprefix(self.root).lstrip("/")):
                 when = about.get("mtime") or about.get("LastModified") or about.get("created") or 0.0
                 yield float(when.timestamp() if hasattr(when, "timestamp") else when), int(about["size"]), path
 

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from ..errors import ModelError
 from .entries import LocalEntries, RemoteEntries
 from .families import Features
-from .images import ImageError, Picture
+from .images import ImageError, Picture, open_image
 from .tower import VisionTower
 
 _KEPT_AFTER_EVICTION = 0.9  # of the bound, so that not every write evicts
@@ -94,7 +94,7 @@ class FeatureStore:
         except FileNotFoundError:
             self.stats.misses += 1
             return None
-        except (ModelError, ValueError, KeyError):
+        except (ModelError, ValueError, KeyError, TypeError, RuntimeError, OSError):
             # Not written by this class: a copy cut short, a bad disk. Computed anew, it is replaced.
             self.stats.damaged += 1
             self.stats.misses += 1
@@ -147,7 +147,7 @@ class FeatureStore:
 
 
 def content_digest(item: Any) -> str:
-    """SHA-256 of a picture: a file's bytes, or mode, size and pixels of one in memory.
+    """SHA-256 of a picture: a file's bytes, or the RGB pixels of one in memory.
 
     Raises:
         ImageError: a file that cannot be read, or something that is no picture.
@@ -155,8 +155,9 @@ def content_digest(item: Any) -> str:
     if isinstance(item, int):  # `open` would take it for a file descriptor
         raise ImageError(f"{item!r} is no picture: give a PIL image or the path of a file")
     if isinstance(item, Image.Image):
-        sha = hashlib.sha256(f"{item.mode} {item.size} ".encode())
-        sha.update(item.tobytes())
+        picture = open_image(item)  # what the tower gets: palette and orientation are applied, limits hold
+        sha = hashlib.sha256(f"{picture.mode} {picture.size} ".encode())
+        sha.update(picture.tobytes())
         return sha.hexdigest()
     try:
         with open(item, "rb") as file:

@@ -12,6 +12,11 @@ from ..errors import PromptError
 
 MOST_PIXELS = 64_000_000  # 8,000 x 8,000: larger than any camera's picture a model looks at, 192 MB in memory
 
+# Pillow's decoders raise all of these for damaged files.
+_DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, RuntimeError, MemoryError, IndexError, TypeError, Image.DecompressionBombError,
+)  # fmt: skip
+
 Picture = Image.Image | str | os.PathLike
 
 
@@ -44,8 +49,17 @@ def open_image(picture: Picture) -> Image.Image:
     if not width or not height:
         raise ImageError(f"{name} has no pixels ({width} x {height})")
     try:
-        return ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+        upright = ImageOps.exif_transpose(opened)
+        if upright.mode.startswith("I;16"):  # `convert` would clip 16 bits to 8 instead of scaling them
+            upright = upright.point(lambda level: level / 257).convert("L")
+        if upright.mode in ("I", "F"):
+            raise ImageError(
+                f"{name} has pixels of mode {upright.mode!r}, whose range is not known: convert it to 8 bits first"
+            )
+        return upright.convert("RGB")
+    except ImageError:  # a ValueError, too
+        raise
+    except _DECODER_ERRORS as error:
         raise ImageError(f"{name} is damaged or cut short: {error}. Fetch it again") from error
 
 
@@ -63,5 +77,5 @@ def _open(name: str) -> Image.Image:
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is a decompression bomb: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except _DECODER_ERRORS as error:
         raise ImageError(f"{name} cannot be opened: {error}") from error

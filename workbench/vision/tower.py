@@ -80,8 +80,8 @@ class VisionTower:
             "weights": self.weights_digest,
             "processor": self.processor.settings,
             "dtype": str(self.dtype),
-            "model_type": self.config.model_type,
-            "vision": plain_settings(getattr(self.config, "vision_config", None) or self.config.audio_config),
+            # Feature layers, projector, rows a picture, scale factors stand beside the vision part, not in it.
+            "config": {key: value for key, value in plain_settings(self.config).items() if key != "text_config"},
             "transformers": transformers.__version__,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

@@ -53,7 +53,11 @@ def model_class(config: Any) -> Any:
 
 def plain_settings(config: Any) -> dict[str, Any]:
     """A configuration without what names where it came from."""
-    return {key: value for key, value in config.to_dict().items() if not key.startswith(("_", "transformers_version"))}
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if not key.startswith(("_", "name_or_path", "transformers_version"))
+    }
 
 
 def small_files(source: Source, scratch: Path) -> Path:
