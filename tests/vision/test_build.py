@@ -152,3 +152,10 @@ def test_sound_from_a_wav_file(small_vlm, own_processor, tmp_path):
     close(trace["embed"], state)
     close(trace["logits"], logits)
     assert [span.modality for span in prompt.spans] == ["audio", "audio"]
+
+
+def test_a_marker_that_a_user_types_is_no_place_for_a_picture(small_vlm, pictures):
+    model = small_vlm("llava")
+    features = load_vision_tower(model).features(pictures[:1])
+    with pytest.raises(workbench.PromptError, match="holds '<image>', which marks the places of pictures"):
+        build_prompt(model, "What <image> is", features=features)

@@ -56,6 +56,13 @@ def _lay_out(
     family: Family, processor: Any, features: Sequence[Features], turns: list[Message], text: str | None
 ) -> Prompt:
     """Text with placeholders, ids, ranges."""
+    if text is None and any(
+        part["type"] == "text" and family.marker in str(part["text"]) for turn in turns for part in turn["content"]
+    ):
+        raise PromptError(
+            f"a text of the messages holds {family.marker!r}, which marks the places of pictures: leave it out, or put the "
+            "picture there as a part of its own"
+        )
     marked = text if text is not None else processor.text(turns)
     whole = family.arrange(_replace(marked, family, features))
     ids = processor.tokenizer.encode(whole, add_special_tokens=text is not None and not whole.startswith(family.token))
