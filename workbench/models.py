@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,6 +92,14 @@ class Model:
     def tokens(self, ids) -> list[str]:
         """Each id as the text it stands for, decoded alone."""
         return [self.tokenizer.decode([token]) for token in ids]
+
+
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
+
+
+def placeholder_id(config: Any) -> int | None:
+    """The token that stands for a row of a picture or sound, by whichever of Transformers' names the configuration uses."""
+    return next((getattr(config, name) for name in _PLACEHOLDERS if getattr(config, name, None) is not None), None)
 
 
 def load_model(name: str | os.PathLike, *, trust_remote_code: bool = False) -> Model:

@@ -51,6 +51,23 @@ CHAT = (
 )
 
 
+IDEFICS_TOKENS = (
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+)
+IDEFICS_SIZES = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
+
+
+def idefics_settings(vision):
+    return {
+        "vision_config": {**SIGLIP, "model_type": vision},
+        "text_config": {**TEXT, "model_type": "llama"},
+        "scale_factor": 2,
+    }
+
+
 @dataclass
 class Vlm:
     """How to make one model: classes of Transformers by name, and their settings."""
@@ -236,41 +253,23 @@ VLMS = {
     "idefics3": Vlm(
         "Idefics3Config",
         "Idefics3ForConditionalGeneration",
-        {
-            "vision_config": {**SIGLIP, "model_type": "idefics3_vision"},
-            "text_config": {**TEXT, "model_type": "llama"},
-            "scale_factor": 2,
-        },
+        idefics_settings("idefics3_vision"),
         "Idefics3ImageProcessorPil",
-        {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}},
+        IDEFICS_SIZES,
         "<image>",
         "Idefics3Processor",
-        tokens=(
-            "<fake_token_around_image>",
-            "<global-img>",
-            "<end_of_utterance>",
-            *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
-        ),
+        tokens=IDEFICS_TOKENS,
         processor_settings={"image_seq_len": 4},
     ),
     "smolvlm": Vlm(
         "SmolVLMConfig",
         "SmolVLMForConditionalGeneration",
-        {
-            "vision_config": {**SIGLIP, "model_type": "smolvlm_vision"},
-            "text_config": {**TEXT, "model_type": "llama"},
-            "scale_factor": 2,
-        },
+        idefics_settings("smolvlm_vision"),
         "SmolVLMImageProcessorPil",
-        {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}},
+        IDEFICS_SIZES,
         "<image>",
         "SmolVLMProcessor",
-        tokens=(
-            "<fake_token_around_image>",
-            "<global-img>",
-            "<end_of_utterance>",
-            *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
-        ),
+        tokens=IDEFICS_TOKENS,
         attributes={
             "fake_image_token": "<fake_token_around_image>",
             "image_token": "<image>",

@@ -157,5 +157,22 @@ def test_sound_from_a_wav_file(small_vlm, own_processor, tmp_path):
 def test_a_marker_that_a_user_types_is_no_place_for_a_picture(small_vlm, pictures):
     model = small_vlm("llava")
     features = load_vision_tower(model).features(pictures[:1])
-    with pytest.raises(workbench.PromptError, match="holds '<image>', which marks the places of pictures"):
+    with pytest.raises(workbench.PromptError, match="holds '<image>' in a text, which marks the places of pictures"):
         build_prompt(model, "What <image> is", features=features)
+
+
+def test_places_features_and_modalities_must_agree(small_vlm, pictures):
+    model = small_vlm("llava")
+    features = load_vision_tower(model).features(pictures[:1])
+    places = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    by_features, by_picture = build_prompt(model, places, features=features), build_prompt(model, places, pictures[:1])
+    assert by_features.digest == by_picture.digest
+    for messages, given, message in (
+        (places, [], "more places for images than there are"),
+        ([{"role": "user", "content": "What?"}], pictures, "2 of 2 images have no place"),
+        ([{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}], [], "llava takes parts of type 'text'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], [], "takes parts of type 'text'"),
+        ([{"role": "user"}], [], "give a dict with role and content"),
+    ):
+        with pytest.raises(workbench.PromptError, match=message):
+            build_prompt(model, messages, given)

@@ -110,7 +110,7 @@ def test_a_server_without_ranges_is_refused_before_the_body(cards):
 def test_a_server_that_cuts_bodies_short(cards):
     with (
         serve(cards.path, cut=50_000) as (address, _),
-        pytest.raises(ModelError, match=r"model-00001.*cannot be read|tokenizer.*"),
+        pytest.raises(ModelError, match=r"tokenizer.json cannot be read: RemoteProtocolError"),
     ):
         load_vision_tower(address)
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import workbench
 from workbench import Prompt, Span
-from workbench.plots.patches import PatchMap, patch_of
+from workbench.patch_map import PatchMap, patch_of
 from workbench.vision.build import build_prompt
 from workbench.vision.images import open_image
 from workbench.vision.tower import load_vision_tower

@@ -40,7 +40,7 @@ class Pool:
 
     def pose(self, question: Question, generator: np.random.Generator) -> tuple[list[int], str]:
         """Pictures (by their index) for a question, and the right answer."""
-        images, cards = (int(generator.integers(low, high + 1)) for low, high in (question.images, question.cards))
+        images, cards = question.sizes(generator)
         chosen = [int(index) for index in generator.choice(self.of_cards[cards], images)]
         return chosen, question.answer([self.scenes[index] for index in chosen])
 

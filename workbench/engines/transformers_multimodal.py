@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import EmbeddingRangeError, ModelError, PromptError
-from ..models import Model
+from ..models import Model, placeholder_id
 from ..prompt import MultimodalPrompt, Prompt
 from .messages import Capabilities
 from .transformers_reference import TransformersReference
@@ -26,12 +26,6 @@ class TransformersMultimodal(TransformersReference):
         if all(getattr(model.config, part, None) is None for part in ("vision_config", "audio_config")):
             raise ModelError(f"{model.name!r} has no vision or audio part: open it with 'transformers' or 'numba'")
         super().__init__(model, dtype=dtype, device=device)
-        # Transformers' own names for them differ by model
-        self._placeholder = next(
-            getattr(model.config, name)
-            for name in ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
-            if getattr(model.config, name, None) is not None
-        )
 
     @property
     def capabilities(self) -> Capabilities:
@@ -64,28 +58,20 @@ class TransformersMultimodal(TransformersReference):
                     f"multimodal[{number}] is {held}: give a dict with a tensor pixel_values (or input_features), as "
                     "build_multimodal makes it"
                 )
-        if not groups and self._placeholder in prompt.input_ids:
-            raise PromptError(
-                f"the prompt has {list(prompt.input_ids).count(self._placeholder)} placeholders and no pictures: pass "
-                "multimodal=[...]"
-            )
+        placeholders = prompt.input_ids.count(placeholder_id(self.model.config))
+        if placeholders and not groups:
+            raise PromptError(f"the prompt has {placeholders} placeholders and no pictures: pass multimodal=[...]")
 
     def hidden(self, prompt: Prompt, cache: Any = None) -> torch.Tensor:
         """Run the whole prompt, pictures and all; `[seq, hidden]` after the final norm."""
         groups = prompt.multimodal if isinstance(prompt, MultimodalPrompt) else ()
         ids = torch.tensor([prompt.input_ids], device=self.device)
-        kinds = (ids == self._placeholder).int()
-        # Token types tell Gemma 3 which tokens see each other, and Qwen-VL which positions are a picture's.
-        types = {"gemma3": {"token_type_ids": kinds}, "paligemma": {"token_type_ids": torch.zeros_like(kinds)}}
-        extra = types.get(self.model.config.model_type, {})
-        if self.capabilities.mrope and groups:
-            extra = {"mm_token_type_ids": kinds}
         taken = inspect.signature(self.network.model.forward).parameters
-        inputs = {name: value for name, value in _join(groups, self.device, self.dtype).items() if name in taken}
         try:
+            inputs = {name: value for name, value in _join(groups, self.device, self.dtype).items() if name in taken}
             with self.precision():
                 return self.network.model(
-                    input_ids=ids, past_key_values=cache, use_cache=cache is not None, **inputs, **extra
+                    input_ids=ids, past_key_values=cache, use_cache=cache is not None, **inputs
                 ).last_hidden_state[0]
         except (ValueError, IndexError, RuntimeError) as error:
             raise PromptError(f"the pictures do not fit the prompt: {error}") from error
@@ -94,9 +80,9 @@ class TransformersMultimodal(TransformersReference):
 def _join(groups: Sequence[dict[str, Any]], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Groups of processed pictures as one, along the first axis of each tensor."""
     joined = {}
-    for name in groups[0] if groups else ():
-        values = [group[name] for group in groups]
-        if all(isinstance(value, torch.Tensor) for value in values):
+    for name in {name: None for group in groups for name in group}:
+        values = [group[name] for group in groups if isinstance(group.get(name), torch.Tensor)]
+        if values:
             value = torch.cat(values)
             joined[name] = value.to(device, dtype if value.is_floating_point() else None)
     return joined

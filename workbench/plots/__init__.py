@@ -4,12 +4,11 @@ from .batches import plan_figure
 from .errors import error_by_layer, ratio_map
 from .landing import landing_figure
 from .maps import hidden_state_map
-from .patches import PatchMap, patch_figure
+from .patches import patch_figure
 from .png import to_png
 from .tokens import token_strip
 
 __all__ = [
-    "PatchMap",
     "error_by_layer",
     "hidden_state_map",
     "landing_figure",

@@ -70,12 +70,9 @@ class Worker:
     def __init__(self, model: str, store: str, max_bytes: int | None, device: str, threads: int | None = None) -> None:
         import torch
 
-        from ..models import load_model
-
         if threads:
             torch.set_num_threads(threads)
-        local = load_model(model) if model == "digit-cards" or Path(model).exists() else model
-        self.tower = load_vision_tower(local, device=device)
+        self.tower = load_vision_tower(model, device=device)
         self.store = FeatureStore(store, max_bytes)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -158,7 +155,6 @@ def _ray(
     if "://" not in store:
         store = str(Path(store).expanduser().resolve())  # workers have working folders of their own
     if not ray.is_initialized():
-        # The package need not be installed on a cluster's nodes if they run this process's code from a shared disk.
         ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ..errors import PromptError
 from ..models import Model
 from ..prompt import MultimodalPrompt, Prompt, Span
 from .families import Family, Features, family_of
 from .images import Picture
+from .processors import Processor
 from .tower import VisionTower, load_vision_tower
 
 Message = dict[str, Any]
@@ -33,7 +36,7 @@ def build_prompt(
         images: the pictures, where messages only mark their places or are a plain text.
         tower: an open tower; loaded where it is missing and `features` are too.
         features: of all pictures in order, computed before; then no tower is needed.
-        text: a prompt whose markers stand for the pictures already, for models without a chat template.
+        text: the whole prompt, special tokens included, whose markers stand for the pictures, in place of a chat template.
 
     Returns:
         a Prompt; each range has a span that names its picture and patch grid.
@@ -41,31 +44,24 @@ def build_prompt(
     Raises:
         PromptError, ImageError: more pictures than places or fewer, or a picture that cannot be used.
     """
-    turns, items = _unpack(messages, list(images))
     if features is None:
         tower = tower or load_vision_tower(model)
-        features = tower.features(items)
-    elif items and len(items) != len(features):
-        raise PromptError(f"{len(items)} pictures but {len(features)} features: give one an item, in the same order")
-    processor = tower.processor if tower is not None else _processor(model)
+    elif images and len(images) != len(features):
+        raise PromptError(f"{len(images)} pictures but {len(features)} features: give one an item, in the same order")
+    processor = tower.processor if tower is not None else Processor(model.path, model.config, model.trust_remote_code)
     family = family_of(model.config, processor.tokenizer)
-    return _lay_out(family, processor, features, turns, text)
+    # Features stand for their pictures where there are none.
+    turns, items = _unpack(messages, list(images) or list(features or ()), family)
+    if features is None:
+        assert tower is not None
+        features = tower.features(items)
+    return _lay_out(family, processor, features, processor.text(turns) if text is None else text)
 
 
-def _lay_out(
-    family: Family, processor: Any, features: Sequence[Features], turns: list[Message], text: str | None
-) -> Prompt:
-    """Text with placeholders, ids, ranges."""
-    if text is None and any(
-        part["type"] == "text" and family.marker in str(part["text"]) for turn in turns for part in turn["content"]
-    ):
-        raise PromptError(
-            f"a text of the messages holds {family.marker!r}, which marks the places of pictures: leave it out, or put the "
-            "picture there as a part of its own"
-        )
-    marked = text if text is not None else processor.text(turns)
+def _lay_out(family: Family, processor: Processor, features: Sequence[Features], marked: str) -> Prompt:
+    """From a text with markers to placeholders, ids, ranges."""
     whole = family.arrange(_replace(marked, family, features))
-    ids = processor.tokenizer.encode(whole, add_special_tokens=text is not None and not whole.startswith(family.token))
+    ids = processor.tokenizer.encode(whole, add_special_tokens=False)
     return _place(ids, family, features, processor.tokenizer.convert_tokens_to_ids(family.token))
 
 
@@ -81,51 +77,58 @@ def build_multimodal(
     Args:
         tower: an open one, for its processor; its network is not run.
     """
-    turns, items = _unpack(messages, list(images))
     tower = tower or load_vision_tower(model)
-    processed = tower.process(items) if items else {}
     family = family_of(model.config, tower.processor.tokenizer)
+    turns, items = _unpack(messages, list(images), family)
+    processed = tower.process(items) if items else {}
     outline = family.outline(processed, len(items)) if items else []
-    laid_out = _lay_out(family, tower.processor, tower.features(items) if outline is None else outline, turns, None)
+    outline = tower.features(items) if outline is None else outline
+    laid_out = _lay_out(family, tower.processor, outline, tower.processor.text(turns))
     prompt = Prompt(laid_out.input_ids, position_ids=laid_out.position_ids)
-    return MultimodalPrompt.of(prompt, [processed] if processed else ())
+    if not items:
+        return MultimodalPrompt.of(prompt, ())
+    places = torch.tensor([prompt.input_ids]) == tower.processor.tokenizer.convert_tokens_to_ids(family.token)
+    return MultimodalPrompt.of(prompt, [{**processed, **family.token_types(places.int())}])
 
 
-def _unpack(messages: str | Sequence[Message], images: list[Any]) -> tuple[list[Message], list[Any]]:
+def _unpack(messages: str | Sequence[Message], images: list[Any], family: Family) -> tuple[list[Message], list[Any]]:
     """Messages whose content lists texts and bare places, and the items in the order of their places."""
     if isinstance(messages, str):
-        places = [{"type": "image"} for _ in images]
-        return [{"role": "user", "content": [*places, {"type": "text", "text": messages}]}], images
+        content = [*({"type": family.modality} for _ in images), {"type": "text", "text": messages}]
+        messages = [{"role": "user", "content": content}]
     turns: list[Message] = []
     items, waiting = [], list(images)
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise PromptError(f"messages[{number}] is {message!r}: give a dict with role and content")
         content = message["content"]
-        if isinstance(content, str):
-            turns.append({"role": message["role"], "content": [{"type": "text", "text": content}]})
-            continue
-        parts = []
-        for part in content:
+        parts: list[dict[str, Any]] = []
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "text":
+            if kind == "text" and isinstance(part.get("text"), str):
+                if family.marker in part["text"]:
+                    raise PromptError(
+                        f"messages[{number}] holds {family.marker!r} in a text, which marks the places of pictures: leave it "
+                        "out, or put the picture there as a part of its own"
+                    )
                 parts.append({"type": "text", "text": part["text"]})
-                continue
-            if kind not in ("image", "audio"):
+            elif kind == family.modality:
+                given = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
+                if given is None and not waiting:
+                    raise PromptError(f"messages have more places for {kind}s than there are ({len(images)})")
+                items.append(waiting.pop(0) if given is None else given)
+                # Qwen2-Audio's template looks for the key, not the type
+                parts.append({"type": kind, "audio_url": ""} if kind == "audio" else {"type": kind})
+            else:
                 raise PromptError(
-                    f"messages[{number}] holds a part of type {kind!r}: only text, image and audio are known"
+                    f"messages[{number}] holds {part!r:.80}: {family.config.model_type} takes parts of type 'text' (with a "
+                    f"text) and {family.modality!r}"
                 )
-            given = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
-            if given is None:
-                if not waiting:
-                    raise PromptError(f"messages have more places for pictures than there are pictures ({len(images)})")
-                given = waiting.pop(0)
-            items.append(given)
-            parts.append({"type": kind, f"{kind}_url": "", "audio_url": ""} if kind == "audio" else {"type": kind})
         turns.append({"role": message["role"], "content": parts})
     if waiting:
         raise PromptError(
-            f"{len(waiting)} of {len(images)} pictures have no place in the messages: add {{'type': 'image'}} parts"
+            f"{len(waiting)} of {len(images)} {family.modality}s have no place in the messages: add "
+            f"{{'type': {family.modality!r}}} parts"
         )
     return turns, items
 
@@ -170,9 +173,3 @@ def _place(ids: list[int], family: Family, features: Sequence[Features], token: 
         at += size
     spans = family.whole_prompt([span for _, span in runs], len(ids))
     return Prompt(ids, rows, ranges, spans, family.position_ids(len(ids), ranges, spans), levels)
-
-
-def _processor(model: Model) -> Any:
-    from .processors import load_processor
-
-    return load_processor(model.path, model.config, model.trust_remote_code)

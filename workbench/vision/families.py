@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from ..errors import ModelError
+from ..models import placeholder_id
 from ..prompt import Span
 
 
@@ -49,6 +50,12 @@ class Family:
     token: str
     modality: str = "image"
     attention: Literal["causal", "bidirectional"] = "causal"
+
+    # What the image processor is told besides the pictures; whether it is told which stand in one prompt; and whether a
+    # picture's features depend on that.
+    reader_options: ClassVar[dict[str, Any]] = {}
+    nested: ClassVar[bool] = False
+    depends_on_company: ClassVar[bool] = False
 
     def run(self, network: Any, processed: dict[str, Any]) -> Any:
         """Processed inputs through tower and projector; Transformers' output object."""
@@ -91,6 +98,10 @@ class Family:
         """The runs of placeholders of one item: how many rows each, and its span."""
         return [(len(features.rows), Span(self.modality, features.grid, self.attention, label))]
 
+    def token_types(self, places: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What Transformers' whole model wants to know of the tokens; `places` is 1 at placeholders, int32 `[1, seq]`."""
+        return {}
+
     def position_ids(self, length: int, ranges: Sequence[tuple[int, int]], spans: Sequence[Span]) -> Any:
         """Positions of the prompt's tokens where they are not 0, 1, 2, ...; else None."""
         return None
@@ -119,6 +130,9 @@ class QwenVL(Family):
             (time, height // merge, width // merge) for time, height, width in processed["image_grid_thw"].tolist()
         ]
         return [self._blank(time * height * width, (time, height, width)) for time, height, width in grids]
+
+    def token_types(self, places: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"mm_token_type_ids": places}  # whose positions are a picture's
 
     def position_ids(self, length: int, ranges: Sequence[tuple[int, int]], spans: Sequence[Span]) -> torch.Tensor:
         """M-RoPE (Wang et al. 2024, arXiv:2409.12191): text counts on all three axes, a picture's rows on its own grid.
@@ -167,12 +181,18 @@ class Gemma3(Family):
     def outline(self, processed: dict[str, Any], count: int) -> list[Features]:
         return [self._blank(self.config.mm_tokens_per_image)] * count
 
+    def token_types(self, places: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"token_type_ids": places}  # which see each other
+
     def text(self, features: Features) -> str:
         return f"\n\n<start_of_image>{self.token * len(features.rows)}<end_of_image>\n\n"
 
 
 class PaliGemma(Family):
     """PaliGemma: pictures, then `<bos>`, the question and a line feed; the whole prompt sees itself; positions count from 1."""
+
+    def token_types(self, places: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"token_type_ids": torch.zeros_like(places)}  # all of the prompt is prefix
 
     def arrange(self, text: str) -> str:
         end = text.rfind(self.token) + len(self.token) if self.token in text else 0
@@ -187,6 +207,9 @@ class PaliGemma(Family):
 
 class Idefics3(Family):
     """Idefics 3 and SmolVLM: a large picture is cut into tiles, each a run of placeholders of its own, then seen whole."""
+
+    reader_options: ClassVar[dict[str, Any]] = {"return_row_col_info": True}
+    nested: ClassVar[bool] = True
 
     def split(self, output: Any, processed: dict[str, Any], count: int) -> list[Features]:
         rows, columns = (processed.get(name, [[0] * count])[0] for name in ("rows", "cols"))
@@ -227,7 +250,11 @@ class Idefics3(Family):
 
 
 class LlavaOnevision(Family):
-    """LLaVA-OneVision: how many rows a picture gets follows from its shape in ways that only its own code tells."""
+    """LLaVA-OneVision: how many rows a picture gets follows from its shape in ways that only its own code tells; it is cut only if
+    it stands alone in its prompt."""
+
+    nested: ClassVar[bool] = True
+    depends_on_company: ClassVar[bool] = True
 
     def outline(self, processed: dict[str, Any], count: int) -> None:
         return None
@@ -263,7 +290,6 @@ class _Kind:
     marker: str | None = None
     attention: Literal["causal", "bidirectional"] = "causal"
     modality: str = "image"
-    token_names: tuple[str, ...] = field(default=("image_token_id", "image_token_index"))
 
 
 _KINDS = {
@@ -277,7 +303,7 @@ _KINDS = {
     "paligemma": _Kind(PaliGemma, attention="bidirectional"),
     "idefics3": _Kind(Idefics3),
     "smolvlm": _Kind(Idefics3),
-    "qwen2_audio": _Kind(Qwen2Audio, modality="audio", token_names=("audio_token_id", "audio_token_index")),
+    "qwen2_audio": _Kind(Qwen2Audio, modality="audio"),
 }
 SUPPORTED = tuple(_KINDS)
 
@@ -294,12 +320,13 @@ def family_of(config: Any, tokenizer: Any) -> Family:
             f"how {config.model_type!r} lays out pictures is not known here; known are {', '.join(SUPPORTED)}. Compute its "
             "features with load_vision_tower or by other means and give Prompt the ranges yourself"
         )
-    ids = [getattr(config, name) for name in kind.token_names if getattr(config, name, None) is not None]
-    if not ids:
+    placeholder = placeholder_id(config)
+    if placeholder is None:
         raise ModelError(
-            f"the configuration of {config.model_type!r} names no placeholder token ({', '.join(kind.token_names)})"
+            f"the configuration of {config.model_type!r} names no placeholder token (image_token_id or its like): add it to "
+            "config.json"
         )
-    token = tokenizer.convert_ids_to_tokens(ids[0])
+    token = tokenizer.convert_ids_to_tokens(placeholder)
     return kind.family(config, kind.marker or token, token, kind.modality, kind.attention)
 
 

@@ -71,7 +71,7 @@ class FeatureStore:
         missing = [place for place, features in enumerate(found) if features is None]
         if not missing:
             return [features for features in found if features is not None]
-        if _depends_on_company(tower):
+        if _company_counts(tower):
             computed = dict(enumerate(tower.features(items)))
         else:
             computed = dict(zip(missing, tower.features([items[place] for place in missing]), strict=True))
@@ -81,7 +81,7 @@ class FeatureStore:
 
     def keys(self, tower: VisionTower, items: Sequence[Picture]) -> list[str]:
         """The entries' names for pictures that stand in one prompt."""
-        company = f" of {len(items)}" if _depends_on_company(tower) else ""
+        company = f" of {len(items)}" if _company_counts(tower) else ""
         return [
             hashlib.sha256(f"{tower.fingerprint} {content_digest(item)}{company}".encode()).hexdigest()
             for item in items
@@ -168,6 +168,6 @@ def content_digest(item: Any) -> str:
         raise ImageError(f"{item} cannot be read: {error}") from error
 
 
-def _depends_on_company(tower: VisionTower) -> bool:
-    """Whether a picture's features depend on how many share its prompt: LLaVA-OneVision cuts a picture only if it is alone."""
-    return tower.config.model_type == "llava_onevision"
+def _company_counts(tower: VisionTower) -> bool:
+    """Whether a picture's features depend on how many share its prompt."""
+    return tower.family is not None and tower.family.depends_on_company

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from ..engines import open_engine
 from ..engines.api import Engine
@@ -14,8 +15,11 @@ from ..memory import PeakMemory, in_words
 from ..models import Model
 from ..prompt import Prompt
 from .build import build_multimodal, build_prompt
+from .checkpoint import Checkpoint
 from .images import Picture
+from .sources import FolderSource
 from .tower import load_vision_tower
+from .vision_part import is_language
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,8 @@ class Flow:
     Attributes:
         features_seconds: processing the pictures and, with two engines, running the tower.
         first_token_seconds: from the prompt to the first token; with one engine the tower runs here.
-        peak_bytes: the highest at any time; a machine of its own for the tower needs `vision_bytes` alone.
-        weight_bytes: of all weights in memory, as computed with.
+        peak_bytes: the highest at any time, tower and engine in one process.
+        vision_bytes, language_bytes: of the weights in float32; with two engines they can lie on two machines.
     """
 
     name: str
@@ -56,39 +60,25 @@ def compare_flows(
         the way with two engines, and the way with one.
     """
     config = GenerationConfig(max_new_tokens=max_new_tokens)
-
-    def two_engines() -> Flow:
-        started = time.perf_counter()
-        tower = load_vision_tower(model)
-        engine = open_engine(kind, model)
-        loaded = time.perf_counter()
-        prompt = build_prompt(model, question, images, tower=tower)
-        built = time.perf_counter()
-        answer, first, done = _answer(model, engine, prompt, config)
-        vision = sum(
-            p.nbytes
-            for name, p in tower.network.named_parameters()
-            if "language_model" not in name and "lm_head" not in name
-        )
-        language = _weights(model) - vision
-        return Flow(f"tower, then {kind}", answer, loaded - started, built - loaded, first, done, 0, vision, language)
-
-    def one_engine() -> Flow:
-        started = time.perf_counter()
-        tower = load_vision_tower(model)  # for its processor
-        engine = open_engine("transformers-multimodal", model)
-        loaded = time.perf_counter()
-        prompt = build_multimodal(model, question, images, tower=tower)
-        built = time.perf_counter()
-        answer, first, done = _answer(model, engine, prompt, config)
-        return Flow("vision inside", answer, loaded - started, built - loaded, first, done, 0, 0, _weights(model))
-
+    vision, language = _weight_bytes(model)
     flows = []
-    for way in (two_engines, one_engine):
+    for name, opened, build in (
+        (f"tower, then {kind}", kind, build_prompt),
+        ("vision inside", "transformers-multimodal", build_multimodal),
+    ):
         gc.collect()
         with PeakMemory() as peak:
-            flow = way()
-        flows.append(Flow(**{**flow.__dict__, "peak_bytes": peak.bytes}))
+            started = time.perf_counter()
+            tower, engine = (
+                load_vision_tower(model),
+                open_engine(opened, model),
+            )  # the second way needs its processor alone
+            loaded = time.perf_counter()
+            prompt = build(model, question, images, tower=tower)
+            built = time.perf_counter()
+            answer, first, done = _answer(model, engine, prompt, config)
+            del tower, engine
+        flows.append(Flow(name, answer, loaded - started, built - loaded, first, done, peak.bytes, vision, language))
     return flows[0], flows[1]
 
 
@@ -97,7 +87,7 @@ def flows_table(flows: Sequence[Flow]) -> str:
     rows = {
         "answer": [flow.answer for flow in flows],
         "weights": [in_words(flow.weight_bytes) for flow in flows],
-        "of them vision": [in_words(flow.vision_bytes) if flow.vision_bytes else "not apart" for flow in flows],
+        "of them vision": [in_words(flow.vision_bytes) for flow in flows],
         "peak memory": [in_words(flow.peak_bytes) for flow in flows],
         "loading": [f"{flow.load_seconds * 1000:.0f} ms" for flow in flows],
         "pictures": [f"{flow.features_seconds * 1000:.0f} ms" for flow in flows],
@@ -122,6 +112,10 @@ def _answer(model: Model, engine: Engine, prompt: Prompt, config: GenerationConf
     return model.tokenizer.decode(tokens), first, time.perf_counter() - started
 
 
-def _weights(model: Model) -> int:
-    """Bytes of every weight in float32."""
-    return 4 * sum(model.weights.get(name).numel() for name in model.weights)
+def _weight_bytes(model: Model) -> tuple[int, int]:
+    """Bytes of the vision and of the language weights in float32, by the checkpoint's headers."""
+    checkpoint = Checkpoint(FolderSource(model.path))
+    sizes = {True: 0, False: 0}
+    for name, entry in checkpoint.entries(checkpoint).items():
+        sizes[is_language(name)] += 4 * prod(entry.shape)
+    return sizes[False], sizes[True]

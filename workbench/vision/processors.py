@@ -19,7 +19,11 @@ from .sounds import open_sound
 
 
 class Processor:
-    """Image processor or feature extractor, tokenizer and chat template of a model folder."""
+    """Image processor or feature extractor, tokenizer and chat template of a model folder.
+
+    Raises:
+        ModelError: a part that is missing or damaged.
+    """
 
     def __init__(self, folder: Path, config: Any, trusted: bool) -> None:
         from transformers import AutoTokenizer
@@ -43,15 +47,11 @@ class Processor:
         """Everything that decides what a picture becomes, for cache keys."""
         return json.loads(json.dumps(self._reader.to_dict(), default=str, sort_keys=True))
 
-    def images(self, pictures: Sequence[Image.Image]) -> dict[str, Any]:
-        """Pixel values, and what goes with them, of the pictures of one prompt."""
-        extra = {"return_row_col_info": True} if self.model_type in ("idefics3", "smolvlm") else {}
-        # These cut a picture by how many share its prompt, so they are told which do.
-        nested = self.model_type in ("idefics3", "smolvlm", "llava_onevision")
+    def images(self, pictures: Sequence[Image.Image], *, nested: bool = False, **options: Any) -> dict[str, Any]:
+        """Pixel values, and what goes with them, of the pictures of one prompt; `nested` says so to the image processor."""
+        grouped = [list(pictures)] if nested else list(pictures)
         try:
-            return dict(
-                self._reader(images=[list(pictures)] if nested else list(pictures), return_tensors="pt", **extra)
-            )
+            return dict(self._reader(images=grouped, return_tensors="pt", **options))
         except (ValueError, TypeError, RuntimeError) as error:
             raise PromptError(f"{self.model_type}'s image processor refuses the pictures: {error}") from error
 
@@ -70,14 +70,14 @@ class Processor:
             processed["feature_attention_mask"] = processed.pop("attention_mask")
         return processed
 
-    def text(self, messages: list[dict], **options: Any) -> str:
+    def text(self, messages: list[dict]) -> str:
         """The chat as text, markers where pictures and sounds go."""
         if self.chat_template is None:
             raise PromptError(
                 f"{self.model_type}: the model folder has no chat template; give build_prompt a text instead"
             )
         text = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False, **options
+            messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
         )
         return str(text)
 
@@ -86,15 +86,6 @@ class Processor:
             return auto_class.from_pretrained(folder, trust_remote_code=self.trusted, **options)
         except Exception as error:  # Transformers raises many kinds for a damaged folder
             raise ModelError(f"the {what} in {folder} cannot be read: {error}") from error
-
-
-def load_processor(folder: Path, config: Any, trusted: bool) -> Processor:
-    """The processor of a model folder.
-
-    Raises:
-        ModelError: a part that is missing or damaged.
-    """
-    return Processor(folder, config, trusted)
 
 
 def _stored_template(folder: Path) -> str | None:

@@ -19,10 +19,10 @@ import torch
 
 from ..errors import ModelError
 from ..memory import PeakMemory, in_words
-from ..models import Model
+from ..models import BUILT_IN, Model, load_model
 from .families import Family, Features, family_of, run_tower
 from .images import Picture, open_image
-from .processors import load_processor
+from .processors import Processor
 from .sources import open_source
 from .vision_part import build_network, load_full, plain_settings, read_configuration, small_files, vision_tensors
 
@@ -56,6 +56,7 @@ class VisionTower:
     """Tower and projector of one model: pictures in, rows for the language model out.
 
     Attributes:
+        location: the folder or address that it was read from.
         config: the whole model's configuration.
         network: Transformers' model, its language part empty.
         report: what loading took.
@@ -63,13 +64,14 @@ class VisionTower:
     """
 
     def __init__(
-        self, name: str, config: Any, network: Any, folder: Path, report: LoadReport, digest: str, trusted: bool
+        self, location: str, config: Any, network: Any, processor: Processor, report: LoadReport, digest: str
     ) -> None:
-        self.name, self.config, self.network, self.report, self.weights_digest = name, config, network, report, digest
+        self.location, self.config, self.network, self.processor = location, config, network, processor
+        self.report, self.weights_digest = report, digest
         parameter = next(network.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
-        self.processor = load_processor(folder, config, trusted)
-        self.family: Family | None = None if trusted else family_of(config, self.processor.tokenizer)
+        own_code = getattr(config, "auto_map", None) is not None  # how it lays out pictures is not known here
+        self.family: Family | None = None if own_code else family_of(config, processor.tokenizer)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -114,9 +116,12 @@ class VisionTower:
 
     def process(self, items: Sequence[Picture | Any]) -> dict[str, Any]:
         """What the model's own processor makes of the items: pixel values and what goes with them."""
-        if self.family is not None and self.family.modality == "audio":
+        if self.family is None:
+            return self.processor.images([open_image(item) for item in items])
+        if self.family.modality == "audio":
             return self.processor.audio(items)
-        return self.processor.images([open_image(item) for item in items])
+        pictures = [open_image(item) for item in items]
+        return self.processor.images(pictures, nested=self.family.nested, **self.family.reader_options)
 
     @torch.no_grad()
     def run(self, processed: dict[str, Any]) -> Any:
@@ -137,17 +142,16 @@ class VisionTower:
             full: the full model's network, for one that is open already; else it is loaded, language weights and all.
         """
         if full is None:
-            full = load_full(self.config, self._folder(), self.dtype).to(self.device)
+            if not Path(self.location).is_dir():
+                raise ModelError(
+                    f"the full model is not on this machine but at {self.location}: open it and pass it as full="
+                )
+            full = load_full(self.config, self.location, self.dtype).to(self.device)
         mine = self.features(items)
         whole = copy.copy(self)
         whole.network = full
         theirs = whole.features(items)
         return max(float((a.rows.double() - b.rows.double()).abs().max()) for a, b in zip(mine, theirs, strict=True))
-
-    def _folder(self) -> str:
-        if not Path(self.name).exists() and not Path(self.config.name_or_path).exists():
-            raise ModelError(f"the full model of {self.name!r} is not on this machine: pass it as full=")
-        return self.config.name_or_path if Path(self.config.name_or_path).exists() else self.name
 
 
 def load_vision_tower(
@@ -160,7 +164,7 @@ def load_vision_tower(
     """Load only the vision tower and projector of a model.
 
     Args:
-        model: from `load_model`, a folder, the http(s) address of a folder, or a Hugging Face id, of which only the vision
+        model: from `load_model`, a built-in name, a folder, the http(s) address of a folder, or a Hugging Face id, of which only the vision
             tensors' bytes are fetched.
         dtype: to compute in.
         trust_remote_code: run Python files that come with the model; `ModelError` names them where they are needed.
@@ -168,6 +172,8 @@ def load_vision_tower(
     Raises:
         ModelError: a checkpoint that is damaged or lacks vision tensors, by file and tensor; a server without range requests.
     """
+    if str(model) in BUILT_IN:
+        model = load_model(str(model))
     location = str(model.path) if isinstance(model, Model) else str(model)
     trusted = trust_remote_code or (isinstance(model, Model) and model.trust_remote_code)
     name = model.name if isinstance(model, Model) else location
@@ -177,12 +183,10 @@ def load_vision_tower(
         config = read_configuration(folder, name, trusted)
         weights_start = source.bytes_read
         with PeakMemory() as peak:
-            tensors, total, digest = vision_tensors(source, config)
+            tensors, total, digest = vision_tensors(source)
             network = build_network(config, folder, tensors, getattr(torch, str(dtype).removeprefix("torch.")), trusted)
             network = network.to(device).eval()
         read = source.bytes_read - weights_start
         size = sum(tensor.nbytes for tensor in tensors.values())
         report = LoadReport(len(tensors), size, read, max(0, total - read), peak.bytes)
-        config.name_or_path = location
-        own = trusted and getattr(config, "auto_map", None) is not None
-        return VisionTower(name, config, network, folder, report, digest, own)
+        return VisionTower(location, config, network, Processor(folder, config, trusted), report, digest)

@@ -34,6 +34,11 @@ _SMALL_FILES = (
 )
 
 
+def is_language(name: str) -> bool:
+    """Whether a checkpoint's tensor belongs to the language model."""
+    return bool(_LANGUAGE.search(name))
+
+
 def load_full(config: Any, folder: str | Path, dtype: torch.dtype) -> Any:
     """The whole model, language weights and all."""
     with quiet_transformers():
@@ -45,6 +50,10 @@ def model_class(config: Any) -> Any:
     import transformers
 
     names = getattr(config, "architectures", None) or []
+    if not names:
+        raise ModelError(
+            f"the configuration of {config.model_type!r} names no architectures: add the class to config.json"
+        )
     for name in names:
         if hasattr(transformers, name):
             return getattr(transformers, name)
@@ -86,13 +95,13 @@ def read_configuration(folder: Path, name: str, trusted: bool) -> Any:
     return config
 
 
-def vision_tensors(source: Source, config: Any) -> tuple[dict[str, torch.Tensor], int, str]:
+def vision_tensors(source: Source) -> tuple[dict[str, torch.Tensor], int, str]:
     """Every tensor that is not the language model's, the bytes of all weight files, and a digest of what was read."""
     if not source.exists(INDEX) and not source.exists(SINGLE) and source.exists(_BIN):
         tensors, total = _unpickled(source)
     else:
         checkpoint = Checkpoint(source)
-        names = [name for name in checkpoint if not _LANGUAGE.search(name)]
+        names = [name for name in checkpoint if not is_language(name)]
         if not names:
             raise ModelError(f"{source.where('')} holds no vision tensors, only a language model's")
         tensors, total = checkpoint.read(names), checkpoint.total_bytes()
@@ -112,7 +121,7 @@ def _unpickled(source: Source) -> tuple[dict[str, torch.Tensor], int]:
     size = source.size(_BIN)
     try:
         every = torch.load(source.where(_BIN), map_location="cpu", weights_only=True, mmap=True)
-        tensors = {name: value.clone() for name, value in every.items() if not _LANGUAGE.search(name)}
+        tensors = {name: value.clone() for name, value in every.items() if not is_language(name)}
     except Exception as error:  # pickle and zip readers raise many kinds
         raise ModelError(
             f"{source.where(_BIN)} is not a plain file of tensors ({type(error).__name__}: {str(error).splitlines()[0]}). Files "
@@ -154,8 +163,8 @@ def build_network(
         raise
     except Exception as error:
         raise ModelError(f"the vision part of {config.model_type!r} cannot be built: {error}") from error
-    missing = [name for name in loaded["missing_keys"] if not _LANGUAGE.search(name)]
-    wrong = [str(entry) for entry in loaded["mismatched_keys"] if not _LANGUAGE.search(str(entry[0]))]
+    missing = [name for name in loaded["missing_keys"] if not is_language(name)]
+    wrong = [str(entry) for entry in loaded["mismatched_keys"] if not is_language(str(entry[0]))]
     if missing or wrong:
         raise ModelError(
             f"the checkpoint lacks {len(missing)} vision tensors, and {len(wrong)} have another shape than the configuration "

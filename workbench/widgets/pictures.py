@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 
 from ..engines.api import Engine
 from ..engines.messages import GenerationConfig
-from ..plots.patches import PatchMap, patch_figure, patch_of
+from ..patch_map import PatchMap, patch_of
+from ..plots.patches import patch_figure
 from ..plots.png import to_png
 from ..prompt import Prompt
+from ..ranges import shift
 from ..vision.build import build_prompt
 from ..vision.images import Picture, open_image
 from ..vision.tower import VisionTower
@@ -58,9 +60,7 @@ class PictureBench:
     @property
     def prompt(self) -> Prompt:
         """The prompt that the controls describe."""
-        home = self._home()
-        by = self._allowed(home)
-        return home.replace(embedding_ranges=[(start + by, stop + by) for start, stop in home.embedding_ranges])
+        return self._moved(self._home())
 
     @property
     def answer(self) -> str:
@@ -88,14 +88,17 @@ class PictureBench:
         ranges = home.embedding_ranges
         return max(-ranges[0][0], min(self.shift.value, len(home) - ranges[-1][1]))
 
+    def _moved(self, home: Prompt) -> Prompt:
+        return home.replace(embedding_ranges=shift(home.embedding_ranges, self._allowed(home)))
+
     def _changed(self, change: object = None) -> None:
         self._jobs.submit(self._draw)
 
     def _draw(self) -> Iterator[None]:
         home = self._home()
-        by = self._allowed(home)
-        prompt = home.replace(embedding_ranges=[(start + by, stop + by) for start, stop in home.embedding_ranges])
-        self._map = PatchMap(self.pictures, home, self.engine.model.tokens(home.input_ids), by, self._chosen(home))
+        prompt = self._moved(home)
+        tokens_of = self.engine.model.tokens(home.input_ids)
+        self._map = PatchMap(self.pictures, home, tokens_of, self._allowed(home), self._chosen(home))
         self.image.value = to_png(patch_figure(self._map))
         self.status.value = self._describe(self._map)
         self.details.value = self._table(self._map)
