@@ -14,27 +14,26 @@ from ..plots.batches import plan_figure
 from ..plots.png import to_png
 from ..prompt import Prompt
 from . import parts
-from .latest import Latest
+from .bench import Bench
 
 
-class PlanBench:
+class PlanBench(Bench):
     """Plans for one list of prompts. Display `bench.view`; `bench.plan` is the plan as the controls say."""
 
     def __init__(self, prompts: Sequence[Prompt], max_tokens: int = 128) -> None:
+        super().__init__()
         self.prompts = list(prompts)
-        self._jobs = Latest(self._show_error)
         longest = max(map(len, self.prompts))
         self._budget = parts.slider("Tokens a chunk", max_tokens, 16, max(512, longest), "budget of one step")
         self.budget = self._budget.children[0]
         self.split = w.Checkbox(value=True, description="prompts may be split", indent=False)
         self.bidirectional = w.Checkbox(value=False, description="pictures see themselves both ways", indent=False)
-        self.status, self.words, self.image = w.HTML(), w.HTML(), parts.picture()
+        self.words, self.image = w.HTML(), parts.picture()
         self.view = w.VBox(
             [w.HBox([self._budget, self.split, self.bidirectional], layout={"flex_flow": "row wrap"}), self.status, self.image, self.words]
         )  # fmt: skip
         self.view.add_class("workbench-plan")
-        for control in (self.budget, self.split, self.bidirectional):
-            control.observe(self._changed, "value")
+        self._observe(self.budget, self.split, self.bidirectional)
         self._changed()
 
     @property
@@ -51,13 +50,6 @@ class PlanBench:
         """The plan that the controls describe."""
         return plan_batch(self.laid_out, self.budget.value, split=self.split.value)
 
-    def wait(self, timeout: float | None = 60.0) -> bool:
-        """Wait until the picture is there."""
-        return self._jobs.wait(timeout)
-
-    def _changed(self, change: object = None) -> None:
-        self._jobs.submit(self._draw)
-
     def _draw(self) -> Iterator[None]:
         plan = self.plan
         self.image.value = to_png(plan_figure(plan, self.laid_out))
@@ -69,6 +61,3 @@ class PlanBench:
         )
         self.words.value = f"<details><summary>The picture as text</summary><pre>{escape(str(plan))}</pre></details>"
         yield
-
-    def _show_error(self, error: Exception) -> None:
-        self.status.value = parts.note("bad", f"{type(error).__name__}: {escape(str(error))}")

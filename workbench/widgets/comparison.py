@@ -21,12 +21,12 @@ from ..prompt import Prompt
 from ..taps import EVERY_TAP
 from ..trace import Trace
 from . import parts
-from .latest import Latest
+from .bench import Bench
 
 CLEAN = "none"
 
 
-class ComparisonBench:
+class ComparisonBench(Bench):
     """Choose the engine's dtype, a fault and a range; see verdict, error by layer, and where it is more than noise."""
 
     def __init__(
@@ -38,12 +38,12 @@ class ComparisonBench:
         rows: int = 2,
         kind: str = "numba",
     ) -> None:
+        super().__init__()
         self.model, self.kind, self.word = model, kind, word
         self.ids = model.chat_ids(question)
         self._engines: dict[str, Engine] = {}
         self._traces: dict[tuple[str, str, str], list[Trace]] = {}
         self.comparison: Comparison | None = None
-        self._jobs = Latest(self._show_error)
         at = model.position_of(placeholder, self.ids, otherwise=len(self.ids) // 2)
         self.dtype = w.Dropdown(options=["float32", "bfloat16", "float16"], description="Engine runs in")
         self.dtype.style.description_width = "initial"
@@ -52,7 +52,7 @@ class ComparisonBench:
         self._rows = parts.slider("and holds", rows, 1, 8, "number of tokens that are replaced")
         self.start, self.rows = self._start.children[0], self._rows.children[0]
         self.progress = w.IntProgress(min=0, max=3, description="", layout={"width": "200px"})
-        self.status, self.details = w.HTML(), w.HTML()
+        self.details = w.HTML()
         self.chart = parts.picture()
         self.map = parts.picture()
         self.view = w.VBox(
@@ -63,8 +63,7 @@ class ComparisonBench:
             ]
         )  # fmt: skip
         self.view.add_class("workbench-comparison")
-        for control in (self.dtype, self.fault, self.start, self.rows):
-            control.observe(self._changed, "value")
+        self._observe(self.dtype, self.fault, self.start, self.rows)
         self._changed()
 
     @property
@@ -73,10 +72,6 @@ class ComparisonBench:
         start, stop = self.start.value, min(self.start.value + self.rows.value, len(self.ids) - 1)
         rows = injected_rows("mix", self.model, self.ids[start:stop], word=self.word)
         return Prompt(self.ids, [rows], [(start, stop)])
-
-    def wait(self, timeout: float | None = 300.0) -> bool:
-        """Wait until everything is drawn."""
-        return self._jobs.wait(timeout)
 
     def figures(self) -> tuple[Figure, Figure]:
         """Error by layer and the map, as matplotlib figures."""
@@ -87,9 +82,6 @@ class ComparisonBench:
         return error_by_layer(self.comparison), ratio_map(
             self.comparison, self.model.tokens(prompt.input_ids), prompt.embedding_ranges
         )
-
-    def _changed(self, change: object = None) -> None:
-        self._jobs.submit(self._draw)
 
     def _draw(self) -> Iterator[None]:
         prompt, dtype, fault = self.prompt, self.dtype.value, self.fault.value
@@ -140,4 +132,4 @@ class ComparisonBench:
 
     def _show_error(self, error: Exception) -> None:
         self.progress.layout.visibility = "hidden"
-        self.status.value = parts.note("bad", f"{type(error).__name__}: {escape(str(error))}")
+        super()._show_error(error)

@@ -16,10 +16,10 @@ from ..plots.landing import Landing, LandingPicture, landing_figure
 from ..prompt import Prompt
 from ..trace import Trace
 from . import parts
-from .latest import Latest
+from .bench import Bench
 
 
-class LandingBench:
+class LandingBench(Bench):
     """Controls and picture for one engine. Display `bench.view`; `bench.prompt` is the prompt as the controls say.
 
     The picture is drawn first, then the answers, word by word; moving a control drops what is still running.
@@ -35,12 +35,12 @@ class LandingBench:
         kind: str = "another word",
         new_tokens: int = 8,
     ) -> None:
+        super().__init__()
         self.engine, self.new_tokens = engine, new_tokens
         self._plain: Trace | None = None
         self._picture: LandingPicture | None = None
         self._answers: dict[str, str] = {}
         self._landing: Landing | None = None
-        self._jobs = Latest(self._show_error)
 
         self.question = parts.text("Question", question, "520px")
         self.answer_start = parts.text("The answer begins with", answer_start, "400px")
@@ -55,7 +55,7 @@ class LandingBench:
         self._start = parts.slider("Range starts at", at, 0, len(ids) - 1, "first position that is replaced")
         self._rows = parts.slider("and holds", 1, 1, len(ids) - at, "number of tokens that are replaced")
         self.start, self.rows = self._start.children[0], self._rows.children[0]
-        self.status, self.words, self.details = w.HTML(), w.HTML(), w.HTML()
+        self.words, self.details = w.HTML(), w.HTML()
         self.image = parts.picture()
         self.view = w.VBox(
             [
@@ -68,8 +68,7 @@ class LandingBench:
         self.view.add_class("workbench-landing")
         for control in (self.question, self.answer_start):
             control.observe(self._new_text, "value")
-        for control in (self.kind, self.word, self.share, self.start, self.rows):
-            control.observe(self._changed, "value")
+        self._observe(self.kind, self.word, self.share, self.start, self.rows)
         self._changed()
 
     @property
@@ -89,10 +88,6 @@ class LandingBench:
             raise RuntimeError("there is no picture yet: look at the message above the bench")
         return landing_figure(self._landing)
 
-    def wait(self, timeout: float | None = 120.0) -> bool:
-        """Wait until picture and answers are there."""
-        return self._jobs.wait(timeout)
-
     def _ids(self) -> list[int]:
         model = self.engine.model
         return model.chat_ids(self.question.value) + model.tokenizer.encode(
@@ -108,7 +103,7 @@ class LandingBench:
         uses_word = self.kind.value in ("another word", "mix")
         self.word.layout.visibility = "visible" if uses_word else "hidden"
         self.share.layout.visibility = "visible" if self.kind.value == "mix" else "hidden"
-        self._jobs.submit(self._draw)
+        super()._changed()
 
     def _draw(self) -> Iterator[None]:
         prompt = self.prompt
@@ -171,6 +166,3 @@ class LandingBench:
             answer = running.get(name, self._answers.get(which.digest, "…"))
             lines.append(f"<b>{name}</b>: {escape(self.answer_start.value)}<b>{escape(answer)}</b>")
         self.words.value = f'<div style="line-height:1.6">{"<br>".join(lines)}</div>'
-
-    def _show_error(self, error: Exception) -> None:
-        self.status.value = parts.note("bad", f"{type(error).__name__}: {escape(str(error))}")

@@ -20,30 +20,30 @@ from ..vision.build import build_prompt
 from ..vision.images import Picture, open_image
 from ..vision.tower import VisionTower
 from . import parts
-from .latest import Latest
+from .bench import Bench
 
 _FURTHEST = 4  # tokens that ranges may be moved
 
 
-class PictureBench:
+class PictureBench(Bench):
     """Ask about pictures, move the ranges, see what the engine answers. Display `bench.view`."""
 
     def __init__(
         self, engine: Engine, tower: VisionTower, images: Sequence[Picture], question: str, new_tokens: int = 12
     ) -> None:
+        super().__init__()
         self.engine, self.tower, self.new_tokens = engine, tower, new_tokens
         self.pictures = [open_image(image) for image in images]
         self._features = tower.features(self.pictures)
         self._answers: dict[str, tuple[str, float]] = {}
         self._map: PatchMap | None = None
-        self._jobs = Latest(self._show_error)
 
         self.question = parts.text("Question", question, "520px")
         self._shift = parts.slider("Move the ranges by", 0, -_FURTHEST, _FURTHEST, "tokens; 0 is where they belong")
         rows = sum(len(features.rows) for features in self._features)
         self._row = parts.slider("Show row", rows // 2, 0, rows - 1, "of the features of all pictures, in order")
         self.shift, self.row = self._shift.children[0], self._row.children[0]
-        self.status, self.words, self.details = w.HTML(), w.HTML(), w.HTML()
+        self.words, self.details = w.HTML(), w.HTML()
         self.image = parts.picture()
         self.view = w.VBox(
             [
@@ -53,8 +53,7 @@ class PictureBench:
             ]
         )  # fmt: skip
         self.view.add_class("workbench-pictures")
-        for control in (self.question, self.shift, self.row):
-            control.observe(self._changed, "value")
+        self._observe(self.question, self.shift, self.row)
         self._changed()
 
     @property
@@ -74,10 +73,6 @@ class PictureBench:
             raise RuntimeError("there is no picture yet: look at the message above the bench")
         return patch_figure(self._map)
 
-    def wait(self, timeout: float | None = 120.0) -> bool:
-        """Wait until picture and answers are there."""
-        return self._jobs.wait(timeout)
-
     def _home(self) -> Prompt:
         return build_prompt(
             self.engine.model, self.question.value, self.pictures, tower=self.tower, features=self._features
@@ -90,9 +85,6 @@ class PictureBench:
 
     def _moved(self, home: Prompt) -> Prompt:
         return home.replace(embedding_ranges=shift(home.embedding_ranges, self._allowed(home)))
-
-    def _changed(self, change: object = None) -> None:
-        self._jobs.submit(self._draw)
 
     def _draw(self) -> Iterator[None]:
         home = self._home()
@@ -154,6 +146,3 @@ class PictureBench:
             sure = f" <span style='color:#8a8a8a'>(first token {probability:.0%} sure)</span>" if probability else ""
             lines.append(f"<b>{name}</b>: <b>{escape(said)}</b>{sure}")
         return f'<div style="line-height:1.6">{"<br>".join(lines)}</div>'
-
-    def _show_error(self, error: Exception) -> None:
-        self.status.value = parts.note("bad", f"{type(error).__name__}: {escape(str(error))}")
