@@ -35,6 +35,12 @@ def serve(folder: Path, *, ranges: bool = True, fail_first: int = 0, cut: int | 
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             if asked and ranges:
                 start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))
+                if start >= len(data):
+                    self.send_response(416)
+                    self.send_header("Content-Range", f"bytes */{len(data)}")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
                 body = data[start:stop]
                 self.send_response(206)
                 self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")

@@ -176,3 +176,9 @@ def test_places_features_and_modalities_must_agree(small_vlm, pictures):
     ):
         with pytest.raises(workbench.PromptError, match=message):
             build_prompt(model, messages, given)
+
+
+def test_a_sound_that_is_too_long_is_refused_and_not_cut(small_vlm):
+    tower = load_vision_tower(small_vlm("qwen2_audio"))  # hears one second
+    with pytest.raises(workbench.PromptError, match="sound 1 lasts 1.5 s and qwen2_audio hears 1 s"):
+        tower.features([np.zeros(8000, np.float32), np.zeros(24000, np.float32)])

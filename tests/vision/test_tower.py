@@ -93,6 +93,25 @@ def test_features_equal_the_full_models(cards, shown):
     assert tower.check_parity(shown, full) == pytest.approx(0.01, rel=1e-3)
 
 
+def test_an_empty_file_on_a_server_is_no_fault(folder):
+    (folder / "special_tokens_map.json").write_bytes(b"")
+    with serve(folder) as (address, _):
+        assert load_vision_tower(address).report.tensors == 89
+
+
+def test_unknown_dtypes_and_devices_are_named(cards):
+    with pytest.raises(ValueError, match="dtype='bogus'"):
+        load_vision_tower(cards, dtype="bogus")
+    with pytest.raises(ModelError, match="device='bogus' is no device"):
+        load_vision_tower(cards, device="bogus")
+
+
+def test_built_in_names_are_known():
+    assert load_vision_tower("digit-cards").report.tensors == 89
+    with pytest.raises(ModelError, match="has no vision or audio part"):
+        load_vision_tower("smollm2-135m")
+
+
 def test_a_server_that_stumbles_is_asked_again(cards):
     with serve(cards.path, fail_first=2) as (address, _):
         assert load_vision_tower(address).report.tensors == 89

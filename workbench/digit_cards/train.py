@@ -1,7 +1,6 @@
 """Train digit-cards: `python -m workbench.digit_cards.train OUT` (minutes on one data-centre GPU).
 
-Two stages. First the tower alone, with probes that name the cards it sees: an hour's detour through a frozen language model
-saved. Then tower and projector through the frozen language model, on the answers. Both draw from one pool of pictures whose
+Two stages. First the tower alone, with probes that name the cards it sees. Then tower and projector through the frozen language model, on the answers. Both draw from one pool of pictures whose
 handwriting is the training part of the split, and are tried on pictures whose handwriting is the other part.
 """
 

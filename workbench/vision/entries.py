@@ -135,7 +135,8 @@ class RemoteEntries:
 
 
 def _parse(data: mmap.mmap | bytearray, where: str) -> Features:
-    """Features from a safetensors file's bytes, without a copy. (The library's own reader takes twice the time of a whole hit.)"""
+    """Features from a safetensors file's bytes, without a copy. (With the library's reader a hit
+    took 0.17 ms instead of 0.13.)"""
     length = int.from_bytes(data[:8], "little")
     entries, metadata = parse_header(bytes(data[8 : 8 + length]), "", where, len(data))
     tensors = {

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import PromptError
 
-MOST_PIXELS = 64_000_000  # 8,000 x 8,000: larger than any camera's picture a model looks at, 192 MB in memory
+MOST_PIXELS = 64_000_000  # 8,000 x 8,000, 192 MB in memory
 
 # Pillow's decoders raise all of these for damaged files.
 _DECODER_ERRORS = (

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import ModelError, PromptError
-from .sounds import open_sound
+from .sounds import SoundError, open_sound
 
 
 class Processor:
@@ -58,8 +58,16 @@ class Processor:
     def audio(self, waves: Sequence[Any]) -> dict[str, Any]:
         """Mel features `[sounds, bins, frames]` and their mask, of WAV files or waveforms."""
         rate = self._reader.sampling_rate
+        heard = [open_sound(wave, rate) for wave in waves]
+        longest = getattr(self._reader, "n_samples", None)
+        for number, sound in enumerate(heard):
+            if longest is not None and len(sound) > longest:  # Whisper's extractor would cut it without a word
+                raise SoundError(
+                    f"sound {number} lasts {len(sound) / rate:.1f} s and {self.model_type} hears {longest / rate:.0f} s: cut it "
+                    "into pieces"
+                )
         output = self._reader(
-            [open_sound(wave, rate) for wave in waves],
+            heard,
             sampling_rate=rate,
             return_tensors="pt",
             return_attention_mask=True,

@@ -35,7 +35,9 @@ def open_sound(sound: np.ndarray | str | os.PathLike, rate: int) -> np.ndarray:
     try:
         with wave.open(name, "rb") as file:
             channels, width, found, frames = file.getparams()[:4]
-            if frames / max(found, 1) > LONGEST:
+            if not found:
+                raise SoundError(f"{name} states a rate of 0 Hz: save it again")
+            if frames / found > LONGEST:
                 raise SoundError(f"{name} lasts {frames / found:.0f} s, over the limit of {LONGEST:.0f} s: cut it")
             data = file.readframes(frames)
     except FileNotFoundError as error:

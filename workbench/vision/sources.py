@@ -113,13 +113,15 @@ class HttpSource:
                             f"{url}: the server ignores range requests and would send the whole file; use a server that "
                             "supports them (Hugging Face does), or download the checkpoint and give its folder"
                         )
+                    total = answer.headers.get("content-range", "").rpartition("/")[2]
+                    if answer.status_code == 416 and total == "0":  # an empty file has no first byte to give
+                        return b"", 0
                     if answer.status_code >= 500 and attempt + 1 < _TRIES:
                         time.sleep(0.2 * 2**attempt)
                         continue
                     if answer.status_code != 206:
                         hint = " (gated? log in with `hf auth login`)" if answer.status_code in (401, 403) else ""
                         raise ModelError(f"{url}: the server answers {answer.status_code} to a range request{hint}")
-                    total = answer.headers.get("content-range", "").rpartition("/")[2]
                     if not total.isdigit():
                         raise ModelError(f"{url}: the server does not say the file's size in Content-Range")
                     return answer.read(), int(total)

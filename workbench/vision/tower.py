@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..engines.api import parse_device, parse_dtype
 from ..errors import ModelError
 from ..memory import PeakMemory, in_words
 from ..models import BUILT_IN, Model, load_model
@@ -25,6 +26,8 @@ from .images import Picture, open_image
 from .processors import Processor
 from .sources import open_source
 from .vision_part import build_network, load_full, plain_settings, read_configuration, small_files, vision_tensors
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -170,13 +173,15 @@ def load_vision_tower(
         trust_remote_code: run Python files that come with the model; `ModelError` names them where they are needed.
 
     Raises:
-        ModelError: a checkpoint that is damaged or lacks vision tensors, by file and tensor; a server without range requests.
+        ValueError: a dtype that towers do not compute in.
+        ModelError: no such device; a checkpoint that is damaged or lacks vision tensors, by file and tensor; a server without range requests.
     """
     if str(model) in BUILT_IN:
         model = load_model(str(model))
     location = str(model.path) if isinstance(model, Model) else str(model)
     trusted = trust_remote_code or (isinstance(model, Model) and model.trust_remote_code)
     name = model.name if isinstance(model, Model) else location
+    number_type, place = parse_dtype(dtype, DTYPES, "vision"), parse_device(device, "vision")
     source = open_source(location)
     with tempfile.TemporaryDirectory() as scratch:
         folder = small_files(source, Path(scratch))
@@ -184,8 +189,8 @@ def load_vision_tower(
         weights_start = source.bytes_read
         with PeakMemory() as peak:
             tensors, total, digest = vision_tensors(source)
-            network = build_network(config, folder, tensors, getattr(torch, str(dtype).removeprefix("torch.")), trusted)
-            network = network.to(device).eval()
+            network = build_network(config, folder, tensors, number_type, trusted)
+            network = network.to(place).eval()
         read = source.bytes_read - weights_start
         size = sum(tensor.nbytes for tensor in tensors.values())
         report = LoadReport(len(tensors), size, read, max(0, total - read), peak.bytes)

@@ -74,7 +74,7 @@ def small_files(source: Source, scratch: Path) -> Path:
     if isinstance(source, FolderSource):
         return source.folder
     for name in _SMALL_FILES:
-        if source.exists(name):
+        if source.exists(name) and source.size(name):
             (scratch / name).write_bytes(source.read(name, 0, source.size(name)))
     if not (scratch / "config.json").exists():
         raise ModelError(f"{source.where('config.json')} does not exist: the address must be of a model folder")
