@@ -52,7 +52,10 @@ def attention(
         ValueError: shapes, dtypes, devices or lengths do not fit; the message names the argument and the numbers.
     """
     _check_tensors(q, k, v)
-    lengths_q, lengths_k = _cumulative("cu_seqlens_q", cu_seqlens_q, q), _cumulative("cu_seqlens_k", cu_seqlens_k, k)
+    lengths_q, lengths_k = (
+        cumulative("cu_seqlens_q", cu_seqlens_q, len(q)),
+        cumulative("cu_seqlens_k", cu_seqlens_k, len(k)),
+    )
     _check_lengths(lengths_q, lengths_k)
     if not 0.0 <= softcap <= 1e30:
         raise ValueError(f"softcap={softcap}: use a positive cap of at most 1e30, or 0 for none")
@@ -64,7 +67,7 @@ def attention(
         raise ValueError(
             f"window_rule={window_rule!r} needs the spans: pass low=visible_keys(..., window_rule={window_rule!r})[0]"
         )
-    low, reach = _bounds(low, reach, lengths_q, lengths_k, window, q)
+    low, reach = query_bounds(low, reach, lengths_q, lengths_k, window, q)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() == 0:
@@ -85,8 +88,8 @@ def attention(
     return out
 
 
-def _cumulative(name: str, lengths: Sequence[int] | torch.Tensor, packed: torch.Tensor) -> np.ndarray:
-    total = packed.shape[0]
+def cumulative(name: str, lengths: Sequence[int] | torch.Tensor | np.ndarray, total: int) -> np.ndarray:
+    """Cumulative lengths as int32, which must rise from 0 to `total`."""
     given = lengths.tolist() if isinstance(lengths, torch.Tensor | np.ndarray) else list(lengths)
     if not all(isinstance(length, int | np.integer) and not isinstance(length, bool) for length in given):
         raise ValueError(f"{name} must hold integers; got {given}")
@@ -122,7 +125,8 @@ def _check_lengths(lengths_q, lengths_k) -> None:
         raise ValueError(f"sequence {at} has {queries[at]} queries but {keys[at]} keys: queries are its last positions")
 
 
-def _bounds(low, reach, lengths_q, lengths_k, window, q) -> tuple[torch.Tensor, torch.Tensor]:
+def query_bounds(low, reach, lengths_q, lengths_k, window, q) -> tuple[torch.Tensor, torch.Tensor]:
+    """`low` and `reach` as given, else those of causal attention inside `window`; on the device of `q`."""
     for name, given in (("low", low), ("reach", reach)):
         if given is not None and (given.shape != (q.shape[0],) or given.dtype != torch.int32):
             raise ValueError(

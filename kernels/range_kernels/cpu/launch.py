@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import threading
 
+import numba
 import numpy as np
 import torch
 
 from . import attention as kernels
+from . import layers
 from . import splice as splicing
-from .vector import COLUMNS
+from .vector import COLUMNS, ROWS
 
 # Numba's portable threading layer aborts the process when two threads enter parallel code at once.
 _PARALLEL = threading.Lock()
-# Two guesses, not measured: up to so many queries a sequence K and V are read unpacked, and under so many multiply-adds by
-# one thread.
-_DECODE_QUERIES = 4
+# A guess, not measured: under so many multiply-adds, or numbers touched, one thread does it.
 _SMALL_WORK = 1 << 18
+_SMALL_ROWS = 1 << 14
 
 
 class _Scratch:
@@ -31,14 +32,19 @@ class _Scratch:
         size = int(np.prod(shape))
         kept = self._kept.get(name)
         if kept is None or kept.size < size:
-            kept = np.empty(size + 16, np.float32)
-            kept = kept[-kept.ctypes.data % 64 // 4 :][:size]  # a vector load then never straddles two cache lines
+            kept = aligned(size)
             if size <= self.LARGEST:
                 self._kept[name] = kept
         return kept[:size].reshape(shape)
 
 
-_panels = _Scratch()
+def aligned(size: int) -> np.ndarray:
+    """`size` floats that start on a cache line, so that a vector load never straddles two; not filled."""
+    memory = np.empty(size + 16, np.float32)
+    return memory[-memory.ctypes.data % 64 // 4 :][:size]
+
+
+_scratch = _Scratch()
 
 
 def splice(input_ids, table, rows, plan, out, scale) -> None:
@@ -58,55 +64,145 @@ def splice(input_ids, table, rows, plan, out, scale) -> None:
 
 
 def attention(q, k, v, out, low, reach, lengths_q, lengths_k, scale, softcap) -> None:
-    """See `range_kernels.attention`; fills `out`. 16-bit inputs are widened once, sums run in float32."""
+    """See `range_kernels.attention`; fills `out`. K and V are laid out as pages, one sequence after the other.
+
+    16-bit inputs are widened once, sums run in float32.
+    """
+    wide_k, wide_v = (x.detach().float().numpy() for x in (k, v))
+    keys_of = np.diff(lengths_k)
+    page_size = kernels.KEYS if keys_of.max() >= kernels.KEYS else COLUMNS
+    pages_of = -(-keys_of // page_size)
+    first_page = np.cumsum(pages_of) - pages_of
+    # Where each key goes: its sequence's first page, and on from there.
+    slots = np.arange(len(k)) + np.repeat(first_page * page_size - lengths_k[:-1], keys_of)
+    table = (first_page[:, None] + np.arange(max(int(pages_of.max()), 1))).astype(np.int32)
+    with _PARALLEL:
+        pages = [
+            _scratch.take(name, (int(pages_of.sum()), *shape))
+            for name, shape in zip(("keys", "values"), page_shapes(page_size, *k.shape[1:]), strict=True)
+        ]
+        kernels.write(*pages, slots, wide_k, wide_v)
+        _attend(q, *pages, out, low, reach, lengths_q, keys_of, table, scale, softcap)
+
+
+def page_shapes(page_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of one page of keys and of one of values."""
+    return (
+        (kv_heads, page_size // COLUMNS, head_dim, COLUMNS),
+        (kv_heads, -(-head_dim // COLUMNS), page_size, COLUMNS),
+    )
+
+
+def empty_pages(layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values of all layers, zeros; the system hands out memory as pages are first written."""
+    keys, values = page_shapes(page_size, kv_heads, head_dim)
+    return np.zeros((layers, pages, *keys), np.float32), np.zeros((layers, pages, *values), np.float32)
+
+
+def write_pages(keys: np.ndarray, values: np.ndarray, slots: np.ndarray, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Put tokens into the pages of one layer."""
+    wide = (k.detach().float().numpy(), v.detach().float().numpy())
+    if k.numel() < _SMALL_ROWS:
+        kernels.write_few(keys, values, slots, *wide)
+        return
+    with _PARALLEL:
+        kernels.write(keys, values, slots, *wide)
+
+
+def attend_pages(q, keys, values, out, low, reach, lengths_q, lengths_k, table, scale, softcap) -> None:
+    """Attention over the pages of one layer; `lengths_q` cumulative, `lengths_k` of each sequence; fills `out`."""
+    if int(lengths_k.max()) * len(q) * q.shape[1] * q.shape[2] < _SMALL_WORK:
+        _attend(q, keys, values, out, low, reach, lengths_q, lengths_k, table, scale, softcap, kernels.attend_small)
+        return
+    with _PARALLEL:
+        _attend(q, keys, values, out, low, reach, lengths_q, lengths_k, table, scale, softcap)
+
+
+def _attend(
+    q, keys, values, out, low, reach, lengths_q, lengths_k, table, scale, softcap, kernel=kernels.attend
+) -> None:
     wide = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
-    q, k, v = (x.detach().float().numpy() for x in (q, k, v))
-    low, reach = low.numpy(), reach.numpy()
-    scale, softcap = np.float32(scale), np.float32(softcap)
-    if (lengths_q[1:] - lengths_q[:-1]).max() <= _DECODE_QUERIES:
-        _decode(q, k, v, wide.numpy(), low, reach, lengths_q, lengths_k, scale, softcap)
-    else:
-        with _PARALLEL:
-            _prefill(q, k, v, wide.numpy(), low, reach, lengths_q, lengths_k, scale, softcap)
+    kernel(
+        q.detach().float().numpy(), keys, values, wide.numpy(), low.numpy(), reach.numpy(),
+        np.ascontiguousarray(lengths_k, np.int32), table, _tasks(lengths_q, lengths_k, q.shape[1] // keys.shape[1], keys.shape[1]),
+        np.float32(scale), np.float32(softcap),
+    )  # fmt: skip
     if wide is not out:
         out.copy_(wide)
 
 
-def _decode(q, k, v, out, low, reach, lengths_q, lengths_k, scale, softcap) -> None:
-    # [queries, 2]: first and end key of the query's sequence
-    bounds = np.stack([lengths_k[:-1], lengths_k[1:]], axis=1).astype(np.int64)
-    keys_of = np.repeat(bounds, lengths_q[1:] - lengths_q[:-1], axis=0)
-    work = len(k) * len(q) // len(bounds) * q.shape[1] * q.shape[2]
-    if work < _SMALL_WORK:
-        kernels.decode_small(q, k, v, out, low, reach, keys_of, scale, softcap)
+def _tasks(lengths_q: np.ndarray, lengths_k: np.ndarray, group: int, kv_heads: int) -> np.ndarray:
+    """Blocks of queries as int32 `[n, 4]`: sequence, KV head, first and end query.
+
+    Numba hands each thread one contiguous share, and late blocks of a causal prompt cost more than early ones: dealing the
+    blocks out by cost, like cards, evens the shares.
+    """
+    step = max(kernels.QUERIES // group, 1)
+    blocks = []
+    for sequence, keys in enumerate(lengths_k.tolist()):
+        first, end = int(lengths_q[sequence]), int(lengths_q[sequence + 1])
+        for start in range(first, end, step):
+            stop = min(start + step, end)
+            blocks.append(((stop - start) * (keys - end + stop), sequence, start, stop))
+    blocks.sort(reverse=True)
+    tasks = [(sequence, head, start, stop) for _, sequence, start, stop in blocks for head in range(kv_heads)]
+    hands = numba.get_num_threads()
+    return np.asarray([task for hand in range(hands) for task in tasks[hand::hands]], dtype=np.int32).reshape(-1, 4)
+
+
+def pack_weights(weight: torch.Tensor) -> np.ndarray:
+    """`weight` `[outputs, inputs]` -> panels `[outputs / COLUMNS, inputs, COLUMNS]`, zeros past the outputs."""
+    outputs, inputs = weight.shape
+    count = -(-outputs // COLUMNS)
+    panels = aligned(count * inputs * COLUMNS).reshape(count, inputs, COLUMNS)
+    full = outputs // COLUMNS
+    rows = weight.detach().float()
+    panels[:full] = rows[: full * COLUMNS].view(full, COLUMNS, inputs).transpose(1, 2).numpy()
+    if full < count:
+        panels[full] = 0.0
+        panels[full, :, : outputs - full * COLUMNS] = rows[full * COLUMNS :].T.numpy()
+    return panels
+
+
+def linear(x: torch.Tensor, panels: np.ndarray, outputs: int) -> torch.Tensor:
+    """`x` `[rows, inputs]` times packed weights: `[rows, outputs]`."""
+    count, inputs, _ = panels.shape
+    rows = -(-len(x) // ROWS) * ROWS
+    out = torch.empty((rows, count * COLUMNS))
+    with _PARALLEL:
+        padded = x.detach().contiguous().numpy()
+        if rows != len(x):
+            padded = _scratch.take("rows", (rows, inputs))
+            padded[: len(x)], padded[len(x) :] = x.detach().numpy(), 0.0
+        layers.linear(padded, panels, out.numpy())
+    return out[: len(x), :outputs]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """RMSNorm over the last dimension of a contiguous `x`, times `weight`."""
+    out = torch.empty_like(x)
+    args = (x.view(-1, x.shape[-1]).numpy(), weight.numpy(), np.float32(epsilon), out.view(-1, x.shape[-1]).numpy())
+    _by_size(x, layers.rms_norm, layers.rms_norm_few, args)
+    return out
+
+
+def gate(both: torch.Tensor, gelu: bool) -> torch.Tensor:
+    """`activation(both[:, :n]) * both[:, n:]` for `both` `[rows, 2 n]`."""
+    out = torch.empty((len(both), both.shape[1] // 2))
+    _by_size(both, layers.gate, layers.gate_few, (both.contiguous().numpy(), gelu, out.numpy()))
+    return out
+
+
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Rotate `x` `[tokens, heads, head_dim]` by `cosine`, `sine` `[tokens, pairs]`."""
+    out = torch.empty(x.shape)
+    _by_size(x, layers.rotate, layers.rotate_few, (x.numpy(), cosine.numpy(), sine.numpy(), interleaved, out.numpy()))
+    return out
+
+
+def _by_size(x: torch.Tensor, kernel, kernel_for_few, args: tuple) -> None:
+    if x.numel() < _SMALL_ROWS:
+        kernel_for_few(*args)
         return
     with _PARALLEL:
-        kernels.decode(q, k, v, out, low, reach, keys_of, scale, softcap)
-
-
-def _prefill(q, k, v, out, low, reach, lengths_q, lengths_k, scale, softcap) -> None:
-    kv_heads, head_dim = k.shape[1], k.shape[2]
-    panels = -(-np.diff(lengths_k) // COLUMNS)
-    panel_start = np.concatenate([[0], np.cumsum(panels)]).astype(np.int32)
-    keys = _panels.take("keys", (kv_heads, int(panel_start[-1]), head_dim, COLUMNS))
-    values = _panels.take("values", (kv_heads, -(-head_dim // COLUMNS), k.shape[0], COLUMNS))
-    kernels.pack_keys(k, lengths_k, panel_start, keys)
-    kernels.pack_values(v, values)
-    kernels.prefill(
-        q, keys, values, out, low, reach, lengths_k, panel_start, _tasks(lengths_q, q.shape[1]), scale, softcap
-    )
-
-
-def _tasks(lengths_q: np.ndarray, heads: int) -> np.ndarray:
-    """Blocks of queries as int32 `[n, 4]`: sequence, head, first and end query.
-
-    Numba hands each thread one contiguous share, and late blocks of a causal prompt cost more than early ones: pairing the
-    first with the last evens the shares out.
-    """
-    blocks = []
-    for sequence in range(len(lengths_q) - 1):
-        first, end = int(lengths_q[sequence]), int(lengths_q[sequence + 1])
-        starts = list(range(first, end, kernels.QUERIES))
-        paired = [starts[i // 2] if i % 2 == 0 else starts[-1 - i // 2] for i in range(len(starts))]
-        blocks += [(sequence, start, min(start + kernels.QUERIES, end)) for start in paired]
-    return np.asarray([(s, head, a, b) for s, a, b in blocks for head in range(heads)], dtype=np.int32)
+        kernel(*args)

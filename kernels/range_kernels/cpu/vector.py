@@ -13,6 +13,7 @@ passes of a softmax row; LLVM's own vectoriser would stay at half the register w
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 from pathlib import Path
 
@@ -45,6 +46,17 @@ def _broadcast(builder, value):
     undefined = ir.Constant(_VECTOR, ir.Undefined)
     lane0 = builder.insert_element(undefined, value, _I32(0))
     return builder.shuffle_vector(lane0, undefined, ir.Constant(ir.VectorType(_I32, WIDTH), [0] * WIDTH))
+
+
+AHEAD = 64
+
+
+def prefetch(builder, place):
+    """Ask for a line of memory ahead of its use."""
+    byte = ir.PointerType(ir.IntType(8))
+    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.bitcast(place, byte), _I32(0), _I32(3), _I32(1)])
 
 
 def _make_block_product(accumulate: bool):
@@ -83,6 +95,8 @@ def _make_block_product(accumulate: bool):
                 phi.add_incoming(value, before)
             b_row = builder.mul(step, stride_b)
             b_parts = [load_vector(b, builder.add(b_row, _I64(part * WIDTH))) for part in range(2)]
+            prefetch(builder, builder.gep(b, [builder.add(b_row, _I64(AHEAD * COLUMNS))]))
+            prefetch(builder, builder.gep(b, [builder.add(b_row, _I64(AHEAD * COLUMNS + WIDTH))]))
             new = []
             for row in range(ROWS):
                 element = builder.add(builder.mul(stride_a, _I64(row)), step)
@@ -222,3 +236,66 @@ def row_exp2(typing_context, address, count, largest):
         return _fold(builder, totals, builder.fadd)
 
     return types.float32(types.uintp, types.intp, types.float32), codegen
+
+
+# exp(x) = 2**n * exp(r) with r = x - n * ln 2 in two parts, the first exact in float32 times a small whole n; exp(r) by its
+# series on [-ln2 / 2, ln2 / 2], whose first missing term is 5e-9.
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+_EXP = tuple(1.0 / math.factorial(power) for power in range(8))
+
+
+def _exp(builder, x):
+    """exp of a vector, x <= 0, to a rounding; 0 below -87; NaN stays NaN."""
+    integers = ir.VectorType(_I32, WIDTH)
+    floor = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_VECTOR, [_VECTOR]), f"llvm.floor.v{WIDTH}f32"
+    )
+    tiny = builder.fcmp_ordered("<", x, _splat(-87.0))
+    x = builder.select(tiny, _splat(-87.0), x)
+    whole = builder.call(floor, [builder.fadd(builder.fmul(x, _splat(1.0 / math.log(2.0))), _splat(0.5))])
+    rest = builder.fsub(builder.fsub(x, builder.fmul(whole, _splat(_LN2_HIGH))), builder.fmul(whole, _splat(_LN2_LOW)))
+    value = _splat(_EXP[-1])
+    for coefficient in _EXP[-2::-1]:
+        product = builder.fmul(value, rest, flags=("contract",))
+        value = builder.fadd(product, _splat(coefficient), flags=("contract",))
+    exponent = builder.add(builder.fptosi(whole, integers), ir.Constant(integers, [127] * WIDTH))
+    power = builder.bitcast(builder.shl(exponent, ir.Constant(integers, [23] * WIDTH)), _VECTOR)
+    return builder.select(tiny, _splat(0.0), builder.fmul(value, power))
+
+
+def _make_row_gate(curve):
+    """`curve(builder, x)` is s in the activation x * sigmoid(s)."""
+
+    @intrinsic
+    def row_gate(typing_context, gate, up, out, count):
+        """out = activation(gate) * up for `count` floats (a multiple of COLUMNS) at three addresses."""
+        signature = types.void(types.uintp, types.uintp, types.uintp, types.intp)
+
+        def codegen(context, builder, signature, args):
+            bases = [builder.inttoptr(address, ir.PointerType(_F32)) for address in args[:3]]
+            with cgutils.for_range_slice(builder, _I64(0), args[3], _I64(WIDTH)) as (element, _):
+                places = [builder.bitcast(builder.gep(base, [element]), ir.PointerType(_VECTOR)) for base in bases]
+                gate, up = (builder.load(place) for place in places[:2])
+                gate.align = up.align = 4
+                s = curve(builder, gate)
+                negative = builder.fcmp_ordered("<", s, _splat(0.0))
+                small = _exp(builder, builder.select(negative, s, builder.fsub(_splat(-0.0), s)))
+                above = builder.select(negative, small, _splat(1.0))  # of sigmoid = above / (1 + small)
+                sigmoid = builder.fdiv(above, builder.fadd(_splat(1.0), small))
+                builder.store(builder.fmul(builder.fmul(gate, sigmoid), up), places[2]).align = 4
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return row_gate
+
+
+def _gelu_curve(builder, x):
+    """0.5 x (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x**3) (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+    cube = builder.fmul(builder.fmul(x, x), x)
+    inner = builder.fadd(x, builder.fmul(_splat(0.044715), cube))
+    return builder.fmul(_splat(2.0 * math.sqrt(2.0 / math.pi)), inner)
+
+
+row_gate_silu = _make_row_gate(lambda builder, x: x)
+row_gate_gelu_tanh = _make_row_gate(_gelu_curve)

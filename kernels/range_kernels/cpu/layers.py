@@ -1,0 +1,130 @@
+"""What stands between two attentions of a decoder, on the CPU in float32: linear maps, RMSNorm, rotation, gated activation.
+
+As in `attention.py`, a row's result does not depend on the rows beside it: sums run in one order whatever the batch, which
+libraries that pick a kernel by the number of rows do not promise. A few rows cost as much as one, as both read all weights once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+from .vector import COLUMNS, DIGEST, ROWS, block_product, row_gate_gelu_tanh, row_gate_silu
+
+VECTOR_DIGEST = "fca11e98033ce2ed"  # as in attention.py
+CACHE = DIGEST == VECTOR_DIGEST
+TOKENS = 256  # rows of one task: with one panel of weights they stay in the second-level cache
+LANES = 16
+
+
+@njit(parallel=True, cache=CACHE)
+def linear(x, panels, out):
+    """out[rows, :] = x[rows, inputs] @ weights; `panels` [n, inputs, COLUMNS]. Rows are a multiple of ROWS."""
+    rows, inputs = x.shape
+    blocks = -(-rows // TOKENS)
+    for task in prange(blocks * len(panels)):
+        panel, first = task // blocks, task % blocks * TOKENS
+        for row in range(first, min(first + TOKENS, rows), ROWS):
+            block_product(
+                x.ctypes.data + np.uintp(row * inputs * 4), inputs,
+                panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * 4), COLUMNS,
+                out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4), out.shape[1],
+                inputs,
+            )  # fmt: skip
+
+
+@njit
+def _rms_row(x, weight, epsilon, out):
+    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) of one row; the sum of squares runs in LANES lanes."""
+    width = len(x)
+    lanes = np.zeros(LANES, np.float32)
+    whole = width // LANES * LANES
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            lanes[lane] += x[start + lane] * x[start + lane]
+    for element in range(whole, width):
+        lanes[element - whole] += x[element] * x[element]
+    total = np.float32(0.0)
+    for lane in range(LANES):
+        total += lanes[lane]
+    shrink = np.float32(1.0) / np.float32(math.sqrt(total / np.float32(width) + epsilon))
+    for element in range(width):
+        out[element] = x[element] * shrink * weight[element]
+
+
+@njit(parallel=True, cache=CACHE)
+def rms_norm(x, weight, epsilon, out):
+    """Rows of `x` [rows, width] normalised and times `weight` into `out`."""
+    for row in prange(len(x)):
+        _rms_row(x[row], weight, epsilon, out[row])
+
+
+@njit(cache=CACHE)
+def rms_norm_few(x, weight, epsilon, out):
+    """`rms_norm` by one thread."""
+    for row in range(len(x)):
+        _rms_row(x[row], weight, epsilon, out[row])
+
+
+@njit
+def _gate_row(both, width, gelu, out):
+    whole = width // COLUMNS * COLUMNS
+    gate, up, target = both.ctypes.data, both.ctypes.data + np.uintp(width * 4), out.ctypes.data
+    if gelu:
+        row_gate_gelu_tanh(gate, up, target, whole)
+    else:
+        row_gate_silu(gate, up, target, whole)
+    if whole < width:
+        rest = np.zeros((3, COLUMNS), np.float32)
+        rest[0, : width - whole] = both[whole:width]
+        rest[1, : width - whole] = both[width + whole :]
+        places = rest.ctypes.data
+        gate, up, target = places, places + np.uintp(COLUMNS * 4), places + np.uintp(2 * COLUMNS * 4)
+        if gelu:
+            row_gate_gelu_tanh(gate, up, target, COLUMNS)
+        else:
+            row_gate_silu(gate, up, target, COLUMNS)
+        out[whole:] = rest[2, : width - whole]
+
+
+@njit(parallel=True, cache=CACHE)
+def gate(both, gelu, out):
+    """out [rows, width] = activation(both[:, :width]) * both[:, width:]; SiLU, or GELU by tanh."""
+    for row in prange(len(both)):
+        _gate_row(both[row], out.shape[1], gelu, out[row])
+
+
+@njit(cache=CACHE)
+def gate_few(both, gelu, out):
+    """`gate` by one thread."""
+    for row in range(len(both)):
+        _gate_row(both[row], out.shape[1], gelu, out[row])
+
+
+@njit(inline="always")
+def _rotate_token(x, cosine, sine, heads, interleaved, out):
+    pairs = len(cosine)
+    for head in range(heads):
+        for pair in range(pairs):
+            a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + pairs)
+            first, second = x[head, a], x[head, b]
+            out[head, a] = first * cosine[pair] - second * sine[pair]
+            out[head, b] = second * cosine[pair] + first * sine[pair]
+        for channel in range(2 * pairs, x.shape[1]):
+            out[head, channel] = x[head, channel]
+
+
+@njit(parallel=True, cache=CACHE)
+def rotate(x, cosine, sine, interleaved, out):
+    """Rotary embedding of `x` [tokens, heads, head_dim] by `cosine`, `sine` [tokens, pairs]; channels past the pairs stay."""
+    for token in prange(len(x)):
+        _rotate_token(x[token], cosine[token], sine[token], x.shape[1], interleaved, out[token])
+
+
+@njit(cache=CACHE)
+def rotate_few(x, cosine, sine, interleaved, out):
+    """`rotate` by one thread."""
+    for token in range(len(x)):
+        _rotate_token(x[token], cosine[token], sine[token], x.shape[1], interleaved, out[token])
