@@ -36,7 +36,7 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
     model = load_model(model_name)
     engine, reference = NumbaEngine(model), TransformersReference(model)
     ids = model.chat_ids("Tell me a story about a fox and the moon, please. " * 2)[:64]
-    prompt = Prompt(ids, [model.embedding_table[ids[30:34]]], [(30, 34)])
+    prompt = Prompt(ids, [model.token_rows(ids[30:34])], [(30, 34)])
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     batch = torch.tensor([ids])
     landing, plain = land(engine, prompt)

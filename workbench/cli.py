@@ -57,7 +57,7 @@ def _check(options: argparse.Namespace) -> int:
     engine = open_engine(options.engine, model, dtype=options.dtype, device=options.device)
     ids = model.chat_ids(options.question)
     start, stop = len(ids) // 4, len(ids) * 3 // 4
-    comparison = check_engine(engine, Prompt(ids, [model.embedding_table[ids[start:stop]]], [(start, stop)]))
+    comparison = check_engine(engine, Prompt(ids, [model.token_rows(ids[start:stop])], [(start, stop)]))
     print(comparison)
     return int(comparison.verdict == "bug")
 

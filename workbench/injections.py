@@ -27,8 +27,7 @@ def injected_rows(
     Raises:
         PromptError: a word without tokens, or a kind that does not exist.
     """
-    table = model.embedding_table
-    own = table[list(own_ids)].float()
+    own = model.token_rows(own_ids)
     if kind == "identity":
         return own
     if kind == "noise":
@@ -38,7 +37,7 @@ def injected_rows(
     ids = model.tokenizer.encode(word, add_special_tokens=False)
     if not ids:
         raise PromptError(f"the word to inject, {word!r}, has no tokens: type a word (a leading blank belongs to it)")
-    other = table[[ids[i % len(ids)] for i in range(len(own_ids))]].float()
+    other = model.token_rows([ids[i % len(ids)] for i in range(len(own_ids))])
     return other if kind == "another word" else (1.0 - share) * own + share * other
 
 

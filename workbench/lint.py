@@ -8,7 +8,7 @@ import torch
 
 from .errors import EmbeddingRangeError
 from .findings import Finding
-from .models import Model
+from .models import Model, embedding_scale
 from .prompt import Prompt, is_item
 from .targets import Target, effect
 
@@ -54,7 +54,7 @@ def _target_findings(prompt: Prompt, target: Target) -> Iterator[Finding]:
 
 def _norm_outliers(prompt: Prompt, model: Model) -> Iterator[Finding]:
     """Rows far longer or shorter than any token embedding usually come from a missing projector, norm or scale."""
-    norms = torch.linalg.vector_norm(model.embedding_table.float(), dim=1)
+    norms = torch.linalg.vector_norm(model.embedding_table.float(), dim=1) * embedding_scale(model.text_config)
     least, most = float(norms.quantile(0.001)), float(norms.max())
     for number, item in enumerate(prompt.input_embeddings):
         if not is_item(item) or not torch.isfinite(item).all():

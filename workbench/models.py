@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import smollm2
+from . import internlm2, smollm2
 from .digit_cards import checkpoint as digit_cards
 from .errors import ModelError
 from .weights import Weights
@@ -67,7 +67,22 @@ class Model:
             raise ModelError(f"{self.path} has {len(names)} tensors that look like a token embedding table: {names}")
         return self.weights.get(names[0])
 
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence may have; dynamic NTK rotation reaches beyond what the model was trained for."""
+        config = self.text_config
+        rope = getattr(config, "rope_parameters", None) or {}
+        stretch = rope.get("factor", 1.0) if rope.get("rope_type") == "dynamic" else 1.0
+        return int(config.max_position_embeddings * stretch)
+
+    def token_rows(self, ids: Sequence[int]) -> torch.Tensor:
+        """Rows of tokens as they stand in hidden state 0, float32 `[tokens, hidden]`: looked up, and scaled where the model scales."""
+        rows = self.embedding_table[list(ids)]
+        scale = torch.tensor(embedding_scale(self.text_config)).to(rows.dtype)
+        return (rows * scale).float()
+
     def _read(self, auto_class, what: str):
+        internlm2.register()
         try:
             return auto_class.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         except Exception as error:  # Transformers and its validators raise many kinds for a damaged folder
@@ -92,6 +107,11 @@ class Model:
     def tokens(self, ids) -> list[str]:
         """Each id as the text it stands for, decoded alone."""
         return [self.tokenizer.decode([token]) for token in ids]
+
+
+def embedding_scale(text_config: Any) -> float:
+    """What looked-up rows are multiplied by to give hidden state 0: sqrt(hidden) in Gemma, 1 elsewhere. Injected rows come ready."""
+    return text_config.hidden_size**0.5 if text_config.model_type.startswith("gemma") else 1.0
 
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")

@@ -13,7 +13,8 @@ def decoder_taps(layers: int) -> tuple[str, ...]:
     """All taps of a decoder of `layers` layers, in the order they are computed.
 
     `embed` is hidden state 0, after the splice; `layers.{i}.attention` and `layers.{i}.mlp` what each adds to the residual
-    stream; `layers.{i}` the stream after layer i, before any final norm; `norm` after the final norm; `logits`.
+    stream; `layers.{i}` the stream after layer i, before any final norm and before what deepstack adds
+    between layers; `norm` after the final norm; `logits`.
     """
     inner = [f"layers.{i}{part}" for i in range(layers) for part in (".attention", ".mlp", "")]
     return ("embed", *inner, "norm", "logits")

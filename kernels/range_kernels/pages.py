@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -46,6 +48,8 @@ class KVPages:
         if self.device.type == "cpu":
             from .cpu.launch import empty_pages
 
+            self.keys: Any
+            self.values: Any
             self.keys, self.values = empty_pages(layers, pages, page_size, kv_heads, head_dim)
         else:
             shape = (layers, pages, page_size, kv_heads, head_dim)

@@ -31,7 +31,7 @@ def random_prompt(model: Model, generator: torch.Generator, tokens: tuple[int, i
     def integer(least: int, most: int) -> int:
         return int(torch.randint(least, most + 1, (1,), generator=generator))
 
-    table = model.embedding_table
+    vocab = model.text_config.vocab_size
     length = integer(*tokens)
     pool = model.tokenizer.encode(WORDS, add_special_tokens=False) if words else range(model.text_config.vocab_size)
     ids = [pool[integer(0, len(pool) - 1)] for _ in range(length)]
@@ -41,7 +41,7 @@ def random_prompt(model: Model, generator: torch.Generator, tokens: tuple[int, i
         stop = start + integer(1, max(length // 6, 1))
         if stop > length:
             break
-        rows = table[torch.randint(len(table), (stop - start,), generator=generator)].float()
+        rows = model.token_rows(torch.randint(vocab, (stop - start,), generator=generator).tolist())
         if integer(0, 1):
             rows = noise_like(rows, generator)
         items.append(rows)

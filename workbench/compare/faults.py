@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 
 import torch
 
-from ..engines.api import Engine
+from ..engines.api import Cancellation, Engine
 from ..engines.messages import Capabilities, EngineOutput, GenerationConfig
 from ..prompt import Prompt
 from ..ranges import shift
@@ -50,8 +50,10 @@ class FaultyEngine(Engine):
         super().check(prompt, new_tokens)
         super().check(self.fault(prompt), new_tokens)
 
-    def _generate(self, prompt: Prompt, config: GenerationConfig) -> Generator[EngineOutput, None, None]:
-        return self.engine._generate(self.fault(prompt), config)
+    def _generate(
+        self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
+    ) -> Generator[EngineOutput, None, None]:
+        return self.engine._generate(self.fault(prompt), config, cancelled)
 
     def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.engine._trace(self.fault(prompt), taps, positions)

@@ -6,7 +6,8 @@ import asyncio
 import operator
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -18,6 +19,28 @@ from ..prompt import MultimodalPrompt, Prompt
 from ..taps import select_taps
 from ..trace import Trace
 from .messages import Capabilities, EngineOutput, GenerationConfig, ResponseType, join_outputs
+
+
+class Cancellation:
+    """Whether a request was cancelled, and whom to tell at once."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._told: list[Callable[[], object]] = []
+
+    def tell(self, callback: Callable[[], object]) -> None:
+        """Call `callback` when the request is cancelled, from the thread that cancels."""
+        self._told.append(callback)
+
+    def set(self) -> None:
+        """Cancel the request."""
+        self._event.set()
+        for callback in self._told:
+            callback()
+
+    def is_set(self) -> bool:
+        """Whether it was cancelled."""
+        return self._event.is_set()
 
 
 class Engine(ABC):
@@ -32,9 +55,9 @@ class Engine(ABC):
     device: torch.device
 
     def __init__(self) -> None:
-        self._sessions: dict[int, threading.Event] = {}
+        self._sessions: dict[int, Cancellation] = {}
         # Made, but no step taken yet; an entry goes when its generator does.
-        self._waiting: WeakValueDictionary[int, threading.Event] = WeakValueDictionary()
+        self._waiting: WeakValueDictionary[int, Cancellation] = WeakValueDictionary()
         self._sessions_lock = threading.Lock()
 
     @property
@@ -43,8 +66,31 @@ class Engine(ABC):
         """Taps, dtypes and devices of this engine with this model."""
 
     @abstractmethod
-    def _generate(self, prompt: Prompt, config: GenerationConfig) -> Generator[EngineOutput, None, None]:
-        """Yield outputs for a checked prompt."""
+    def _generate(
+        self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
+    ) -> Generator[EngineOutput, None, None]:
+        """Yield outputs for a checked prompt; an engine that waits asks `cancelled` to wake it, and returns."""
+
+    async def _async_generate(
+        self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """`_generate` for an event loop; here each step runs in a worker thread.
+
+        A task that is cancelled during a step leaves once the step has ended; the request is then closed.
+        """
+        steps = self._generate(prompt, config, cancelled)
+        step: asyncio.Future[EngineOutput | None] | None = None
+        try:
+            while True:
+                step = asyncio.ensure_future(asyncio.to_thread(next, steps, None))
+                output = await asyncio.shield(step)
+                if output is None:
+                    return
+                yield output
+        finally:
+            if step is not None and not step.done():
+                await asyncio.wait([step])
+            steps.close()
 
     @abstractmethod
     def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -74,10 +120,10 @@ class Engine(ABC):
                 )
         if prompt.bidirectional and not self.capabilities.bidirectional_spans:
             raise EmbeddingRangeError(f"{self.capabilities.name} has no bidirectional attention: make the spans causal")
-        if len(prompt) + new_tokens > config.max_position_embeddings:
+        if len(prompt) + new_tokens > self.model.context:
             raise PromptError(
                 f"{len(prompt)} prompt tokens and {new_tokens} new ones exceed the model's context of "
-                f"{config.max_position_embeddings}: shorten the prompt or lower max_new_tokens"
+                f"{self.model.context}: shorten the prompt or lower max_new_tokens"
             )
         if prompt.deepstack and not self.capabilities.deepstack:
             raise EmbeddingRangeError(
@@ -119,78 +165,106 @@ class Engine(ABC):
         """
         if unknown:
             raise TypeError(f"stream_infer does not take {', '.join(sorted(unknown))}")
-        if embedding_ranges is not None and input_embedding_ranges is not None:
-            raise EmbeddingRangeError(
-                "embedding_ranges and input_embedding_ranges are two names of one thing: give one"
-            )
-        ranges = embedding_ranges if embedding_ranges is not None else input_embedding_ranges
-        prompt = Prompt(
-            input_ids, () if input_embeddings is None else input_embeddings, () if ranges is None else ranges
-        )
-        if multimodal is not None:
-            prompt = MultimodalPrompt.of(prompt, multimodal)
-        return self.stream(prompt, gen_config, session_id=session_id)
+        ranges = _one_of(embedding_ranges, input_embedding_ranges)
+        return self.stream(_prompt(input_ids, input_embeddings, ranges, multimodal), gen_config, session_id=session_id)
 
-    async def async_stream_infer(self, *args: Any, **kwargs: Any) -> AsyncIterator[EngineOutput]:
-        """`stream_infer` for an event loop: each step runs in a worker thread.
-
-        A task that is cancelled during a step leaves once the step has ended; the request is then closed.
-        """
-        steps = self.stream_infer(*args, **kwargs)
-        step: asyncio.Future[EngineOutput | None] | None = None
-        try:
-            while True:
-                step = asyncio.ensure_future(asyncio.to_thread(next, steps, None))
-                output = await asyncio.shield(step)
-                if output is None:
-                    return
-                yield output
-        finally:
-            if step is not None and not step.done():
-                await asyncio.wait([step])
-            steps.close()
+    async def async_stream_infer(
+        self,
+        session_id: int,
+        input_ids: Sequence[int],
+        input_embeddings: Sequence[torch.Tensor] | None = None,
+        embedding_ranges: Sequence[tuple[int, int]] | None = None,
+        gen_config: GenerationConfig | None = None,
+        *,
+        input_embedding_ranges: Sequence[tuple[int, int]] | None = None,
+        multimodal: Sequence[dict[str, Any]] | None = None,
+        **unknown: Any,
+    ) -> AsyncIterator[EngineOutput]:
+        """`stream_infer` for an event loop."""
+        if unknown:
+            raise TypeError(f"async_stream_infer does not take {', '.join(sorted(unknown))}")
+        ranges = _one_of(embedding_ranges, input_embedding_ranges)
+        prompt = _prompt(input_ids, input_embeddings, ranges, multimodal)
+        config, cancelled = self._accept(prompt, gen_config, session_id)
+        with self._session(session_id, cancelled) as mine:
+            if not mine:
+                yield EngineOutput(ResponseType.SESSION_REPEAT)
+                return
+            made = 0
+            steps = self._async_generate(prompt, config, cancelled)
+            try:
+                async for output in steps:
+                    if cancelled.is_set():
+                        break
+                    made = output.num_token
+                    yield output
+                    if output.status is not ResponseType.SUCCESS:
+                        return
+                    if cancelled.is_set():
+                        break
+            finally:
+                await steps.aclose()
+            if cancelled.is_set():
+                yield EngineOutput(ResponseType.CANCEL, num_token=made)
 
     def stream(
         self, prompt: Prompt, gen_config: GenerationConfig | None = None, *, session_id: int | None = None
     ) -> Generator[EngineOutput, None, None]:
         """`stream_infer` for a Prompt, which also carries spans and positions."""
+        config, cancelled = self._accept(prompt, gen_config, session_id)
+        return self._steps(prompt, config, session_id, cancelled)
+
+    def _accept(
+        self, prompt: Prompt, gen_config: GenerationConfig | None, session_id: int | None
+    ) -> tuple[GenerationConfig, Cancellation]:
+        """Check a request before any work; from now on it can be cancelled."""
         config = gen_config or GenerationConfig()
-        room = self.model.text_config.max_position_embeddings - len(prompt)
+        room = self.model.context - len(prompt)
         if gen_config is None and 0 < room < config.max_new_tokens:
             config = GenerationConfig(max_new_tokens=room)
         self.check(prompt, config.max_new_tokens)
         config.check_tokens(self.model.text_config.vocab_size)
-        cancelled = threading.Event()
+        cancelled = Cancellation()
         if session_id is not None:
             with self._sessions_lock:
                 self._waiting[session_id] = cancelled
-        return self._session(prompt, config, session_id, cancelled)
+        return config, cancelled
 
-    def _session(
-        self, prompt: Prompt, config: GenerationConfig, session_id: int | None, cancelled: threading.Event
+    def _steps(
+        self, prompt: Prompt, config: GenerationConfig, session_id: int | None, cancelled: Cancellation
     ) -> Generator[EngineOutput, None, None]:
-        if session_id is not None and not self._enter(session_id, cancelled):
-            yield EngineOutput(ResponseType.SESSION_REPEAT)
-            return
-        made = 0
+        with self._session(session_id, cancelled) as mine:
+            if not mine:
+                yield EngineOutput(ResponseType.SESSION_REPEAT)
+                return
+            made = 0
+            steps = self._generate(prompt, config, cancelled)
+            try:
+                while not cancelled.is_set():
+                    output = next(steps, None)
+                    if output is None or cancelled.is_set():
+                        break
+                    made = output.num_token
+                    yield output
+                    if output.status is not ResponseType.SUCCESS:
+                        return
+            finally:
+                steps.close()
+            if cancelled.is_set():
+                yield EngineOutput(ResponseType.CANCEL, num_token=made)
+
+    @contextmanager
+    def _session(self, session_id: int | None, cancelled: Cancellation) -> Iterator[bool]:
+        """Hold a session number while a request runs; False where another request holds it."""
+        mine = session_id is None or self._enter(session_id, cancelled)
         try:
-            steps = self._generate(prompt, config)
-            while not cancelled.is_set():
-                output = next(steps, None)
-                if output is None:
-                    return
-                made = output.num_token
-                yield output
-                if output.status is not ResponseType.SUCCESS:
-                    return
-            steps.close()
-            yield EngineOutput(ResponseType.CANCEL, num_token=made)
+            yield mine
         finally:
-            if session_id is not None:
+            if mine and session_id is not None:
                 with self._sessions_lock:
                     self._sessions.pop(session_id, None)
 
-    def _enter(self, session_id: int, cancelled: threading.Event) -> bool:
+    def _enter(self, session_id: int, cancelled: Cancellation) -> bool:
         """Take a session number for a request's first step; False where another request holds it."""
         with self._sessions_lock:
             if self._waiting.get(session_id) is cancelled:
@@ -244,6 +318,18 @@ class Engine(ABC):
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
         )
+
+
+def _one_of(ranges: Any, theirs: Any) -> Any:
+    """The ranges, by this project's keyword or by LMDeploy's."""
+    if ranges is not None and theirs is not None:
+        raise EmbeddingRangeError("embedding_ranges and input_embedding_ranges are two names of one thing: give one")
+    return ranges if ranges is not None else theirs
+
+
+def _prompt(input_ids: Any, embeddings: Any, ranges: Any, multimodal: Any) -> Prompt:
+    prompt = Prompt(input_ids, () if embeddings is None else embeddings, () if ranges is None else ranges)
+    return prompt if multimodal is None else MultimodalPrompt.of(prompt, multimodal)
 
 
 def _choose(positions: slice | Sequence[int], length: int) -> torch.Tensor:

@@ -28,13 +28,14 @@ class Sampler:
     def next(self, logits: torch.Tensor, made: int) -> tuple[int, dict[int, float] | None]:
         """Choose from `logits` `[vocab]` float32 on the CPU; return the token and the log probabilities asked for."""
         config = self.config
-        if logits.isnan().any():
+        if torch.isnan(logits[logits.argmax()]):  # NaN counts as the largest
             raise ModelError(
                 f"the logits of new token {made} hold NaN: the model overflows in this dtype, or its weights are NaN"
             )
-        logits = self._adjust(logits.clone(), made)
+        logits = self._adjust(logits, made)
         if config.do_sample and config.temperature > 1e-5:
-            token = int(torch.multinomial(self._probabilities(logits), 1, generator=self.generator))
+            chances, ids = self._candidates(logits)
+            token = int(ids[torch.multinomial(chances, 1, generator=self.generator)])
         else:
             token = int(logits.argmax())
         self.seen.add(token)
@@ -49,30 +50,32 @@ class Sampler:
     def _adjust(self, logits: torch.Tensor, made: int) -> torch.Tensor:
         """Repetition penalty (Keskar et al. 2019, arXiv:1909.05858), banned tokens, and no stop before the minimum."""
         config = self.config
+        too_early = made < (config.min_new_tokens or 0) and bool(self.stops)
+        if config.repetition_penalty == 1.0 and not config.bad_token_ids and not too_early:
+            return logits
+        logits = logits.clone()
         if config.repetition_penalty != 1.0:
             seen = torch.tensor([token for token in self.seen if 0 <= token < len(logits)], dtype=torch.long)
             penalty = config.repetition_penalty
             logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
         if config.bad_token_ids:
             logits[list(config.bad_token_ids)] = -torch.inf
-        if made < (config.min_new_tokens or 0) and self.stops:
+        if too_early:
             logits[list(self.stops)] = -torch.inf
         return logits
 
-    def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Temperature, then top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751) and min-p, in that order."""
+    def _candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens to draw from, likeliest first, and their chances: temperature, then top-k, top-p (Holtzman et al. 2019,
+        arXiv:1904.09751) and min-p, in that order."""
         config = self.config
-        logits = logits / config.temperature
-        if 0 < config.top_k < len(logits):
-            logits[logits < logits.topk(config.top_k).values[-1]] = -torch.inf
-        probabilities = logits.softmax(dim=-1)
+        count = config.top_k if 0 < config.top_k < len(logits) else len(logits)
+        ordered, ids = (logits / config.temperature).topk(count)
+        chances = ordered.softmax(dim=-1)
         if config.top_p < 1.0:
-            ordered, order = probabilities.sort(descending=True)
-            beyond = ordered.cumsum(dim=-1) - ordered > config.top_p  # the token that crosses top_p stays
-            probabilities[order[beyond]] = 0.0
+            chances[chances.cumsum(dim=-1) - chances > config.top_p] = 0.0  # the token that crosses top_p stays
         if config.min_p > 0.0:
-            probabilities[probabilities < config.min_p * probabilities.max()] = 0.0
-        return probabilities
+            chances[chances < config.min_p * chances[0]] = 0.0
+        return chances, ids
 
 
 class Run(Protocol):
@@ -90,35 +93,58 @@ def stop_tokens(model, config: GenerationConfig) -> frozenset[int]:
     return frozenset([*own, *(config.stop_token_ids or ())])
 
 
+class Answer:
+    """What one request says, token by token.
+
+    Attributes:
+        made: tokens said so far; `token`: the last one chosen; `finished`: whether there will be more.
+    """
+
+    def __init__(self, prompt: Prompt, config: GenerationConfig, stops: frozenset[int]) -> None:
+        inside = {position for start, stop in prompt.embedding_ranges for position in range(start, stop)}
+        said = [
+            token for position, token in enumerate(prompt.input_ids) if position not in inside
+        ]  # placeholders are not words
+        self.config, self.stops = config, stops
+        self.made, self.token, self.finished = 0, -1, False
+        self._sampler = Sampler(config, said, stops)
+
+    @property
+    def wants_all(self) -> bool:
+        """Whether the states of every prompt token are asked for."""
+        return "all" in (self.config.output_logits, self.config.output_last_hidden_state)
+
+    def take(self, logits: torch.Tensor, hidden: torch.Tensor) -> EngineOutput:
+        """Choose the next token from the last of `logits` `[rows, vocab]`; `hidden` `[rows, hidden]`.
+
+        With max_new_tokens=0 none is chosen: the output holds the prompt's own states.
+        """
+        config = self.config
+        asked = _asked(logits, config.output_logits), _asked(hidden, config.output_last_hidden_state)
+        if config.max_new_tokens == 0:
+            self.finished = True
+            return EngineOutput(ResponseType.FINISH, [], 0, None, *asked)
+        self.token, logprobs = self._sampler.next(logits[-1].float().cpu(), self.made)
+        stopped = self.token in self.stops
+        self.made += not stopped
+        self.finished = stopped or self.made == config.max_new_tokens
+        return EngineOutput(
+            ResponseType.FINISH if self.finished else ResponseType.SUCCESS,
+            [] if stopped else [self.token],
+            self.made,
+            None if logprobs is None else [] if stopped else [logprobs],
+            *asked,
+        )
+
+
 def generate(
     run: Run, prompt: Prompt, config: GenerationConfig, stops: frozenset[int]
 ) -> Generator[EngineOutput, None, None]:
     """Prefill, then one token a step until a stop token or the limit."""
-    inside = {position for start, stop in prompt.embedding_ranges for position in range(start, stop)}
-    said = [
-        token for position, token in enumerate(prompt.input_ids) if position not in inside
-    ]  # placeholders are not words
-    sampler = Sampler(config, said, stops)
-    logits, hidden = run.prefill(all_logits=config.output_logits == "all")
-    for made in range(1, config.max_new_tokens + 1):
-        token, logprobs = sampler.next(logits[-1].float().cpu(), made - 1)
-        stopped = token in stops
-        yield EngineOutput(
-            ResponseType.FINISH if stopped or made == config.max_new_tokens else ResponseType.SUCCESS,
-            [] if stopped else [token],
-            made - stopped,
-            None if logprobs is None else [] if stopped else [logprobs],
-            _asked(logits, config.output_logits),
-            _asked(hidden, config.output_last_hidden_state),
-        )
-        if stopped or made == config.max_new_tokens:
-            return
-        logits, hidden = run.decode(token)
-    yield EngineOutput(  # max_new_tokens=0: the prompt's own states, no token
-        ResponseType.FINISH,
-        logits=_asked(logits, config.output_logits),
-        last_hidden_state=_asked(hidden, config.output_last_hidden_state),
-    )
+    answer = Answer(prompt, config, stops)
+    yield answer.take(*run.prefill(all_logits=config.output_logits == "all"))
+    while not answer.finished:
+        yield answer.take(*run.decode(answer.token))
 
 
 def _asked(states: torch.Tensor, extent: str | None) -> torch.Tensor | None:

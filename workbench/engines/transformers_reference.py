@@ -19,7 +19,7 @@ from ..prompt import Prompt
 from ..quiet import quiet_transformers
 from ..taps import decoder_taps
 from ..trace import Trace
-from .api import Engine, parse_device, parse_dtype
+from .api import Cancellation, Engine, parse_device, parse_dtype
 from .float64 import KeepFloat64, widen
 from .messages import Capabilities, EngineOutput, GenerationConfig
 from .sampling import generate, stop_tokens
@@ -60,7 +60,9 @@ class TransformersReference(Engine):
         """What a forward pass must run in to keep the engine's dtype."""
         return KeepFloat64() if self.dtype is torch.float64 else contextlib.nullcontext()
 
-    def _generate(self, prompt: Prompt, config: GenerationConfig) -> Generator[EngineOutput, None, None]:
+    def _generate(
+        self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
+    ) -> Generator[EngineOutput, None, None]:
         yield from generate(_Run(self, prompt), prompt, config, stop_tokens(self.model, config))
 
     def noise_floor(
@@ -107,8 +109,8 @@ class TransformersReference(Engine):
                 for number, layer in enumerate(self.decoder.layers):
                     after(layer, f"layers.{number}")
                     if hasattr(layer, "self_attn") and hasattr(layer, "mlp"):
-                        after(layer.self_attn, f"layers.{number}.attention")
-                        after(layer.mlp, f"layers.{number}.mlp")
+                        after(_last(layer, layer.self_attn, _AFTER_ATTENTION), f"layers.{number}.attention")
+                        after(_last(layer, layer.mlp, _AFTER_MLP), f"layers.{number}.mlp")
                 hidden = self.hidden(prompt)
             finally:
                 for hook in hooks:
@@ -133,7 +135,10 @@ class TransformersReference(Engine):
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[tokens, hidden]` after the final norm -> logits `[tokens, vocab]`."""
         with self.precision():
-            return self.network.get_output_embeddings()(hidden)
+            logits = self.network.get_output_embeddings()(hidden)
+            # Gemma's models cap logits between head and output.
+            cap = getattr(self.network.config, "final_logit_softcapping", None)
+            return torch.tanh(logits / cap) * cap if cap else logits
 
     def splice(self, prompt: Prompt) -> torch.Tensor:
         """Hidden state 0, `[seq, hidden]`: look up, then assign each item to its slice."""
@@ -191,6 +196,23 @@ class TransformersReference(Engine):
     def _additive(self, visible: torch.Tensor) -> torch.Tensor:
         mask = torch.zeros(visible.shape, dtype=self.dtype).masked_fill(~visible, torch.finfo(self.dtype).min)
         return mask[None, None].to(self.device)
+
+
+# Norms between a part of a layer and the residual stream: Gemma 2 and 3, GLM-4.
+_AFTER_ATTENTION = {
+    "pre_feedforward_layernorm": "post_attention_layernorm",
+    "post_self_attn_layernorm": "post_self_attn_layernorm",
+}
+_AFTER_MLP = {"post_feedforward_layernorm": "post_feedforward_layernorm", "post_mlp_layernorm": "post_mlp_layernorm"}
+
+
+def _last(layer: torch.nn.Module, part: torch.nn.Module, norms: dict[str, str]) -> torch.nn.Module:
+    """The module whose output is added to the residual stream: the part, or the norm after it where the layer has one.
+
+    `norms`: where the layer has a module of the first name, the norm is called by the second (Gemma's post_attention_layernorm is
+    one, Llama's module of that name stands before the MLP).
+    """
+    return next((getattr(layer, norm) for sign, norm in norms.items() if hasattr(layer, sign)), part)
 
 
 class _Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numba
 import numpy as np
@@ -81,7 +82,7 @@ def attention(q, k, v, out, low, reach, lengths_q, lengths_k, scale, softcap) ->
             _scratch.take(name, (int(pages_of.sum()), *shape))
             for name, shape in zip(("keys", "values"), page_shapes(page_size, *k.shape[1:]), strict=True)
         ]
-        kernels.write(*pages, slots, wide_k, wide_v)
+        _write(*pages, slots, wide_k, wide_v)
         _attend(q, *pages, out, low, reach, lengths_q, keys_of, table, scale, softcap)
 
 
@@ -99,14 +100,19 @@ def empty_pages(layers: int, pages: int, page_size: int, kv_heads: int, head_dim
     return np.zeros((layers, pages, *keys), np.float32), np.zeros((layers, pages, *values), np.float32)
 
 
+# Numba's dispatchers say nothing of their arguments to a type checker.
+_write: Any = kernels.write
+_write_few: Any = kernels.write_few
+
+
 def write_pages(keys: np.ndarray, values: np.ndarray, slots: np.ndarray, k: torch.Tensor, v: torch.Tensor) -> None:
     """Put tokens into the pages of one layer."""
     wide = (k.detach().float().numpy(), v.detach().float().numpy())
     if k.numel() < _SMALL_ROWS:
-        kernels.write_few(keys, values, slots, *wide)
+        _write_few(keys, values, slots, *wide)
         return
     with _PARALLEL:
-        kernels.write(keys, values, slots, *wide)
+        _write(keys, values, slots, *wide)
 
 
 def attend_pages(q, keys, values, out, low, reach, lengths_q, lengths_k, table, scale, softcap) -> None:
@@ -119,7 +125,7 @@ def attend_pages(q, keys, values, out, low, reach, lengths_q, lengths_k, table, 
 
 
 def _attend(
-    q, keys, values, out, low, reach, lengths_q, lengths_k, table, scale, softcap, kernel=kernels.attend
+    q, keys, values, out, low, reach, lengths_q, lengths_k, table, scale, softcap, kernel: Any = kernels.attend
 ) -> None:
     wide = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
     kernel(

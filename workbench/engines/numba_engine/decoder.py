@@ -1,25 +1,27 @@
-"""A decoder of the Llama family, written anew rather than taken from Transformers: an independent witness.
+"""A decoder written anew rather than taken from Transformers: an independent witness, for every family in `backbones.py`.
 
     hidden = splice(ids, table, items, ranges)
     for each layer:  hidden += attention(norm(hidden));  hidden += mlp(norm(hidden))
     logits = head(norm(hidden))
 
-Matrix products are torch's; splice and attention are `range_kernels`.
+It runs a `Batch`: tokens of any number of sequences, packed end to end, whose keys and values lie in pages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from range_kernels import attention
+from range_kernels import KVPages, paged_attention
 
-from ...errors import ModelError
 from ...models import Model
-from .kv_cache import KVCache, PackedCache
-from .rope import inverse_frequencies, rotate, rotation
+from .backbones import read_backbone
+from .batch import Batch
+from .loading import TensorReader
+from .operations import Linear, TorchOperations, operations
+from .rope import Rope, choose_axes
 
 Tap = Callable[[str, torch.Tensor], None]
 
@@ -29,172 +31,136 @@ class Layer:
     """Weights of one layer; query, key and value projections are stacked, and so are gate and up."""
 
     attention_norm: torch.Tensor  # [hidden]
-    qkv: torch.Tensor  # [(q_heads + 2 kv_heads) * head_dim, hidden]
-    qkv_bias: torch.Tensor | None
-    output: torch.Tensor  # [hidden, q_heads * head_dim]
-    output_bias: torch.Tensor | None
-    mlp_norm: torch.Tensor  # [hidden]
-    gate_up: torch.Tensor  # [2 * intermediate, hidden]
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor  # [hidden, intermediate]
-    down_bias: torch.Tensor | None
+    qkv: Linear  # hidden -> (q_heads + 2 kv_heads) * head_dim
+    head_norms: torch.Tensor | None  # [2, head_dim], of queries and keys
+    output: Linear  # q_heads * head_dim -> hidden
+    after_attention: torch.Tensor | None  # [hidden]
+    mlp_norm: torch.Tensor
+    gate_up: Linear  # hidden -> 2 * intermediate
+    down: Linear  # intermediate -> hidden
+    after_mlp: torch.Tensor | None
 
 
 class Decoder:
-    """The weights of a model on one device in one dtype, and the forward pass over them."""
+    """The weights of a model on one device in one dtype, and the forward pass over them.
+
+    Attributes:
+        table: `[vocab, hidden]`, looked-up rows as they stand in hidden state 0: the embedding scale is in them.
+        context: tokens that a sequence may have.
+    """
 
     def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
-        config = model.text_config
-        _refuse_unknown(model)
+        self.backbone = backbone = read_backbone(model.text_config, model.name)
         self.dtype, self.device = dtype, device
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.epsilon = config.rms_norm_eps
-        self.frequencies = inverse_frequencies(config)
+        self.context = model.context
+        self.run = operations(dtype, device)
+        read = TensorReader(model, backbone, dtype, device)
+        table = read.table()
+        self.head = self.run.linear(read.head(table))
+        scale = torch.tensor(backbone.embedding_scale).to(dtype)
+        self.table = table if backbone.embedding_scale == 1.0 else table * scale.to(device)
+        self.norm = read.norm("norm")
+        self.layers = [self._layer(read, number) for number in range(backbone.layers)]
 
-        hidden, intermediate, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+    def _layer(self, read: TensorReader, number: int) -> Layer:
+        names, at, linear = self.backbone.names, f"layers.{number}.", self.run.linear
+        norms: dict[str, Any] = {
+            part: read.norm(at + name) if (name := getattr(names, part)) else None
+            for part in ("attention_norm", "after_attention", "mlp_norm", "after_mlp")
+        }
+        return Layer(
+            qkv=linear(*read.qkv(at)),
+            head_norms=read.head_norms(at),
+            output=linear(*read.output(at)),
+            gate_up=linear(*read.gate_up(at)),
+            down=linear(*read.down(at)),
+            **norms,
+        )
 
-        def get(name: str, *shape: int) -> torch.Tensor:
-            tensor = model.weights.get(name)
-            if tensor.shape != shape:
-                raise ModelError(
-                    f"tensor {name} of {model.name!r} is {tuple(tensor.shape)}, its configuration needs {shape}"
-                )
-            return tensor.to(device, dtype)
+    def new_pages(self, pages: int, page_size: int) -> KVPages:
+        """Empty pages for this model's keys and values."""
+        backbone = self.backbone
+        return KVPages(backbone.layers, pages, page_size, backbone.kv_heads, backbone.head_dim, self.dtype, self.device)
 
-        def weight(parts: dict[str, int], width: int) -> torch.Tensor:
-            """The weights of projections `{name: rows}`, stacked along their rows."""
-            return torch.cat([get(f"{name}.weight", rows, width) for name, rows in parts.items()])
-
-        def bias(parts: dict[str, int], wanted: bool) -> torch.Tensor | None:
-            extra = [name for name in parts if f"{name}.bias" in model.weights]
-            if extra and not wanted:
-                raise ModelError(
-                    f"{model.name!r} has {extra[0]}.bias, but its configuration says that there is none: correct one of them"
-                )
-            return torch.cat([get(f"{name}.bias", rows) for name, rows in parts.items()]) if wanted else None
-
-        base, head = _prefixes(model)
-        self.table = get(f"{base}embed_tokens.weight", vocab, hidden)
-        self.norm = get(f"{base}norm.weight", hidden)
-        self.head = self.table
-        tied = config.tie_word_embeddings or model.config.tie_word_embeddings
-        if not tied or head in model.weights:
-            self.head = get(head, vocab, hidden)
-            if tied and not torch.equal(self.head, self.table):
-                raise ModelError(
-                    f"{model.name!r} says tie_word_embeddings, but its lm_head.weight is not its embedding table: which holds? "
-                    "Set tie_word_embeddings to false, or drop lm_head.weight"
-                )
-        self.layers = []
-        for number in range(config.num_hidden_layers):
-            at = f"{base}layers.{number}"
-            qkv = {f"{at}.self_attn.{part}_proj": rows for part, rows in (("q", queries), ("k", keys), ("v", keys))}
-            output = {f"{at}.self_attn.o_proj": hidden}
-            gate_up = {f"{at}.mlp.{part}_proj": intermediate for part in ("gate", "up")}
-            down = {f"{at}.mlp.down_proj": hidden}
-            self.layers.append(
-                Layer(
-                    get(f"{at}.input_layernorm.weight", hidden),
-                    weight(qkv, hidden),
-                    bias(qkv, config.attention_bias),
-                    weight(output, queries),
-                    bias(output, config.attention_bias),
-                    get(f"{at}.post_attention_layernorm.weight", hidden),
-                    weight(gate_up, hidden),
-                    bias(gate_up, config.mlp_bias),
-                    weight(down, intermediate),
-                    bias(down, config.mlp_bias),
-                )
-            )
-
-    def new_cache(self, capacity: int) -> KVCache:
-        """An empty cache for one request of up to `capacity` tokens."""
-        return KVCache(len(self.layers), capacity, self.kv_heads, self.head_dim, self.dtype, self.device)
-
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        positions: torch.Tensor,
-        low: torch.Tensor,
-        reach: torch.Tensor,
-        cache: KVCache | PackedCache,
-        tap: Tap | None = None,
-    ) -> torch.Tensor:
-        """Run new tokens through every layer.
+    @torch.no_grad()
+    def forward(self, batch: Batch, pages: KVPages, tap: Tap | None = None) -> torch.Tensor:
+        """Run new tokens through all layers; their keys and values go into `pages`.
 
         Args:
-            hidden: `[tokens, hidden]`, hidden state 0 of the new tokens; left as it is.
-            positions: `[tokens]`, rotary positions.
-            low, reach: int32 `[tokens]`, first and last key position each token sees.
-            cache: holds the tokens before; the new ones are added.
             tap: called as `tap(name, state)` at every tap; it must copy what it keeps.
 
         Returns:
             `[tokens, hidden]` after the final norm.
         """
-        cosine, sine = rotation(self.frequencies, positions, self.device)
-        cu_queries, cu_keys = cache.bounds(len(hidden))
+        hidden = batch.hidden
+        rotations = {rope: self._rotation(rope, batch) for rope in set(self.backbone.ropes) if rope is not None}
+        lows = {window: batch.low(window) for window in set(self.backbone.windows)}
         if tap:
             tap("embed", hidden)
         for number, layer in enumerate(self.layers):
-            x = F.linear(self._normalise(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
-            x = x.view(len(hidden), self.heads + 2 * self.kv_heads, self.head_dim)
-            turned = rotate(x[:, : self.heads + self.kv_heads], cosine, sine)
-            keys, values = cache.extend(number, turned[:, self.heads :], x[:, self.heads + self.kv_heads :])
-            seen = attention(turned[:, : self.heads], keys, values, cu_queries, cu_keys, low=low, reach=reach)
-            added = F.linear(seen.reshape(len(hidden), -1), layer.output, layer.output_bias)
+            added = self._attention(number, layer, hidden, batch, pages, rotations, lows)
             hidden = hidden + added
             if tap:
                 tap(f"layers.{number}.attention", added)
-            gate, up = F.linear(self._normalise(hidden, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(
-                2, dim=-1
-            )
-            added = F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+            both = layer.gate_up(self._normalise(hidden, layer.mlp_norm))
+            added = layer.down(self.run.gate(both, self.backbone.gelu))
+            if layer.after_mlp is not None:
+                added = self._normalise(added, layer.after_mlp)
             hidden = hidden + added
             if tap:
                 tap(f"layers.{number}.mlp", added)
                 tap(f"layers.{number}", hidden)
-        cache.advance(len(hidden))
+            for rows, levels in batch.deepstack:
+                if number < len(levels):
+                    hidden = hidden.clone()  # what the tap saw stays
+                    hidden[rows] += levels[number]
         hidden = self._normalise(hidden, self.norm)
         if tap:
             tap("norm", hidden)
         return hidden
 
+    def _attention(
+        self, number: int, layer: Layer, hidden: torch.Tensor, batch: Batch, pages: KVPages, rotations: dict, lows: dict
+    ) -> torch.Tensor:
+        backbone, run = self.backbone, self.run
+        turned = backbone.heads + backbone.kv_heads
+        x = layer.qkv(self._normalise(hidden, layer.attention_norm))
+        x = x.view(len(hidden), turned + backbone.kv_heads, backbone.head_dim)
+        heads, values = x[:, :turned], x[:, turned:]
+        if layer.head_norms is not None:
+            parts = heads.split([backbone.heads, backbone.kv_heads], dim=1)
+            normed = [self._normalise(part, weight) for part, weight in zip(parts, layer.head_norms, strict=True)]
+            heads = torch.cat(normed, dim=1)
+        rope = backbone.ropes[number]
+        if rope is not None:
+            heads = run.rotate(heads, *rotations[rope], rope.interleaved)
+        pages.write(number, batch.slots, heads[:, backbone.heads :], values)
+        seen = paged_attention(
+            heads[:, : backbone.heads], pages, number, batch.block_table, batch.cu_queries, batch.lengths,
+            low=lows[backbone.windows[number]], reach=batch.reach, softcap=backbone.softcap, scale=backbone.scale,
+        )  # fmt: skip
+        added = layer.output(seen.reshape(len(hidden), -1))
+        return added if layer.after_attention is None else self._normalise(added, layer.after_attention)
+
+    @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[tokens, hidden]` after the final norm -> `[tokens, vocab]`."""
-        return F.linear(hidden, self.head)
+        logits = self.head(hidden)
+        cap = self.backbone.final_softcap
+        if not cap:
+            return logits
+        # Row by row: how torch's tanh rounds an element may depend on where it stands.
+        return torch.stack([torch.tanh(row / cap) * cap for row in logits]) if len(logits) else logits
+
+    def _rotation(self, rope: Rope, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the batch's tokens, `[tokens, pairs]`."""
+        cosine, sine = rope.rotation(batch.positions, batch.rope_lengths)
+        if batch.positions.ndim == 2:
+            sections, turns = self.backbone.mrope, self.backbone.interleaved_mrope
+            cosine, sine = choose_axes(cosine, sections, turns), choose_axes(sine, sections, turns)
+        return cosine.to(self.device), sine.to(self.device)
 
     def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), the mean of squares in float32."""
-        return F.rms_norm(x, weight.shape, weight, self.epsilon)
-
-
-def _prefixes(model: Model) -> tuple[str, str]:
-    """What stands before the decoder's tensor names, and the output head's name: `model.`, or longer in a VLM's checkpoint."""
-    ending = "embed_tokens.weight"
-    names = [name for name in model.weights if name.endswith(ending)]
-    if len(names) != 1:
-        raise ModelError(f"{model.path} has {len(names)} tensors named *{ending}: which is the language model's?")
-    base = names[0].removesuffix(ending)
-    heads = [name for name in model.weights if name.endswith("lm_head.weight")]
-    return base, heads[0] if heads else "lm_head.weight"
-
-
-_REQUIRED = {"hidden_act": "silu", "pretraining_tp": 1}
-
-
-def _refuse_unknown(model: Model) -> None:
-    """An architecture or a flag that this decoder does not compute is refused by name, never approximated."""
-    config = model.text_config
-    if config.model_type != "llama":
-        raise ModelError(
-            f"the numba engine runs Llama models; {model.name!r} is {config.model_type!r}: use 'transformers'"
-        )
-    for name, needed in _REQUIRED.items():
-        value = getattr(config, name, needed)
-        if value != needed:
-            raise ModelError(f"the numba engine needs {name}={needed!r}; {model.name!r} has {name}={value!r}")
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"the numba engine reads plain weights; {model.name!r} is quantized: dequantize it first")
+        if weight.dtype is not x.dtype:  # norms that are stored less one are kept in float32
+            return TorchOperations.norm(x.float(), weight, self.backbone.epsilon).to(x.dtype)
+        return self.run.norm(x, weight, self.backbone.epsilon)

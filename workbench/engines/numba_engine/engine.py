@@ -1,45 +1,174 @@
-"""The Numba engine: the decoder behind the workbench's engine interface, one request a call."""
+"""The Numba engine: many requests at once over a paged KV cache, behind the workbench's engine interface."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import asyncio
+import queue
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from typing import Any
 
+import psutil
 import torch
-from range_kernels import splice, visible_keys
 
 from ...batches import plan_batch
+from ...errors import ModelError, PromptError
 from ...models import Model
 from ...prompt import Prompt
 from ...taps import decoder_taps
-from ..api import Engine, parse_device, parse_dtype
+from ..api import Cancellation, Engine, parse_device, parse_dtype
 from ..messages import Capabilities, EngineOutput, GenerationConfig
-from ..sampling import generate, stop_tokens
+from ..sampling import Answer, stop_tokens
+from . import sequence as requests
+from .batch import Batch
+from .blocks import BlockManager
 from .decoder import Decoder, Tap
-from .kv_cache import PackedCache
+from .loop import Loop
+from .scheduler import Scheduler
+from .stats import EngineStats, Step
 
 DTYPES = ("float32", "bfloat16", "float16")
+_CANCELLED = object()
 
 
 class NumbaEngine(Engine):
-    """An independent Llama decoder over `range_kernels`, on the CPU or a GPU; it gives every tap.
+    """Continuous batching over `range_kernels`, on the CPU or a GPU; it gives every tap.
 
-    Requests share the weights and nothing else, so calls from several threads do not disturb each other.
+    In float32 on the CPU a request's results are bit for bit the same whoever else is in the batch, however its prompt is cut into
+    chunks, and whether its beginning came from the prefix cache. In other dtypes and on GPUs matrix products are torch's, whose
+    rounding may depend on the number of rows.
+
+    Args:
+        max_batch_size: requests that run at once; more wait.
+        max_prefill_token_num: token budget of a step.
+        cache_block_seq_len: tokens a page of the KV cache holds: 32, 64, 128 or 256.
+        cache_max_entry_count: the cache's size: a share of the memory that is free now (float), or a number of pages (int).
+        enable_prefix_caching: keep pages by content, so that an equal beginning, images included, is not computed again.
+
+    The names are those of LMDeploy's `TurbomindEngineConfig`.
     """
 
-    def __init__(self, model: Model, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        dtype: str | torch.dtype = "float32",
+        device: str = "cpu",
+        max_batch_size: int = 64,
+        max_prefill_token_num: int = 512,
+        cache_block_seq_len: int = 32,
+        cache_max_entry_count: float | int = 0.2,
+        enable_prefix_caching: bool = True,
+    ) -> None:
         super().__init__()
         self.model = model
         self.dtype = parse_dtype(dtype, DTYPES, "numba")
         self.device = parse_device(device, "numba")
+        for name, value in (("max_batch_size", max_batch_size), ("max_prefill_token_num", max_prefill_token_num)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: give an integer of at least 1")
         self.decoder = Decoder(model, self.dtype, self.device)
+        pages = self._count_pages(cache_max_entry_count, cache_block_seq_len, max_batch_size)
+        self._page_size = cache_block_seq_len
+        self._blocks = BlockManager(pages)
+        scheduler = Scheduler(
+            self._blocks, cache_block_seq_len, max_batch_size, max_prefill_token_num, enable_prefix_caching
+        )
+        self._loop = Loop(self.decoder, self.decoder.new_pages(pages, cache_block_seq_len), scheduler)
+
+    def _count_pages(self, size: float | int, page_size: int, max_batch_size: int) -> int:
+        if (
+            isinstance(size, bool)
+            or not isinstance(size, int | float)
+            or size <= 0
+            or (isinstance(size, float) and size >= 1)
+        ):
+            raise ValueError(
+                f"cache_max_entry_count={size!r}: give a share of the free memory between 0 and 1, or a number of pages"
+            )
+        if isinstance(size, int):
+            return size
+        on_cpu = self.device.type == "cpu"
+        free = psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info(self.device)[0]
+        backbone = self.decoder.backbone
+        page = 2 * backbone.layers * page_size * backbone.kv_heads * backbone.head_dim * self.dtype.itemsize
+        most = max_batch_size * -(-self.decoder.context // page_size)
+        return max(min(int(size * free / page), most), 1)
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities("numba", decoder_taps(len(self.decoder.layers)), DTYPES, ("cpu", "cuda"))
+        backbone = self.decoder.backbone
+        return Capabilities(
+            "numba",
+            decoder_taps(backbone.layers),
+            DTYPES,
+            ("cpu", "cuda"),
+            mrope=bool(backbone.mrope),
+            deepstack=backbone.deepstack,
+        )
 
-    def _generate(self, prompt: Prompt, config: GenerationConfig) -> Generator[EngineOutput, None, None]:
-        run = _Run(self.decoder, prompt, len(prompt) + config.max_new_tokens)
-        yield from generate(run, prompt, config, stop_tokens(self.model, config))
+    def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
+        """See `Engine.check`; also a request that the KV cache can never hold."""
+        super().check(prompt, new_tokens)
+        # The last token that is chosen is never computed from.
+        needed = -(-(len(prompt) + max(new_tokens - 1, 0)) // self._page_size)
+        if needed > self._blocks.pages:
+            raise PromptError(
+                f"{len(prompt)} prompt tokens and {new_tokens} new ones take {needed} pages of {self._page_size} tokens, and the KV "
+                f"cache has {self._blocks.pages}: raise cache_max_entry_count, or lower max_new_tokens"
+            )
+
+    def stats(self) -> EngineStats:
+        """Queue, batch, cache and speed, as they are now."""
+        return self._loop.stats()
+
+    @property
+    def history(self) -> list[Step]:
+        """The last steps: which tokens of which request ran, and how long it took."""
+        return list(self._loop.counters.history)
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache of what no request is using."""
+        with self._loop._lock:
+            self._blocks.forget()
+
+    def _request(self, prompt: Prompt, config: GenerationConfig, deliver: Callable[[Any], None]) -> requests.Sequence:
+        answer = Answer(prompt, config, stop_tokens(self.model, config))
+        request = requests.Sequence(prompt, answer, deliver)
+        # Where frequencies change with the length of the whole, equal beginnings have different keys.
+        limits = [rope.limit for rope in self.decoder.backbone.ropes if rope is not None and rope.limit is not None]
+        request.shareable = all(len(prompt) + config.max_new_tokens <= limit for limit in limits)
+        return request
+
+    def _generate(
+        self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
+    ) -> Generator[EngineOutput, None, None]:
+        channel: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        request = self._request(prompt, config, channel.put)
+        cancelled.tell(lambda: channel.put(_CANCELLED))
+        self._loop.submit(request)
+        try:
+            while (output := _opened(channel.get())) is not None:
+                yield output
+        finally:
+            self._loop.abort(request)
+
+    async def _async_generate(
+        self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
+    ) -> AsyncGenerator[EngineOutput, None]:
+        events = asyncio.get_running_loop()
+        channel: asyncio.Queue[Any] = asyncio.Queue()
+
+        def deliver(output: Any) -> None:
+            events.call_soon_threadsafe(channel.put_nowait, output)
+
+        request = self._request(prompt, config, deliver)
+        cancelled.tell(lambda: deliver(_CANCELLED))
+        self._loop.submit(request)
+        try:
+            while (output := _opened(await channel.get())) is not None:
+                yield output
+        finally:
+            self._loop.abort(request)
 
     def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor) -> dict[str, torch.Tensor]:
         kept: dict[str, torch.Tensor] = {}
@@ -50,12 +179,11 @@ class NumbaEngine(Engine):
                 kept[name] = state[rows]
 
         wanted = set(taps)
-        hidden = _Run(self.decoder, prompt, len(prompt)).hidden(tap)
+        hidden = self._run([requests.Sequence(prompt)], [[(0, 0, len(prompt))]], tap)[0]
         if "logits" in wanted:
             kept["logits"] = self.decoder.logits(hidden[rows])
         return {name: kept[name] for name in taps}
 
-    @torch.no_grad()
     def prefill_packed(self, prompts: Sequence[Prompt], max_tokens: int = 2048) -> list[torch.Tensor]:
         """Run several prompts packed end to end, no padding, by `plan_batch(prompts, max_tokens)`.
 
@@ -68,57 +196,32 @@ class NumbaEngine(Engine):
         for prompt in prompts:
             self.check(prompt)
         plan = plan_batch(prompts, max_tokens)
-        runs = [_Run(self.decoder, prompt, len(prompt)) for prompt in prompts]
-        states = [run.embed() for run in runs]
+        steps = [[(piece.prompt, piece.start, piece.stop) for piece in chunk] for chunk in plan.chunks]
+        states = self._run([requests.Sequence(prompt) for prompt in prompts], steps)
+        return [state[-1] for state in states]
+
+    def _run(
+        self, sequences: list[requests.Sequence], steps: list[list[tuple[int, int, int]]], tap: Tap | None = None
+    ) -> list[torch.Tensor]:
+        """Run (sequence, start, stop) step by step in pages of their own; the last hidden states of each sequence."""
+        size, first = self._page_size, 0
+        for sequence in sequences:
+            count = -(-len(sequence) // size)
+            sequence.pages = list(range(first, first + count))
+            first += count
+        pages = self.decoder.new_pages(first, size)
         last: dict[int, torch.Tensor] = {}
-        for chunk in plan.chunks:
-            mine = [(runs[piece.prompt], states[piece.prompt], slice(piece.start, piece.stop)) for piece in chunk]
-            low, reach = (torch.cat([run.visible[bound][part] for run, _, part in mine]) for bound in (0, 1))
-            hidden = self.decoder.forward(
-                torch.cat([state[part] for _, state, part in mine]),
-                torch.cat([run.positions[part] for run, _, part in mine]),
-                low,
-                reach,
-                PackedCache([run.cache for run, _, _ in mine], [len(piece) for piece in chunk]),
-            )
-            for piece, rows in zip(chunk, hidden.split([len(piece) for piece in chunk]), strict=True):
-                last[piece.prompt] = rows[-1]
-        return [last[number] for number in range(len(prompts))]
+        for step in steps:
+            pieces = [(sequences[number], start, stop) for number, start, stop in step]
+            batch = Batch.of(pieces, self.decoder.table, size, bool(self.decoder.backbone.mrope))
+            hidden = self.decoder.forward(batch, pages, tap)
+            parts = hidden.split([stop - start for _, start, stop in step])
+            last |= {number: part for (number, _, _), part in zip(step, parts, strict=True)}
+        return [last[number] for number in range(len(sequences))]
 
 
-class _Run:
-    """One request: its cache and where its next token goes."""
-
-    def __init__(self, decoder: Decoder, prompt: Prompt, capacity: int) -> None:
-        self.decoder, self.prompt = decoder, prompt
-        self.cache = decoder.new_cache(capacity)
-        positions = prompt.position_ids
-        self.positions = torch.arange(len(prompt)) if positions is None else positions
-        self.next_position = int(self.positions.max()) + 1
-        low, reach = visible_keys(len(prompt), prompt.bidirectional)
-        self.visible = torch.from_numpy(low), torch.from_numpy(reach)
-
-    @torch.no_grad()
-    def hidden(self, tap: Tap | None = None) -> torch.Tensor:
-        """Run the whole prompt; `[seq, hidden]` after the final norm."""
-        return self.decoder.forward(self.embed(), self.positions, *self.visible, self.cache, tap)
-
-    def embed(self) -> torch.Tensor:
-        """Hidden state 0 of the whole prompt, `[seq, hidden]`."""
-        prompt = self.prompt
-        ids = torch.tensor(prompt.lookup_ids)
-        return splice(ids, self.decoder.table, prompt.input_embeddings, prompt.embedding_ranges)
-
-    @torch.no_grad()
-    def prefill(self, all_logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = self.hidden()
-        return self.decoder.logits(hidden if all_logits else hidden[-1:]), hidden
-
-    @torch.no_grad()
-    def decode(self, token: int) -> tuple[torch.Tensor, torch.Tensor]:
-        decoder, last = self.decoder, self.cache.length
-        low, reach = torch.zeros(1, dtype=torch.int32), torch.full((1,), last, dtype=torch.int32)
-        positions = torch.tensor([self.next_position])
-        self.next_position += 1
-        hidden = decoder.forward(decoder.table[token : token + 1], positions, low, reach, self.cache)
-        return decoder.logits(hidden), hidden
+def _opened(delivered: Any) -> EngineOutput | None:
+    """What the engine's thread handed over: an output, an error to raise, or None once the request is cancelled."""
+    if isinstance(delivered, BaseException):
+        raise ModelError(str(delivered)) from delivered
+    return None if delivered is _CANCELLED else delivered

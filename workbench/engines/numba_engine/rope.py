@@ -3,53 +3,190 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numba import njit
 
 from ...errors import ModelError
 
+KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
-def inverse_frequencies(config) -> torch.Tensor:
-    """Angle per position of each rotated pair, float64 `[head_dim / 2]`.
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """Angles per position, and how they change with the length of a sequence.
+
+    Attributes:
+        frequencies: float64 `[pairs]`, radians a position.
+        scaling: factor on cosines and sines (YaRN, LongRoPE).
+        interleaved: whether a pair is two neighbours (GLM) or two channels half of the rotated ones apart.
+        limit: sequences longer than this turn by other frequencies; None where the length does not matter.
+        stretched: `stretched(length)` gives these.
+    """
+
+    frequencies: torch.Tensor
+    scaling: float = 1.0
+    interleaved: bool = False
+    limit: int | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+    def of_length(self, length: int) -> torch.Tensor:
+        """The frequencies in a sequence of `length` tokens."""
+        if self.limit is None or length <= self.limit:
+            return self.frequencies
+        if self.parameters["rope_type"] == "longrope":
+            return self.parameters["long_frequencies"]
+        return _dynamic(self.parameters, length)
+
+    def rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, float32 `[..., pairs]` for `positions` `[...]`; `lengths` `[...]` are those of their sequences.
+
+        Angles are taken in float64, as positions grow large, and one by one, so that a token's do not depend on its neighbours.
+        """
+        cosine = np.empty((*positions.shape, len(self.frequencies)), np.float32)
+        sine = np.empty_like(cosine)
+        flat = [x.reshape(-1, x.shape[-1]) for x in (cosine, sine)]
+        places = positions.flatten().numpy()
+        if self.limit is None or int(lengths.max()) <= self.limit:
+            _turn(places, np.ones(len(places), np.bool_), self.frequencies.numpy(), self.scaling, *flat)
+        else:
+            limited = lengths.expand(positions.shape).flatten().clamp(min=self.limit)
+            for length in limited.unique().tolist():
+                chosen = (limited == length).numpy()
+                _turn(places, chosen, self.of_length(length).numpy(), self.scaling, *flat)
+        return torch.from_numpy(cosine), torch.from_numpy(sine)
+
+
+@njit(cache=True)
+def _turn(positions, chosen, frequencies, scaling, cosine, sine):
+    for token in range(len(positions)):
+        if chosen[token]:
+            for pair in range(len(frequencies)):
+                angle = np.float64(positions[token]) * frequencies[pair]
+                cosine[token, pair] = np.float32(math.cos(angle) * scaling)
+                sine[token, pair] = np.float32(math.sin(angle) * scaling)
+
+
+def read_rope(
+    config: Any,
+    head_dim: int,
+    name: str,
+    partial: bool = False,
+    interleaved: bool = False,
+    layer_type: str | None = None,
+) -> Rope:
+    """The rotation of a configuration; of one kind of layers where they differ (Gemma 3).
+
+    Formulas: `modeling_rope_utils` of Transformers 5, which names the papers.
 
     Raises:
-        ModelError: a kind of scaling this engine does not have.
+        ModelError: a kind of scaling, or a combination, that this engine does not compute.
     """
     rope: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
-    kind = rope.get("rope_type", "default")
-    theta = float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported by the numba engine")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    if kind == "default":
-        return frequencies
+    if layer_type is not None:
+        rope = dict(rope.get(layer_type) or {})
+    kind = rope["rope_type"] = rope.get("rope_type") or "default"
+    if kind not in KINDS:
+        raise ModelError(
+            f"rope_type={kind!r} of {name!r} is not supported by the numba engine: it has {', '.join(KINDS)}"
+        )
+    factor = rope.get("partial_rotary_factor", 1.0)
+    if not partial and kind != "proportional" and factor != 1.0:
+        raise ModelError(
+            f"partial_rotary_factor={factor} of {name!r} is not supported by the numba engine for this family"
+        )
+    dim = int(head_dim * factor) if kind != "proportional" else head_dim
+    base = float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
+    context = int(config.max_position_embeddings)
+    original = int(rope.get("original_max_position_embeddings") or context)
+    plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     if kind == "linear":
-        return frequencies / rope["factor"]
+        return Rope(plain / rope["factor"], interleaved=interleaved)
     if kind == "llama3":
-        return _llama3(frequencies, rope)
-    raise ModelError(f"rope_type={kind!r} is not supported by the numba engine, which has default, linear and llama3")
+        return Rope(_llama3(plain, rope, original), interleaved=interleaved)
+    if kind == "yarn":
+        return Rope(*_yarn(plain, rope, base, context, original), interleaved)
+    if kind == "dynamic":
+        parameters = {**rope, "base": base, "dim": dim, "context": context}
+        return Rope(plain, 1.0, interleaved, context, parameters)
+    if kind == "longrope":
+        return _longrope(plain, rope, context, original, interleaved)
+    if kind == "proportional":
+        turned = int(factor * head_dim // 2)
+        some = base ** (-torch.arange(0, 2 * turned, 2, dtype=torch.float64) / head_dim)
+        still = torch.zeros(head_dim // 2 - turned, dtype=torch.float64)
+        return Rope(torch.cat([some, still]) / rope.get("factor", 1.0), interleaved=interleaved)
+    return Rope(plain, interleaved=interleaved)
 
 
-def _llama3(frequencies: torch.Tensor, rope: dict) -> torch.Tensor:
+def _llama3(frequencies: torch.Tensor, rope: dict, context: int) -> torch.Tensor:
     """Llama 3.1's scaling: long waves are slowed by `factor`, short ones kept, those between blended by wavelength."""
-    context = rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     waves_in_context = context * frequencies / (2 * math.pi)
     blend = ((waves_in_context - low) / (high - low)).clamp(0.0, 1.0)
     return frequencies * (blend + (1.0 - blend) / rope["factor"])
 
 
-def rotation(
-    frequencies: torch.Tensor, positions: torch.Tensor, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, float32 `[tokens, 1, head_dim / 2]`; angles are taken in float64, as positions grow large."""
-    angles = positions.to(torch.float64)[:, None, None] * frequencies
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+def _dynamic(parameters: dict[str, Any], length: int) -> torch.Tensor:
+    """Dynamic NTK: the base grows with the length once it exceeds the context that the model was trained for."""
+    factor, context, dim = parameters["factor"], parameters["context"], parameters["dim"]
+    base = parameters["base"] * (factor * length / context - (factor - 1)) ** (dim / (dim - 2))
+    return base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
 
-def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs (i, i + head_dim/2) of `x` `[tokens, heads, head_dim]` in float32; returns the dtype of `x`."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+def _yarn(
+    frequencies: torch.Tensor, rope: dict, base: float, context: int, original: int
+) -> tuple[torch.Tensor, float]:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): short waves kept, long ones slowed, and scores scaled."""
+    factor = rope.get("factor") or context / original
+    dim = 2 * len(frequencies)
+
+    def magnitude(stretch: float, weight: float = 1.0) -> float:
+        return 1.0 if stretch <= 1 else 0.1 * weight * math.log(stretch) + 1.0
+
+    scaling = rope.get("attention_factor")
+    if scaling is None:
+        above, below = rope.get("mscale"), rope.get("mscale_all_dim")
+        scaling = magnitude(factor, above) / magnitude(factor, below) if above and below else magnitude(factor)
+
+    def channel(turns: float) -> float:
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = channel(rope.get("beta_fast") or 32), channel(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    slowed = ((torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (1.0 - slowed) + frequencies / factor * slowed, float(scaling)
+
+
+def _longrope(frequencies: torch.Tensor, rope: dict, context: int, original: int, interleaved: bool) -> Rope:
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): one factor a pair, others once a sequence exceeds the original context."""
+    factor = rope.get("factor") or context / original
+    scaling = rope.get("attention_factor")
+    if scaling is None:
+        scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    short, long = (
+        frequencies / torch.tensor(rope[name], dtype=torch.float64) for name in ("short_factor", "long_factor")
+    )
+    return Rope(short, float(scaling), interleaved, original, {"rope_type": "longrope", "long_frequencies": long})
+
+
+def choose_axes(states: torch.Tensor, sections: tuple[int, ...], interleaved: bool) -> torch.Tensor:
+    """M-RoPE (Wang et al. 2024, arXiv:2409.12191): of `[3, tokens, pairs]` (time, height, width), which axis turns each pair.
+
+    Sections follow each other (Qwen2-VL), or the axes take turns and what is left turns by time (Qwen3-VL).
+    """
+    if not interleaved:
+        parts = states.split(list(sections), dim=-1)
+        return torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
+    chosen = states[0].clone()
+    for axis in (1, 2):
+        places = slice(axis, 3 * sections[axis], 3)
+        chosen[..., places] = states[axis][..., places]
+    return chosen

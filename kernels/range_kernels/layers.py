@@ -1,0 +1,80 @@
+"""What stands between two attentions of a decoder, in float32 on the CPU; a row's bits do not depend on the rows beside it."""
+
+from __future__ import annotations
+
+import torch
+
+from .cpu import launch
+
+
+class Linear:
+    """A linear map whose weights are packed for the kernel once.
+
+    Args:
+        weight: `[outputs, inputs]`, widened to float32.
+        bias: `[outputs]` or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.bias = None if bias is None else bias.float()
+        self.weight = weight
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`[outputs, inputs]`, a copy."""
+        flat = torch.from_numpy(self._panels).transpose(1, 2).flatten(0, 1)
+        return flat[: self._outputs].contiguous()
+
+    @weight.setter
+    def weight(self, weight: torch.Tensor) -> None:
+        if weight.ndim != 2 or 0 in weight.shape:
+            raise ValueError(f"weight is {tuple(weight.shape)}: expected [outputs, inputs]")
+        self._outputs = len(weight)
+        self._panels = launch.pack_weights(weight)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` float32 `[rows, inputs]` -> `[rows, outputs]`.
+
+        Raises:
+            ValueError: another shape, dtype or device.
+        """
+        _check("x", x, 2)
+        if x.shape[1] != self._panels.shape[1]:
+            raise ValueError(f"x is {tuple(x.shape)}: expected [rows, {self._panels.shape[1]}]")
+        out = launch.linear(x, self._panels, self._outputs)
+        return out if self.bias is None else out + self.bias
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """`x / sqrt(mean(x**2) + epsilon) * weight` over the last dimension of `x` `[..., width]`; `weight` `[width]`."""
+    _check("x", x, x.ndim)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight is {tuple(weight.shape)} for rows of {x.shape[-1]}")
+    return launch.rms_norm(x.contiguous(), weight.contiguous(), epsilon)
+
+
+def gate(both: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+    """`activation(both[:, :n]) * both[:, n:]` for `both` `[rows, 2 n]`; SiLU, or GELU by tanh."""
+    _check("both", both, 2)
+    if both.shape[1] % 2:
+        raise ValueError(f"both is {tuple(both.shape)}: gate and up must be equally wide")
+    return launch.gate(both, gelu)
+
+
+def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Rotary embedding of `x` `[tokens, heads, head_dim]` by float32 `cosine`, `sine` `[tokens, pairs]`.
+
+    A pair is two neighbours (`interleaved`) or channels i and i + pairs; channels past the pairs stay as they are.
+    """
+    _check("x", x, 3)
+    for name, given in (("cosine", cosine), ("sine", sine)):
+        if given.ndim != 2 or len(given) != len(x) or 2 * given.shape[1] > x.shape[2]:
+            raise ValueError(f"{name} is {tuple(given.shape)} for x {tuple(x.shape)}: expected [tokens, pairs]")
+    return launch.rotate(x, cosine.contiguous(), sine.contiguous(), interleaved)
+
+
+def _check(name: str, x: torch.Tensor, dimensions: int) -> None:
+    if x.ndim != dimensions or x.dtype != torch.float32 or x.device.type != "cpu":
+        raise ValueError(
+            f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}: expected {dimensions}-D float32 on the CPU"
+        )

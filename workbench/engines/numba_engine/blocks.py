@@ -1,0 +1,97 @@
+"""Who owns which page of the KV cache, and which pages hold a prefix that another prompt may share."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+
+
+class NoPages(Exception):
+    """Every page is in use."""
+
+
+class BlockManager:
+    """Pages with reference counts; pages of known content that nobody uses are kept until their room is needed.
+
+    Attributes:
+        hits, misses: tokens of admitted prompts found in the cache, and not found.
+        evictions: pages of known content given up for room.
+    """
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self.hits = self.misses = self.evictions = 0
+        self._free = deque(range(pages))
+        self._users = [0] * pages
+        self._page_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # known content, no users; longest unused first
+
+    @property
+    def available(self) -> int:
+        """Pages that can be taken."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def used(self) -> int:
+        """Pages that requests hold."""
+        return self.pages - self.available
+
+    @property
+    def known(self) -> int:
+        """Pages whose content is known, used or not."""
+        return len(self._page_of)
+
+    def match(self, keys: Sequence[bytes]) -> list[int]:
+        """Take the pages of the longest known beginning of `keys`."""
+        found = []
+        for key in keys:
+            page = self._page_of.get(key)
+            if page is None:
+                break
+            self._idle.pop(page, None)
+            self._users[page] += 1
+            found.append(page)
+        return found
+
+    def take(self) -> int:
+        """A page of no content.
+
+        Raises:
+            NoPages: there is none.
+        """
+        if self._free:
+            page = self._free.popleft()
+        elif self._idle:
+            page, _ = self._idle.popitem(last=False)
+            del self._page_of[self._key_of.pop(page)]
+            self.evictions += 1
+        else:
+            raise NoPages
+        self._users[page] = 1
+        return page
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Give pages back, the last first: the end of a prefix is given up before its beginning."""
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if self._users[page] < 0:
+                raise AssertionError(f"page {page} was given back twice")
+            if self._users[page] == 0:
+                if page in self._key_of:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
+
+    def register(self, page: int, key: bytes) -> None:
+        """State the content of a page; where another page holds the same, nothing changes."""
+        if key not in self._page_of and page not in self._key_of:
+            self._page_of[key] = page
+            self._key_of[page] = key
+
+    def forget(self) -> None:
+        """Drop all known content that nobody uses."""
+        for page in self._idle:
+            del self._page_of[self._key_of.pop(page)]
+            self._free.append(page)
+        self._idle.clear()

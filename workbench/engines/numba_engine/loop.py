@@ -1,0 +1,173 @@
+"""The engine's thread: runs steps while there are requests, and ends when there are none."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence as Several
+from typing import Any
+
+import torch
+from range_kernels import KVPages
+
+from ...errors import ModelError
+from .batch import Batch
+from .decoder import Decoder
+from .scheduler import Piece, Scheduler
+from .sequence import Sequence
+from .stats import Counters, EngineStats, Step, StepPiece
+
+
+class Loop:
+    """Takes requests from any thread and delivers each one's outputs as they come.
+
+    A step whose forward pass fails is run again, request by request, so that only the request at fault ends.
+    """
+
+    def __init__(self, decoder: Decoder, pages: KVPages, scheduler: Scheduler) -> None:
+        self.decoder, self.pages, self.scheduler = decoder, pages, scheduler
+        self.counters = Counters()
+        self._lock = threading.Lock()  # holds for the scheduler and the thread's coming and going, never during a step
+        self._thread: threading.Thread | None = None
+        self._numbers = 0
+
+    def submit(self, *sequences: Sequence) -> None:
+        """Queue requests, together."""
+        with self._lock:
+            for sequence in sequences:
+                sequence.number = self._numbers
+                self._numbers += 1
+                self.scheduler.add(sequence)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="workbench-engine", daemon=True)
+                self._thread.start()
+
+    def abort(self, sequence: Sequence) -> None:
+        """Drop a request before the next step; its pages are free then."""
+        sequence.aborted = True
+
+    def stats(self) -> EngineStats:
+        """The engine as it is now."""
+        counters = self.counters
+        with self._lock:
+            scheduler, blocks = self.scheduler, self.scheduler.blocks
+            return EngineStats(
+                waiting=sum(not each.aborted for each in scheduler.waiting),
+                running=sum(not each.aborted for each in scheduler.running),
+                pages=blocks.pages,
+                pages_used=blocks.used,
+                pages_known=blocks.known,
+                page_size=scheduler.page_size,
+                prefix_hits=blocks.hits,
+                prefix_misses=blocks.misses,
+                evictions=blocks.evictions,
+                preemptions=scheduler.preemptions,
+                finished=counters.finished,
+                prompt_tokens=counters.prompt_tokens,
+                new_tokens=counters.new_tokens,
+                tokens_per_second=counters.rate(),
+                steps=counters.steps,
+                step_seconds=counters.step_seconds,
+                model_seconds=counters.model_seconds,
+            )
+
+    def _run(self) -> None:
+        while True:
+            began = time.perf_counter()
+            pieces: list[Piece] = []
+            try:
+                with self._lock:
+                    pieces = self.scheduler.schedule()
+                    if not pieces:
+                        self._thread = None
+                        return
+                self._step(pieces, began)
+            except BaseException as error:  # a fault of the engine's own: nobody may wait for ever
+                scheduler = self.scheduler
+                self._fail([piece.sequence for piece in pieces] or [*scheduler.running, *scheduler.waiting], error)
+
+    def _step(self, pieces: list[Piece], began: float) -> None:
+        decoding = [piece.sequence.decoding for piece in pieces]
+        before = time.perf_counter()
+        try:
+            results: list[Any] = list(self._forward(pieces))
+        except Exception:
+            results = [self._forward_alone(piece) for piece in pieces]
+        model_seconds = time.perf_counter() - before
+        used = self.scheduler.blocks.used
+        for piece, result in zip(pieces, results, strict=True):
+            if isinstance(result, Exception):
+                self._fail([piece.sequence], result)
+            else:
+                self._take(piece, *result)
+        shown = tuple(
+            StepPiece(piece.sequence.number, piece.start, piece.stop, decodes, piece.sequence.cached)
+            for piece, decodes in zip(pieces, decoding, strict=True)
+        )
+        now = time.perf_counter()
+        self.counters.add(Step(shown, began - self.counters.started, now - began, model_seconds, used))
+
+    def _forward(self, pieces: Several[Piece]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Logits and hidden states of each piece, of the rows that are needed."""
+        batch = Batch.of(
+            [(piece.sequence, piece.start, piece.stop) for piece in pieces],
+            self.decoder.table,
+            self.pages.page_size,
+            bool(self.decoder.backbone.mrope),
+        )
+        hidden = self.decoder.forward(batch, self.pages)
+        kept = []
+        for piece, end in zip(pieces, batch.cu_queries[1:].tolist(), strict=True):
+            rows = piece.stop - piece.start
+            kept.append(slice(end - rows, end) if piece.sequence.wants_prompt_states else slice(end - 1, end))
+        needed = torch.cat([hidden[rows] for rows in kept])
+        logits = self.decoder.logits(needed)
+        sizes = [rows.stop - rows.start for rows in kept]
+        if self.decoder.device.type == "cuda":
+            logits = logits.float().cpu()  # one copy for all requests
+        return list(zip(logits.split(sizes), needed.split(sizes), strict=True))
+
+    def _forward_alone(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor] | Exception:
+        try:
+            return self._forward([piece])[0]
+        except Exception as error:
+            return error
+
+    def _take(self, piece: Piece, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Count a piece as done; where it ends what is known of its request, choose the next token."""
+        sequence = piece.sequence
+        with self._lock:
+            self.scheduler.advance(piece)
+        if sequence.wants_prompt_states:
+            sequence.states.append((logits, hidden))
+        answer = sequence.answer
+        if not piece.last or sequence.aborted or answer is None:
+            return
+        if sequence.states:
+            logits, hidden = (torch.cat(parts) for parts in zip(*sequence.states, strict=True))
+            sequence.states.clear()
+        try:
+            output = answer.take(logits, hidden)
+            if answer.finished:
+                with self._lock:
+                    self.scheduler.finish(sequence)
+                    self.counters.finished += 1
+            else:
+                sequence.say(answer.token)
+            sequence.deliver(output)
+        except Exception as error:
+            self._fail([sequence], error)
+
+    def _fail(self, sequences: Several[Sequence], error: BaseException) -> None:
+        """End requests with an error."""
+        if not isinstance(error, ModelError):
+            wrapped = ModelError(f"the numba engine failed in this request: {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            error = wrapped
+        for sequence in sequences:
+            with self._lock:
+                self.scheduler.finish(sequence)
+            try:
+                sequence.deliver(error)
+            except Exception:  # its consumer is gone
+                sequence.aborted = True

@@ -1,0 +1,86 @@
+"""What a decoder is made of beside splice and attention, for where it runs.
+
+In float32 on the CPU: kernels of `range_kernels` whose rows do not depend on the batch. Elsewhere: torch's own, whose rounding may
+depend on how many rows run together.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from range_kernels import layers
+
+
+class Linear(Protocol):
+    """`x [rows, inputs] -> [rows, outputs]`; `weight` `[outputs, inputs]` and `bias` can be read and set."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class Operations(Protocol):
+    """The operations of one device and dtype."""
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear: ...
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) over the last dimension."""
+
+    def gate(self, both: torch.Tensor, gelu: bool) -> torch.Tensor:
+        """`activation(gate) * up` for `both` `[rows, gate and up]`."""
+
+    def rotate(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool) -> torch.Tensor:
+        """Turn pairs of channels of `x` `[tokens, heads, head_dim]`; `cosine`, `sine` `[tokens, pairs]`, float32."""
+
+
+class CpuOperations:
+    """float32 on the CPU."""
+
+    linear = staticmethod(layers.Linear)
+    norm = staticmethod(layers.rms_norm)
+    gate = staticmethod(layers.gate)
+    rotate = staticmethod(layers.rotate)
+
+
+class TorchLinear:
+    """torch's matrix product."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class TorchOperations:
+    """Any dtype and device; norms and rotations run in float32."""
+
+    linear = staticmethod(TorchLinear)
+
+    @staticmethod
+    def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return F.rms_norm(x, weight.shape, weight, epsilon)
+
+    @staticmethod
+    def gate(both: torch.Tensor, gelu: bool) -> torch.Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+
+    @staticmethod
+    def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool) -> torch.Tensor:
+        turned = 2 * cosine.shape[-1]
+        pairs, rest = x[..., :turned].float(), x[..., turned:]
+        first, second = (pairs[..., 0::2], pairs[..., 1::2]) if interleaved else pairs.chunk(2, dim=-1)
+        cosine, sine = cosine[:, None], sine[:, None]
+        new = (first * cosine - second * sine, second * cosine + first * sine)
+        joined = torch.stack(new, dim=-1).flatten(-2) if interleaved else torch.cat(new, dim=-1)
+        return torch.cat((joined.to(x.dtype), rest), dim=-1)
+
+
+def operations(dtype: torch.dtype, device: torch.device) -> Operations:
+    """What runs this dtype on this device."""
+    return CpuOperations() if dtype is torch.float32 and device.type == "cpu" else TorchOperations()
