@@ -4,8 +4,8 @@ Torch tensors in and out; the device of the tensors selects the kernel. Nothing 
 """
 
 from .attention import attention
-from .pages import KVPages, paged_attention
+from .pages import KVPages, PagedPlan, paged_attention
 from .splice import splice
 from .visibility import visible_keys
 
-__all__ = ["KVPages", "attention", "paged_attention", "splice", "visible_keys"]
+__all__ = ["KVPages", "PagedPlan", "attention", "paged_attention", "splice", "visible_keys"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -81,13 +82,52 @@ class KVPages:
             self.values[layer].flatten(0, 1)[slots] = values
 
 
+class PagedPlan:
+    """Which pages a batch reads and how its work is cut up: checked and made once a step, used by every layer.
+
+    Args:
+        block_table: int32 `[sequences, most pages]`: page of each stretch of `page_size` keys; entries past a sequence's keys
+            are not read.
+        cu_seqlens_q: `[sequences + 1]`, from 0 to the number of queries, which are the last positions of each sequence.
+        lengths_k: `[sequences]`, keys of each sequence, the new ones included.
+        pages: where the keys lie.
+        q_heads: a multiple of the pages' KV heads.
+
+    Raises:
+        ValueError: numbers do not fit, or an entry that is read names no page.
+    """
+
+    def __init__(
+        self,
+        block_table: np.ndarray,
+        cu_seqlens_q: Sequence[int] | np.ndarray,
+        lengths_k: Sequence[int] | np.ndarray,
+        pages: KVPages,
+        q_heads: int,
+    ) -> None:
+        if q_heads < 1 or q_heads % pages.kv_heads:
+            raise ValueError(f"{q_heads} query heads do not divide into groups over {pages.kv_heads} KV heads")
+        self.queries, self.q_heads = int(cu_seqlens_q[-1]), q_heads
+        self.cu_queries = cumulative("cu_seqlens_q", cu_seqlens_q, self.queries)
+        self.lengths = np.ascontiguousarray(lengths_k, np.int32)
+        self.block_table = np.ascontiguousarray(block_table, np.int32)
+        _check_table(self.block_table, np.diff(self.cu_queries), self.lengths, pages)
+        self.most_keys = int(self.lengths.max())
+        if pages.device.type == "cpu":
+            from .cpu.launch import plan_tasks
+
+            self.tasks = plan_tasks(self.cu_queries, self.lengths, q_heads // pages.kv_heads, pages.kv_heads)
+        else:
+            from .cuda.pages import plan_device
+
+            self.device_plan = plan_device(self.block_table, self.cu_queries, self.lengths, pages)
+
+
 def paged_attention(
     q: torch.Tensor,
     pages: KVPages,
     layer: int,
-    block_table: np.ndarray,
-    cu_seqlens_q: np.ndarray,
-    lengths_k: np.ndarray,
+    plan: PagedPlan,
     *,
     low: torch.Tensor | None = None,
     reach: torch.Tensor | None = None,
@@ -98,11 +138,8 @@ def paged_attention(
     """`range_kernels.attention` with keys and values in pages: mixed batches of prefills, chunks and decode steps.
 
     Args:
-        q: `[queries, q_heads, head_dim]` in the dtype and on the device of `pages`; the last positions of each sequence.
-        block_table: int32 `[sequences, most pages]`: page of each stretch of `page_size` keys; entries past a sequence's keys
-            are not read.
-        cu_seqlens_q: `[sequences + 1]`, from 0 to `queries`.
-        lengths_k: `[sequences]`, keys of each sequence, the new ones included (write them first).
+        q: `[queries, q_heads, head_dim]` in the dtype and on the device of `pages`.
+        layer: whose pages to read; write the new keys and values first.
         low, reach, window, softcap, scale: as in `range_kernels.attention`.
 
     Returns:
@@ -110,22 +147,20 @@ def paged_attention(
         however its prompt was cut into chunks.
 
     Raises:
-        ValueError: shapes or numbers do not fit, or a table entry that is read names no page.
+        ValueError: shapes, dtypes or devices do not fit.
     """
-    if q.ndim != 3 or q.shape[2] != pages.head_dim or q.shape[1] % pages.kv_heads:
-        raise ValueError(
-            f"q is {tuple(q.shape)}: expected [queries, q_heads, {pages.head_dim}], q_heads a multiple of {pages.kv_heads}"
-        )
+    if q.shape != (plan.queries, plan.q_heads, pages.head_dim):
+        raise ValueError(f"q is {tuple(q.shape)}: the plan is for {(plan.queries, plan.q_heads, pages.head_dim)}")
     if q.dtype != pages.dtype or q.device.type != pages.device.type:
         raise ValueError(
             f"q is {q.dtype} on {q.device}, the pages are {pages.dtype} on {pages.device}: make them equal"
         )
-    lengths_q = cumulative("cu_seqlens_q", cu_seqlens_q, len(q))
-    lengths_k = np.asarray(lengths_k, np.int32)
-    block_table = np.ascontiguousarray(block_table, np.int32)
-    _check_table(block_table, np.diff(lengths_q), lengths_k, pages)
-    cu_seqlens_k = np.concatenate([[0], np.cumsum(lengths_k)]).astype(np.int32)
-    low, reach = query_bounds(low, reach, lengths_q, cu_seqlens_k, window, q)
+    if low is None or reach is None or low.device != q.device or reach.device != q.device:
+        cu_keys = np.concatenate([[0], np.cumsum(plan.lengths)]).astype(np.int32)
+        low, reach = query_bounds(low, reach, plan.cu_queries, cu_keys, window, q)
+    for name, given in (("low", low), ("reach", reach)):
+        if given.shape != q.shape[:1] or given.dtype != torch.int32 or not given.is_contiguous():
+            raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}: expected int32 [{len(q)}], one a query")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():
@@ -133,35 +168,11 @@ def paged_attention(
     if q.device.type == "cpu":
         from .cpu.launch import attend_pages
 
-        attend_pages(
-            q,
-            pages.keys[layer],
-            pages.values[layer],
-            out,
-            low,
-            reach,
-            lengths_q,
-            lengths_k,
-            block_table,
-            scale,
-            softcap,
-        )
+        attend_pages(q, pages.keys[layer], pages.values[layer], out, low, reach, plan, scale, softcap)
     else:
         from .cuda.pages import launch
 
-        launch(
-            q,
-            pages.keys[layer],
-            pages.values[layer],
-            out,
-            low,
-            reach,
-            lengths_q,
-            lengths_k,
-            block_table,
-            scale,
-            softcap,
-        )
+        launch(q, pages.keys[layer], pages.values[layer], out, low, reach, plan, scale, softcap)
     return out
 
 

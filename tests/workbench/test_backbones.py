@@ -115,7 +115,6 @@ def test_internlm2_is_a_llama_in_another_layout(tmp_path):
     ("name", "changes", "words"),
     [
         ("LlamaConfig", {"hidden_act": "gelu"}, "hidden_act"),
-        ("LlamaConfig", {"sliding_window": 8}, "sliding_window"),
         ("LlamaConfig", {"is_causal": False}, "is_causal"),
         ("Gemma3TextConfig", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("Qwen3Config", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),

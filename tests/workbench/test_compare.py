@@ -52,8 +52,10 @@ def test_planted_faults_are_bugs_at_the_splice(model, prompt, name, dtype):
 def test_a_wrong_weight_is_found_where_it_is(model, prompt, layer, part, tap):
     """One row of one weight matrix half a percent off: far below what an answer shows."""
     broken = workbench.open_engine("numba", model)
-    weight = getattr(broken.decoder.layers[layer], part)
+    linear = getattr(broken.decoder.layers[layer], part)
+    weight = linear.weight.clone()
     weight[:40] *= 1.005
+    linear.weight = weight
     comparison = check_engine(broken, prompt)
     assert comparison.verdict == "bug"
     assert comparison.first_divergence.tap == tap

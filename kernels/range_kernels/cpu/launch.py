@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -30,7 +31,7 @@ class _Scratch:
         self._kept: dict[str, np.ndarray] = {}
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         kept = self._kept.get(name)
         if kept is None or kept.size < size:
             kept = aligned(size)
@@ -70,7 +71,7 @@ def attention(q, k, v, out, low, reach, lengths_q, lengths_k, scale, softcap) ->
     16-bit inputs are widened once, sums run in float32.
     """
     wide_k, wide_v = (x.detach().float().numpy() for x in (k, v))
-    keys_of = np.diff(lengths_k)
+    keys_of = np.diff(lengths_k).astype(np.int32)
     page_size = kernels.KEYS if keys_of.max() >= kernels.KEYS else COLUMNS
     pages_of = -(-keys_of // page_size)
     first_page = np.cumsum(pages_of) - pages_of
@@ -78,12 +79,13 @@ def attention(q, k, v, out, low, reach, lengths_q, lengths_k, scale, softcap) ->
     slots = np.arange(len(k)) + np.repeat(first_page * page_size - lengths_k[:-1], keys_of)
     table = (first_page[:, None] + np.arange(max(int(pages_of.max()), 1))).astype(np.int32)
     with _PARALLEL:
-        pages = [
+        keys, values = (
             _scratch.take(name, (int(pages_of.sum()), *shape))
             for name, shape in zip(("keys", "values"), page_shapes(page_size, *k.shape[1:]), strict=True)
-        ]
-        _write(*pages, slots, wide_k, wide_v)
-        _attend(q, *pages, out, low, reach, lengths_q, keys_of, table, scale, softcap)
+        )
+        _write(keys, values, slots, wide_k, wide_v)
+        tasks = plan_tasks(lengths_q, keys_of, q.shape[1] // k.shape[1], k.shape[1])
+        _attend(q, keys, values, out, low, reach, keys_of, table, tasks, scale, softcap)
 
 
 def page_shapes(page_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -115,29 +117,29 @@ def write_pages(keys: np.ndarray, values: np.ndarray, slots: np.ndarray, k: torc
         _write(keys, values, slots, *wide)
 
 
-def attend_pages(q, keys, values, out, low, reach, lengths_q, lengths_k, table, scale, softcap) -> None:
-    """Attention over the pages of one layer; `lengths_q` cumulative, `lengths_k` of each sequence; fills `out`."""
-    if int(lengths_k.max()) * len(q) * q.shape[1] * q.shape[2] < _SMALL_WORK:
-        _attend(q, keys, values, out, low, reach, lengths_q, lengths_k, table, scale, softcap, kernels.attend_small)
+def attend_pages(q, keys, values, out, low, reach, plan, scale, softcap) -> None:
+    """Attention over the pages of one layer by a `range_kernels.PagedPlan`; fills `out`."""
+    rest = (plan.lengths, plan.block_table, plan.tasks, scale, softcap)
+    if plan.most_keys * q.numel() < _SMALL_WORK:
+        _attend(q, keys, values, out, low, reach, *rest, kernel=kernels.attend_small)
         return
     with _PARALLEL:
-        _attend(q, keys, values, out, low, reach, lengths_q, lengths_k, table, scale, softcap)
+        _attend(q, keys, values, out, low, reach, *rest)
 
 
 def _attend(
-    q, keys, values, out, low, reach, lengths_q, lengths_k, table, scale, softcap, kernel: Any = kernels.attend
+    q, keys, values, out, low, reach, lengths_k, table, tasks, scale, softcap, kernel: Any = kernels.attend
 ) -> None:
     wide = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
     kernel(
-        q.detach().float().numpy(), keys, values, wide.numpy(), low.numpy(), reach.numpy(),
-        np.ascontiguousarray(lengths_k, np.int32), table, _tasks(lengths_q, lengths_k, q.shape[1] // keys.shape[1], keys.shape[1]),
+        q.detach().float().numpy(), keys, values, wide.numpy(), low.numpy(), reach.numpy(), lengths_k, table, tasks,
         np.float32(scale), np.float32(softcap),
     )  # fmt: skip
     if wide is not out:
         out.copy_(wide)
 
 
-def _tasks(lengths_q: np.ndarray, lengths_k: np.ndarray, group: int, kv_heads: int) -> np.ndarray:
+def plan_tasks(lengths_q: np.ndarray, lengths_k: np.ndarray, group: int, kv_heads: int) -> np.ndarray:
     """Blocks of queries as int32 `[n, 4]`: sequence, KV head, first and end query.
 
     Numba hands each thread one contiguous share, and late blocks of a causal prompt cost more than early ones: dealing the

@@ -137,7 +137,6 @@ class Kind:
 _ACTIVATIONS = {"silu", "swish", "gelu_pytorch_tanh"}
 # Settings under which Transformers computes something else than these decoders do. A family that computes one names it in `own`.
 _FOREIGN = (
-    "sliding_window",
     "attention_chunk_size",
     "use_bidirectional_attention",
     "_per_layer_config",

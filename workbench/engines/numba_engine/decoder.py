@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from range_kernels import KVPages, paged_attention
+from range_kernels import KVPages, PagedPlan, paged_attention
 
 from ...models import Model
 from .backbones import read_backbone
@@ -94,11 +94,12 @@ class Decoder:
         """
         hidden = batch.hidden
         rotations = {rope: self._rotation(rope, batch) for rope in set(self.backbone.ropes) if rope is not None}
+        plan = PagedPlan(batch.block_table, batch.cu_queries, batch.lengths, pages, self.backbone.heads)
         lows = {window: batch.low(window) for window in set(self.backbone.windows)}
         if tap:
             tap("embed", hidden)
         for number, layer in enumerate(self.layers):
-            added = self._attention(number, layer, hidden, batch, pages, rotations, lows)
+            added = self._attention(number, layer, hidden, batch, pages, plan, rotations, lows)
             hidden = hidden + added
             if tap:
                 tap(f"layers.{number}.attention", added)
@@ -120,7 +121,15 @@ class Decoder:
         return hidden
 
     def _attention(
-        self, number: int, layer: Layer, hidden: torch.Tensor, batch: Batch, pages: KVPages, rotations: dict, lows: dict
+        self,
+        number: int,
+        layer: Layer,
+        hidden: torch.Tensor,
+        batch: Batch,
+        pages: KVPages,
+        plan: PagedPlan,
+        rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]],
+        lows: dict[int | None, torch.Tensor],
     ) -> torch.Tensor:
         backbone, run = self.backbone, self.run
         turned = backbone.heads + backbone.kv_heads
@@ -136,7 +145,7 @@ class Decoder:
             heads = run.rotate(heads, *rotations[rope], rope.interleaved)
         pages.write(number, batch.slots, heads[:, backbone.heads :], values)
         seen = paged_attention(
-            heads[:, : backbone.heads], pages, number, batch.block_table, batch.cu_queries, batch.lengths,
+            heads[:, : backbone.heads], pages, number, plan,
             low=lows[backbone.windows[number]], reach=batch.reach, softcap=backbone.softcap, scale=backbone.scale,
         )  # fmt: skip
         added = layer.output(seen.reshape(len(hidden), -1))

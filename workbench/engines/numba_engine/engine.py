@@ -145,9 +145,14 @@ class NumbaEngine(Engine):
         channel: queue.SimpleQueue[Any] = queue.SimpleQueue()
         request = self._request(prompt, config, channel.put)
         cancelled.tell(lambda: channel.put(_CANCELLED))
-        self._loop.submit(request)
+        self._loop.submit(request, alone=True)
         try:
-            while (output := _opened(channel.get())) is not None:
+            while True:
+                while channel.empty() and self._loop.step_alone():
+                    pass
+                output = _opened(channel.get())
+                if output is None:
+                    return
                 yield output
         finally:
             self._loop.abort(request)

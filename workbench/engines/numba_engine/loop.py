@@ -28,23 +28,48 @@ class Loop:
         self.decoder, self.pages, self.scheduler = decoder, pages, scheduler
         self.counters = Counters()
         self._lock = threading.Lock()  # holds for the scheduler and the thread's coming and going, never during a step
+        self._step_lock = threading.Lock()  # one step at a time; taken before the other lock
         self._thread: threading.Thread | None = None
         self._numbers = 0
 
-    def submit(self, *sequences: Sequence) -> None:
-        """Queue requests, together."""
+    def submit(self, sequence: Sequence, alone: bool = False) -> None:
+        """Queue a request.
+
+        Args:
+            alone: its consumer will call `step_alone` while it waits; no thread is needed as long as there is no other request.
+        """
         with self._lock:
-            for sequence in sequences:
-                sequence.number = self._numbers
-                self._numbers += 1
-                self.scheduler.add(sequence)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="workbench-engine", daemon=True)
-                self._thread.start()
+            sequence.number = self._numbers
+            self._numbers += 1
+            crowded = bool(self.scheduler.running or self.scheduler.waiting)
+            self.scheduler.add(sequence)
+            if self._thread is None and (crowded or not alone):
+                self._start()
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="workbench-engine", daemon=True)
+        self._thread.start()
+
+    def step_alone(self) -> bool:
+        """Run a step in the calling thread; False where the engine's own thread runs them.
+
+        Two threads that compute in turns cost each other their pools of workers: one request is faster without the second.
+        """
+        with self._step_lock:
+            with self._lock:
+                if self._thread is not None:
+                    return False
+            return self._one_step()
 
     def abort(self, sequence: Sequence) -> None:
-        """Drop a request before the next step; its pages are free then."""
+        """Drop a request: at once where no step is running, else before the next one; its pages are free then."""
         sequence.aborted = True
+        if self._step_lock.acquire(blocking=False):
+            try:
+                with self._lock:
+                    self.scheduler.finish(sequence)
+            finally:
+                self._step_lock.release()
 
     def stats(self) -> EngineStats:
         """The engine as it is now."""
@@ -73,18 +98,25 @@ class Loop:
 
     def _run(self) -> None:
         while True:
-            began = time.perf_counter()
-            pieces: list[Piece] = []
-            try:
-                with self._lock:
-                    pieces = self.scheduler.schedule()
-                    if not pieces:
-                        self._thread = None
-                        return
-                self._step(pieces, began)
-            except BaseException as error:  # a fault of the engine's own: nobody may wait for ever
-                scheduler = self.scheduler
-                self._fail([piece.sequence for piece in pieces] or [*scheduler.running, *scheduler.waiting], error)
+            with self._step_lock:
+                if not self._one_step():
+                    return
+
+    def _one_step(self) -> bool:
+        """Schedule and run; False where there was nothing to do. Then the thread, if one called, has ended."""
+        began = time.perf_counter()
+        pieces: list[Piece] = []
+        try:
+            with self._lock:
+                pieces = self.scheduler.schedule()
+                if not pieces:
+                    self._thread = None
+                    return False
+            self._step(pieces, began)
+        except BaseException as error:  # a fault of the engine's own: nobody may wait for ever
+            scheduler = self.scheduler
+            self._fail([piece.sequence for piece in pieces] or [*scheduler.running, *scheduler.waiting], error)
+        return True
 
     def _step(self, pieces: list[Piece], began: float) -> None:
         decoding = [piece.sequence.decoding for piece in pieces]
