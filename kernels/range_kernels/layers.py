@@ -41,7 +41,7 @@ class Linear:
         _check("x", x, 2)
         if x.shape[1] != self._panels.shape[1]:
             raise ValueError(f"x is {tuple(x.shape)}: expected [rows, {self._panels.shape[1]}]")
-        out = launch.linear(x, self._panels, self._outputs)
+        out = launch.linear(x.detach(), self._panels, self._outputs)
         return out if self.bias is None else out + self.bias
 
 

@@ -70,7 +70,7 @@ class KVPages:
             slots: int64 `[tokens]`, page number times `page_size` plus place in the page.
             keys, values: `[tokens, kv_heads, head_dim]`.
         """
-        shape = (len(slots), self.kv_heads, self.head_dim)
+        shape = (slots.shape[0], self.kv_heads, self.head_dim)
         if keys.shape != shape or values.shape != shape:
             raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)}: expected {shape}")
         if self.device.type == "cpu":

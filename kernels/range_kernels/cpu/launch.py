@@ -13,7 +13,7 @@ import torch
 from . import attention as kernels
 from . import layers
 from . import splice as splicing
-from .vector import COLUMNS, ROWS
+from .vector import COLUMNS
 
 # Numba's portable threading layer aborts the process when two threads enter parallel code at once.
 _PARALLEL = threading.Lock()
@@ -174,16 +174,10 @@ def pack_weights(weight: torch.Tensor) -> np.ndarray:
 
 def linear(x: torch.Tensor, panels: np.ndarray, outputs: int) -> torch.Tensor:
     """`x` `[rows, inputs]` times packed weights: `[rows, outputs]`."""
-    count, inputs, _ = panels.shape
-    rows = -(-len(x) // ROWS) * ROWS
-    out = torch.empty((rows, count * COLUMNS))
+    out = torch.empty((x.shape[0], panels.shape[0] * COLUMNS))
     with _PARALLEL:
-        padded = x.detach().contiguous().numpy()
-        if rows != len(x):
-            padded = _scratch.take("rows", (rows, inputs))
-            padded[: len(x)], padded[len(x) :] = x.detach().numpy(), 0.0
-        layers.linear(padded, panels, out.numpy())
-    return out[: len(x), :outputs]
+        layers.linear(x.contiguous().numpy(), panels, out.numpy())
+    return out if out.shape[1] == outputs else out[:, :outputs]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -196,7 +190,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
 def gate(both: torch.Tensor, gelu: bool) -> torch.Tensor:
     """`activation(both[:, :n]) * both[:, n:]` for `both` `[rows, 2 n]`."""
-    out = torch.empty((len(both), both.shape[1] // 2))
+    out = torch.empty((both.shape[0], both.shape[1] // 2))
     _by_size(both, layers.gate, layers.gate_few, (both.contiguous().numpy(), gelu, out.numpy()))
     return out
 

@@ -21,18 +21,25 @@ LANES = 16
 
 @njit(parallel=True, cache=CACHE)
 def linear(x, panels, out):
-    """out[rows, :] = x[rows, inputs] @ weights; `panels` [n, inputs, COLUMNS]. Rows are a multiple of ROWS."""
+    """out[rows, :] = x[rows, inputs] @ weights; `panels` [n, inputs, COLUMNS], `out` [rows, n * COLUMNS]."""
     rows, inputs = x.shape
+    whole = rows // ROWS * ROWS
+    rest = np.zeros((ROWS if whole < rows else 0, inputs), np.float32)  # the last rows, made up to a block
+    rest[: rows - whole] = x[whole:]
     blocks = -(-rows // TOKENS)
     for task in prange(blocks * len(panels)):
         panel, first = task // blocks, task % blocks * TOKENS
-        for row in range(first, min(first + TOKENS, rows), ROWS):
+        weights = panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * 4)
+        for row in range(first, min(first + TOKENS, whole), ROWS):
             block_product(
-                x.ctypes.data + np.uintp(row * inputs * 4), inputs,
-                panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * 4), COLUMNS,
+                x.ctypes.data + np.uintp(row * inputs * 4), inputs, weights, COLUMNS,
                 out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4), out.shape[1],
                 inputs,
             )  # fmt: skip
+        if (first + TOKENS >= rows) & (whole < rows):
+            block = np.empty((ROWS, COLUMNS), np.float32)
+            block_product(rest.ctypes.data, inputs, weights, COLUMNS, block.ctypes.data, COLUMNS, inputs)
+            out[whole:, panel * COLUMNS : (panel + 1) * COLUMNS] = block[: rows - whole]
 
 
 @njit

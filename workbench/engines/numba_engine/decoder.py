@@ -134,7 +134,7 @@ class Decoder:
         backbone, run = self.backbone, self.run
         turned = backbone.heads + backbone.kv_heads
         x = layer.qkv(self._normalise(hidden, layer.attention_norm))
-        x = x.view(len(hidden), turned + backbone.kv_heads, backbone.head_dim)
+        x = x.view(hidden.shape[0], turned + backbone.kv_heads, backbone.head_dim)
         heads, values = x[:, :turned], x[:, turned:]
         if layer.head_norms is not None:
             parts = heads.split([backbone.heads, backbone.kv_heads], dim=1)
@@ -148,7 +148,7 @@ class Decoder:
             heads[:, : backbone.heads], pages, number, plan,
             low=lows[backbone.windows[number]], reach=batch.reach, softcap=backbone.softcap, scale=backbone.scale,
         )  # fmt: skip
-        added = layer.output(seen.reshape(len(hidden), -1))
+        added = layer.output(seen.flatten(1))
         return added if layer.after_attention is None else self._normalise(added, layer.after_attention)
 
     @torch.no_grad()

@@ -116,6 +116,8 @@ class Loop:
         except BaseException as error:  # a fault of the engine's own: nobody may wait for ever
             scheduler = self.scheduler
             self._fail([piece.sequence for piece in pieces] or [*scheduler.running, *scheduler.waiting], error)
+            if isinstance(error, KeyboardInterrupt):  # in the caller's own thread
+                raise
         return True
 
     def _step(self, pieces: list[Piece], began: float) -> None:
