@@ -1,6 +1,6 @@
 """`python -m range_kernels.bench_cuda`: the tensor-core and splice kernels on a GPU beside torch's, in one run, in turns.
 
-Prefill: torch SDPA's FlashAttention-2 and cuDNN kernels (causal), cuDNN with a dense mask and FlexAttention (spans). Splice: an index
+Paged decode: torch SDPA's kernels on a dense cache, and a plain copy that moves as many bytes. Prefill: torch SDPA's FlashAttention-2 and cuDNN kernels (causal), cuDNN with a dense mask and FlexAttention (spans). Splice: an index
 assignment, `index_copy_`, Transformers' masked_scatter, and a plain copy of as many bytes. Times are medians of GPU events; buffers
 rotate so that nothing is found in the L2 cache.
 """
@@ -15,14 +15,17 @@ from statistics import median
 from typing import Any
 
 import numba
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import attention, splice, visible_keys
+from . import KVPages, PagedPlan, attention, paged_attention, splice, visible_keys
 
 HEADS, KV_HEADS, SPAN = 32, 8, 256
 PREFILLS = ((4, 4096, 128), (1, 16384, 128), (4, 4096, 64))  # batch, tokens, head size
+DECODES = ((1, 4096), (64, 4096), (16, 32768))  # batch, keys; head size 128
+PAGE_SIZE = 64
 SPLICES = ((512, 4096), (8192, 4096), (65536, 4096), (65536, 8192))  # tokens, hidden
 _COPIES = 3  # of every input
 _BUSY = 3_000_000  # cycles, about 2 ms
@@ -111,8 +114,16 @@ def bench_prefill(shape: tuple[int, int, int], rounds: int, flex: bool) -> dict[
         return run
 
     dense = torch.arange(tokens, device="cuda") <= bounds["spans"][1][:tokens, None]
+    pages, table = _paged(packed, batch, tokens, head_dim)
+    plan = PagedPlan(table, lengths, [tokens] * batch, pages, HEADS)
+
+    def ours_paged(turn: int) -> object:
+        low, reach = bounds["spans"]
+        return paged_attention(packed[turn][0], pages, turn, plan, low=low, reach=reach)
+
     jobs = {
         "ours, causal": ours("causal"),
+        "ours, spans, paged": ours_paged,
         "ours, spans": ours("spans"),
         "flash, causal": sdpa(SDPBackend.FLASH_ATTENTION),
         "cuDNN, causal": sdpa(SDPBackend.CUDNN_ATTENTION),
@@ -121,6 +132,19 @@ def bench_prefill(shape: tuple[int, int, int], rounds: int, flex: bool) -> dict[
     if flex:
         jobs |= _flex_jobs(batched, tokens)
     return time_in_turns(jobs, rounds)
+
+
+def _paged(
+    packed: list[list[torch.Tensor]], batch: int, tokens: int, head_dim: int
+) -> tuple[KVPages, np.ndarray[Any, Any]]:
+    """The keys and values of every copy in pages in random order; a copy takes the place of a layer."""
+    count = batch * tokens // PAGE_SIZE
+    pages = KVPages(len(packed), count, PAGE_SIZE, KV_HEADS, head_dim, torch.bfloat16, "cuda")
+    order = np.random.default_rng(0).permutation(count)
+    for number, (_, k, v) in enumerate(packed):
+        for x, into in ((k, pages.keys), (v, pages.values)):
+            into[number, torch.from_numpy(order).cuda()] = x.view(count, PAGE_SIZE, KV_HEADS, head_dim)
+    return pages, order.reshape(batch, -1)
 
 
 def _flex_jobs(batched: Callable[[int], list[torch.Tensor]], tokens: int) -> dict[str, Callable[[int], object]]:
@@ -140,6 +164,45 @@ def _flex_jobs(batched: Callable[[int], list[torch.Tensor]], tokens: int) -> dic
         return lambda turn: compiled(*batched(turn), block_mask=masks[name], enable_gqa=True)
 
     return {f"FlexAttention, {name}": run(name) for name in masks}
+
+
+def bench_decode(shape: tuple[int, int], rounds: int) -> dict[str, float]:
+    """Milliseconds of a decode step's attention; bfloat16, pages of 64 tokens in random order, each step's keys written too."""
+    batch, keys = shape
+    per_sequence = keys // PAGE_SIZE
+    pages = KVPages(_COPIES, batch * per_sequence, PAGE_SIZE, KV_HEADS, 128, torch.bfloat16, "cuda")
+    pages.keys.normal_()
+    pages.values.normal_()
+    table = np.random.default_rng(0).permutation(batch * per_sequence).reshape(batch, per_sequence)
+    plan = PagedPlan(table, range(batch + 1), [keys] * batch, pages, HEADS)
+    low = torch.zeros(batch, dtype=torch.int32, device="cuda")
+    reach = torch.full_like(low, keys - 1)
+    q, new = (torch.randn(batch, heads, 128, device="cuda").bfloat16() for heads in (HEADS, KV_HEADS))
+
+    def dense(x: torch.Tensor) -> torch.Tensor:
+        return x.view(batch, keys, KV_HEADS, 128).transpose(1, 2)
+
+    def sdpa(backend: SDPBackend) -> Callable[[int], object]:
+        def run(turn: int) -> object:
+            with sdpa_kernel(backend):
+                k, v = dense(pages.keys[turn]), dense(pages.values[turn])
+                return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
+
+        return run
+
+    def ours(turn: int) -> torch.Tensor:
+        return paged_attention(q, pages, turn, plan, new=(new, new), low=low, reach=reach)
+
+    half = torch.empty_like(pages.keys[0])  # reading one and writing one moves as many bytes as reading keys and values
+    return time_in_turns(
+        {
+            "ours, paged": ours,
+            "flash, dense cache": sdpa(SDPBackend.FLASH_ATTENTION),
+            "cuDNN, dense cache": sdpa(SDPBackend.CUDNN_ATTENTION),
+            "copy": lambda turn: half.copy_(pages.keys[turn]),
+        },
+        rounds,
+    )
 
 
 def bench_splice(shape: tuple[int, int], rounds: int) -> dict[str, float]:
@@ -185,7 +248,7 @@ def main() -> None:
     options = parser.parse_args()
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "numba": numba.__version__, "rounds": options.rounds, "prefill": [], "splice": [],
+        "numba": numba.__version__, "rounds": options.rounds, "prefill": [], "decode": [], "splice": [],
     }  # fmt: skip
     print(f"{report['device']}, torch {torch.__version__}, numba {numba.__version__}; medians of {options.rounds}")
     for shape in PREFILLS:
@@ -194,6 +257,11 @@ def main() -> None:
         for name, ms in bench_prefill(shape, options.rounds, not options.no_flex).items():
             print(f"prefill {batch} x {tokens}, head {head_dim}: {name:26} {ms:8.3f} ms {work / ms / 1e9:6.0f} TFLOP/s")
             report["prefill"].append({"shape": shape, "kernel": name, "ms": ms, "tflops": work / ms / 1e9})
+    for batch, keys in DECODES:
+        moved = 4 * batch * keys * KV_HEADS * 128
+        for name, ms in bench_decode((batch, keys), options.rounds).items():
+            print(f"decode {batch} x {keys}: {name:18} {ms:8.3f} ms {moved / ms / 1e9:6.2f} TB/s")
+            report["decode"].append({"shape": (batch, keys), "kernel": name, "ms": ms, "tbytes": moved / ms / 1e9})
     for tokens, hidden in SPLICES:
         moved = 2 * tokens * hidden * 2
         for name, ms in bench_splice((tokens, hidden), options.rounds).items():

@@ -10,7 +10,7 @@ import torch
 
 from .attention import cumulative, query_bounds
 
-PAGE_SIZES = (32, 64, 128, 256)
+PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
 class KVPages:
@@ -24,7 +24,7 @@ class KVPages:
         dtype: float32, float16 or bfloat16.
 
     Raises:
-        ValueError: a page size that is not 32, 64, 128 or 256.
+        ValueError: a page size that is not 32, 64, 128 or 256, or 16 on a GPU.
     """
 
     def __init__(
@@ -37,8 +37,9 @@ class KVPages:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        if page_size not in PAGE_SIZES:
-            raise ValueError(f"page_size={page_size}: pages hold {', '.join(map(str, PAGE_SIZES))} tokens")
+        sizes = PAGE_SIZES[1:] if torch.device(device).type == "cpu" else PAGE_SIZES
+        if page_size not in sizes:
+            raise ValueError(f"page_size={page_size}: pages hold {', '.join(map(str, sizes))} tokens")
         if min(layers, pages, kv_heads, head_dim) < 1:
             raise ValueError(
                 f"layers={layers}, pages={pages}, kv_heads={kv_heads}, head_dim={head_dim}: all must be at least 1"
@@ -62,24 +63,6 @@ class KVPages:
         """Memory of one page in all layers."""
         size = 4 if cpu else dtype.itemsize
         return 2 * layers * page_size * kv_heads * head_dim * size
-
-    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put tokens into pages of a layer.
-
-        Args:
-            slots: int64 `[tokens]`, page number times `page_size` plus place in the page.
-            keys, values: `[tokens, kv_heads, head_dim]`.
-        """
-        shape = (slots.shape[0], self.kv_heads, self.head_dim)
-        if keys.shape != shape or values.shape != shape:
-            raise ValueError(f"keys {tuple(keys.shape)} and values {tuple(values.shape)}: expected {shape}")
-        if self.device.type == "cpu":
-            from .cpu.launch import write_pages
-
-            write_pages(self.keys[layer], self.values[layer], slots.numpy(), keys, values)
-        else:
-            self.keys[layer].flatten(0, 1)[slots] = keys
-            self.values[layer].flatten(0, 1)[slots] = values
 
 
 class PagedPlan:
@@ -112,15 +95,17 @@ class PagedPlan:
         self.lengths = np.ascontiguousarray(lengths_k, np.int32)
         self.block_table = np.ascontiguousarray(block_table, np.int32)
         _check_table(self.block_table, np.diff(self.cu_queries), self.lengths, pages)
-        self.most_keys = int(self.lengths.max())
+        self.most_keys, self.most_queries = int(self.lengths.max()), int(np.diff(self.cu_queries).max())
+        slots = _last_slots(self.block_table, np.diff(self.cu_queries), self.lengths, pages.page_size)
         if pages.device.type == "cpu":
             from .cpu.launch import plan_tasks
 
+            self.slots = slots
             self.tasks = plan_tasks(self.cu_queries, self.lengths, q_heads // pages.kv_heads, pages.kv_heads)
         else:
             from .cuda.pages import plan_device
 
-            self.device_plan = plan_device(self.block_table, self.cu_queries, self.lengths, pages)
+            self.device_plan = plan_device(self.block_table, self.cu_queries, self.lengths, slots, pages, q_heads)
 
 
 def paged_attention(
@@ -129,18 +114,22 @@ def paged_attention(
     layer: int,
     plan: PagedPlan,
     *,
+    new: tuple[torch.Tensor, torch.Tensor] | None = None,
     low: torch.Tensor | None = None,
     reach: torch.Tensor | None = None,
     window: int | None = None,
     softcap: float = 0.0,
     scale: float | None = None,
+    path: str | None = None,
 ) -> torch.Tensor:
     """`range_kernels.attention` with keys and values in pages: mixed batches of prefills, chunks and decode steps.
 
     Args:
         q: `[queries, q_heads, head_dim]` in the dtype and on the device of `pages`.
-        layer: whose pages to read; write the new keys and values first.
-        low, reach, window, softcap, scale: as in `range_kernels.attention`.
+        layer: whose pages to read.
+        new: keys and values of the queries' own tokens, `[queries, kv_heads, head_dim]`, written into their pages first; None
+            where they are there.
+        low, reach, window, softcap, scale, path: as in `range_kernels.attention`.
 
     Returns:
         `[queries, q_heads, head_dim]`. On the CPU a row is bit for bit the same whatever stands beside it in the batch and
@@ -155,6 +144,12 @@ def paged_attention(
         raise ValueError(
             f"q is {q.dtype} on {q.device}, the pages are {pages.dtype} on {pages.device}: make them equal"
         )
+    for name, given in zip(("new keys", "new values"), new or (), strict=False):
+        expected = (plan.queries, pages.kv_heads, pages.head_dim)
+        if given.shape != expected or given.dtype != q.dtype or given.device != q.device:
+            raise ValueError(
+                f"{name} are {given.dtype} {tuple(given.shape)} on {given.device}: expected {q.dtype} {expected} on {q.device}"
+            )
     if low is None or reach is None or low.device != q.device or reach.device != q.device:
         cu_keys = np.concatenate([[0], np.cumsum(plan.lengths)]).astype(np.int32)
         low, reach = query_bounds(low, reach, plan.cu_queries, cu_keys, window, q)
@@ -166,13 +161,17 @@ def paged_attention(
     if not out.numel():
         return out
     if q.device.type == "cpu":
-        from .cpu.launch import attend_pages
+        from .cpu.launch import attend_pages, write_pages
 
+        if path is not None:
+            raise ValueError(f"path={path!r}: on the CPU there is one path")
+        if new is not None:
+            write_pages(pages.keys[layer], pages.values[layer], plan.slots, *new)
         attend_pages(q, pages.keys[layer], pages.values[layer], out, low, reach, plan, scale, softcap)
     else:
         from .cuda.pages import launch
 
-        launch(q, pages.keys[layer], pages.values[layer], out, low, reach, plan, scale, softcap)
+        launch(q, pages.keys[layer], pages.values[layer], out, low, reach, plan, new, scale, softcap, path)
     return out
 
 
@@ -187,3 +186,10 @@ def _check_table(table: np.ndarray, queries: np.ndarray, keys: np.ndarray, pages
     read = table[np.arange(table.shape[1]) < needed[:, None]]
     if len(read) and not 0 <= read.min() <= read.max() < pages.pages:
         raise ValueError(f"block_table names page {read.min()} to {read.max()}: there are {pages.pages}")
+
+
+def _last_slots(table: np.ndarray, queries: np.ndarray, keys: np.ndarray, page_size: int) -> np.ndarray:
+    """Where the last `queries` keys of each sequence lie: page times `page_size` plus place in the page, int64."""
+    sequence = np.repeat(np.arange(len(queries)), queries)
+    place = np.arange(len(sequence)) + np.repeat(keys - np.cumsum(queries), queries)
+    return table[sequence, place // page_size].astype(np.int64) * page_size + place % page_size

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from numba import cuda
 from numba.cuda import types
-from range_kernels.cuda import splice
+from range_kernels.cuda import decode, splice
 from range_kernels.cuda.tensor_core import HEAD_DIMS, THREADS, make_kernel, signature
 
 
@@ -41,10 +41,13 @@ def assemble(ptx, architecture, folder):
     )
 
 
-@pytest.mark.parametrize(("dtype", "softcap"), [("bfloat16", False), ("bfloat16", True), ("float16", False)])
+KINDS = [("bfloat16", False, 0), ("bfloat16", True, 64), ("float16", False, 32)]
+
+
+@pytest.mark.parametrize(("dtype", "softcap", "page_size"), KINDS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_prefill(head_dim, dtype, softcap, tmp_path):
-    function, _, room = make_kernel(head_dim, dtype, softcap)
+def test_prefill(head_dim, dtype, softcap, page_size, tmp_path):
+    function, _, room = make_kernel(head_dim, dtype, softcap, page_size)
     assert room < 227 * 1024  # what an SM of sm_90 gives a block
     for capability, architecture in (((8, 0), "sm_80"), ((9, 0, "a"), "sm_90a")):
         ptx = to_ptx(function, signature(), capability, launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))
@@ -55,6 +58,20 @@ def test_prefill(head_dim, dtype, softcap, tmp_path):
             registers, spilled = used
             assert registers <= 255
             assert spilled <= 256, f"{spilled} bytes spilled: some sums lie in memory"
+
+
+@pytest.mark.parametrize(("dtype", "softcap", "page_size"), [("bfloat16", False, 16), ("float16", True, 256)])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_decode(head_dim, dtype, softcap, page_size, tmp_path):
+    function, room = decode.make_kernel(head_dim, dtype, softcap, page_size)
+    assert room < 227 * 1024
+    for capability, architecture in (((8, 0), "sm_80"), ((9, 0, "a"), "sm_90a")):
+        ptx = to_ptx(function, decode.signature(), capability, launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))
+        assert "mma.sync.aligned.m16n8k16" in ptx
+        assert ".f64" not in ptx
+        used = assemble(ptx, architecture, tmp_path)
+        if used:
+            assert used[1] == 0
 
 
 def test_wide_splice(tmp_path):

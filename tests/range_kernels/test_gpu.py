@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from range_kernels import attention, splice, visible_keys
+from range_kernels.pages import PAGE_SIZES
 from range_kernels.reference import splice as splice_oracle
 
 from .cases import DTYPES, assert_close, make_case
+from .paging import put_in_pages, run_paged
 from .test_attention import cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -32,14 +34,20 @@ def test_attention_at_odd_sizes(keys, dtype):
         assert_close(attention(*case.to("cuda").args), case)
 
 
-def random_call(generator, head_dim, dtype):
-    """Packed sequences of random lengths, some chunked, with spans and windows; q, k, v and bounds on the GPU."""
+def random_call(generator, head_dim, dtype, decoding=False):
+    """Packed sequences of random lengths, some chunked, with spans and windows; q, k, v and bounds on the GPU.
+
+    `decoding`: most sequences have a few queries at the end of many keys.
+    """
     kv_heads = int(generator.integers(1, 4))
     heads = kv_heads * int(generator.integers(1, 4))
     queries, keys, lows, reaches = [], [], [], []
     for _ in range(int(generator.integers(1, 4))):
         length = int(generator.choice([1, 17, 63, 64, 65, 127, 128, 129, 200, 257, 400]))
         first = int(generator.integers(0, length)) if generator.random() < 0.3 else 0
+        if decoding and generator.random() < 0.8:
+            length = int(generator.choice([1, 2, 63, 64, 65, 300, 1000, 4097, 9000]))
+            first = max(length - int(generator.integers(1, 4)), 0)
         edges = sorted({int(edge) for edge in generator.integers(0, length + 1, 6)})
         spans = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=False) if not a < first < b]
         window = int(generator.integers(1, 100)) if generator.random() < 0.3 else None
@@ -95,6 +103,63 @@ def test_tensor_cores_err_at_most_twice_as_much_as_torch(head_dim, dtype, softca
             f"{mine} against {(theirs.double() - truth).norm()}"
         )
         assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_paged_attention_errs_at_most_twice_as_much_as_torch(head_dim, dtype, softcap):
+    """Decode steps, chunks and whole prompts in one batch, over pages in any order whose free places hold NaN."""
+    generator = np.random.default_rng(head_dim + int(softcap))
+    for _ in range(25):
+        case = random_call(generator, head_dim, dtype, decoding=True)
+        q, k, v, cu_q, cu_k, low, reach = case
+        truth = dense(*case, softcap, torch.float64)
+        pages, table = put_in_pages(generator, k, v, cu_k, int(generator.choice(PAGE_SIZES)))
+        torch.empty_like(q).fill_(torch.nan)
+        out = run_paged(pages, table, q, cu_q, cu_k, low, reach, softcap=softcap, path="tensor-core")
+        theirs = dense(*case, softcap, dtype)
+        mine = (out.double() - truth).norm()
+        assert mine <= 2 * (theirs.double() - truth).norm() + 1e-12
+        assert torch.isfinite(out).all()
+        again = run_paged(pages, table, q, cu_q, cu_k, low, reach, softcap=softcap)
+        assert torch.equal(out, again)  # splits are joined in one order, and counters are back at zero
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_new_keys_are_written_before_they_are_read(queries, page_size):
+    """By the decode kernel itself (1 and 3 queries of a group of 4), or before a prefill."""
+    generator = np.random.default_rng(page_size + queries)
+    lengths = np.array([queries, 130, 700, 5000])
+    cu_k = np.concatenate([[0], np.cumsum(lengths)])
+    cu_q = np.arange(len(lengths) + 1) * queries
+    k, v = (torch.randn(int(cu_k[-1]), 2, 64, device="cuda").bfloat16() for _ in range(2))
+    packed = torch.randn(int(cu_q[-1]), 12, 64, device="cuda").bfloat16()
+    q = packed[:, :8]
+    last = np.concatenate([np.arange(stop - queries, stop) for stop in cu_k[1:]])
+    low = torch.zeros(len(q), dtype=torch.int32, device="cuda")
+    reach = torch.from_numpy((last - np.repeat(cu_k[:-1], queries)).astype(np.int32)).cuda()
+    pages, table = put_in_pages(generator, k, v, cu_k, page_size)
+    new = packed[:, 8:10], packed[:, 10:]
+    out = run_paged(pages, table, q, cu_q, cu_k, low, reach, new=new)
+    k[last], v[last] = new
+    wanted, wanted_table = put_in_pages(np.random.default_rng(page_size + queries), k, v, cu_k, page_size)
+    assert np.array_equal(table, wanted_table)
+    for mine, theirs in ((pages.keys, wanted.keys), (pages.values, wanted.values)):
+        assert torch.equal(mine.view(torch.int16), theirs.view(torch.int16))
+    assert torch.equal(out, run_paged(wanted, table, q, cu_q, cu_k, low, reach))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_paged_attention_by_the_plain_kernel(dtype):
+    generator = np.random.default_rng(5)
+    for _ in range(10):
+        case = random_call(generator, 72, dtype, decoding=True)
+        q, k, v, cu_q, cu_k, low, reach = case
+        pages, table = put_in_pages(generator, k, v, cu_k, 16)
+        out = run_paged(pages, table, q, cu_q, cu_k, low, reach, path="plain")
+        assert torch.equal(out, attention(q, k, v, cu_q, cu_k, low=low, reach=reach, path="plain"))
 
 
 def test_tensor_cores_take_views_and_queries_that_see_nothing():

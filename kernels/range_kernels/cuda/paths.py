@@ -18,24 +18,30 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, path: 
     Raises:
         ValueError: the named path does not compute this call.
     """
-    chosen = path or _choose(q, rest[-2])
-    if chosen == "plain":
+    if choose(q, rest[-2], path) == "plain":
         plain.launch(q, k, v, *rest)
         return
     from . import tensor_core
 
-    if chosen != "tensor-core" or not tensor_core.can_run(q, rest[-2]):
-        raise ValueError(
-            f"path={chosen!r} does not compute {q.dtype}, head_dim={q.shape[2]}, scale={rest[-2]} on "
-            f"{torch.cuda.get_device_name(q.device)}: paths are {', '.join(PATHS)}, and tensor-core takes float16 and bfloat16, "
-            f"head sizes {tensor_core.HEAD_DIMS}, a positive scale, and GPUs from compute capability 8.0 on"
-        )
     tensor_core.launch(q, k, v, *rest)
 
 
-def _choose(q: torch.Tensor, scale: float) -> str:
-    if SIMULATED:
+def choose(q: torch.Tensor, scale: float, path: str | None = None) -> str:
+    """The fastest path that computes a call, or the one named.
+
+    Raises:
+        ValueError: the named path does not compute this call.
+    """
+    if path == "plain" or (path is None and SIMULATED):
         return "plain"
     from . import tensor_core
 
-    return "tensor-core" if tensor_core.can_run(q, scale) else "plain"
+    if path in (None, "tensor-core") and tensor_core.can_run(q, scale):
+        return "tensor-core"
+    if path is None:
+        return "plain"
+    raise ValueError(
+        f"path={path!r} does not compute {q.dtype}, head_dim={q.shape[2]}, scale={scale} on "
+        f"{torch.cuda.get_device_name(q.device)}: paths are {', '.join(PATHS)}, and tensor-core takes float16 and bfloat16, "
+        f"head sizes {tensor_core.HEAD_DIMS}, a positive scale, and GPUs from compute capability 8.0 on"
+    )

@@ -103,13 +103,16 @@ if not SIMULATED:
     def load_shared(builder, address):
         return asm(builder, I32, [address], "ld.shared.b32 $0, [$1];", "=r,r,~{memory}")
 
+    def store_shared(builder, address, value):
+        asm(builder, VOID, [address, value], "st.shared.f32 [$0], $1;", "r,f,~{memory}")
+
     def store_global(builder, address, value):
         asm(builder, VOID, [address, value], "st.global.b32 [$0], $1;", "l,r,~{memory}")
 
     def _statement(text, *kinds):
         """An intrinsic that runs one instruction and returns nothing."""
-        letters = {types.uint32: ("r", I32), types.uint64: ("l", I64)}
-        constraints = ",".join([*(letters[kind][0] for kind in kinds), "~{memory}"])
+        letters = {types.uint32: "r", types.int32: "r", types.uint64: "l", types.float32: "f"}
+        constraints = ",".join([*(letters[kind] for kind in kinds), "~{memory}"])
 
         def codegen(context, builder, signature, args):
             asm(builder, VOID, args, text, constraints)
@@ -119,6 +122,11 @@ if not SIMULATED:
 
             @intrinsic
             def statement(typing_context, a, b, c):
+                return types.void(*kinds), codegen
+        elif len(kinds) == 2:
+
+            @intrinsic
+            def statement(typing_context, a, b):
                 return types.void(*kinds), codegen
         else:
 
@@ -132,6 +140,7 @@ if not SIMULATED:
     copy_async = _statement("cp.async.cg.shared.global [$0], [$1], 16, $2;", types.uint32, types.uint64, types.uint32)
     copies_commit = _statement("cp.async.commit_group;")
     copies_wait_all = _statement("cp.async.wait_group 0;")
+    copies_wait_but_1 = _statement("cp.async.wait_group 1;")
 
     @intrinsic
     def shared_address(typing_context, array):
@@ -181,6 +190,40 @@ if not SIMULATED:
             return kind(types.uint64), codegen
 
         return load
+
+    def _function(returns, kinds, text, constraints, side_effect):
+        """An intrinsic of one instruction with a result."""
+
+        def codegen(context, builder, signature, args):
+            return asm(builder, context.get_value_type(returns), args, text, constraints, side_effect)
+
+        if len(kinds) == 1:
+
+            @intrinsic
+            def function(typing_context, a):
+                return returns(*kinds), codegen
+        else:
+
+            @intrinsic
+            def function(typing_context, a, b):
+                return returns(*kinds), codegen
+
+        return function
+
+    power_of_two = _function(types.float32, (types.float32,), "ex2.approx.ftz.f32 $0, $1;", "=f,f", False)
+    # What other blocks wrote: past the first-level cache.
+    load_fresh_float = _function(types.float32, (types.uint64,), "ld.global.cg.f32 $0, [$1];", "=f,l,~{memory}", True)
+    add_at = _function(
+        types.int32, (types.uint64, types.int32), "atom.global.add.s32 $0, [$1], $2;", "=r,l,r,~{memory}", True
+    )
+    store_float = _statement("st.global.f32 [$0], $1;", types.uint64, types.float32)
+    store_int = _statement("st.global.s32 [$0], $1;", types.uint64, types.int32)
+    store_rounded = {
+        name: _statement(
+            f"{{ .reg .b16 h; cvt.rn.{short}.f32 h, $1; st.global.b16 [$0], h; }}", types.uint64, types.float32
+        )
+        for name, short in SHORT.items()
+    }
 
     # A number at an address. Numba's array arguments cost 10 us each at a launch, addresses next to nothing.
     load_int, load_long = _loads(types.int32, "r", 4), _loads(types.int64, "l", 8)

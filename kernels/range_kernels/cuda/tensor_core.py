@@ -26,18 +26,49 @@ from .tile import KEYS, LOG2_E, tile_operations
 
 THREADS = 128
 HEAD_DIMS = (64, 80, 96, 128, 256)
-_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def can_run(q: torch.Tensor, scale: float) -> bool:
     """Whether this path computes such a call: dtype, head size, device, and a scale that keeps the order of scores."""
     capable = torch.cuda.get_device_capability(q.device) >= (8, 0)
-    return capable and q.dtype in _DTYPES and q.shape[-1] in HEAD_DIMS and scale > 0
+    return capable and q.dtype in DTYPES and q.shape[-1] in HEAD_DIMS and scale > 0
+
+
+def make_fetch(head_dim: int, page_size: int = 0):
+    """The device function that starts the copies of rows of one head into shared memory, 16 bytes a thread at a time.
+
+    With a page size, rows are places in a sequence whose pages' numbers lie at the address `pages`.
+    """
+    row_bytes, chunks = 2 * head_dim + 16, head_dim // 8
+    shift, rest = max(page_size.bit_length() - 1, 0), max(page_size - 1, 0)
+
+    @cuda.jit(device=True, inline="always")
+    def fetch(target, source, stride, first, limit, count, thread, pages):
+        """`count` rows from row `first` on; rows from `limit` on are zeros."""
+        for step in range(count * chunks // THREADS):
+            place = step * THREADS + thread
+            row = place // chunks
+            chunk = place - row * chunks
+            inside = first + row < limit
+            token = first + row if inside else first
+            if page_size:
+                token = (load_int(pages + uint64(4 * (token >> shift))) << shift) + (token & rest)
+            copy_async(
+                target + uint32(row * row_bytes + chunk * 16),
+                source + uint64(token) * stride + uint64(chunk * 16),
+                uint32(16) if inside else uint32(0),
+            )
+
+    return fetch
 
 
 @cache
-def make_kernel(head_dim: int, dtype: str, softcap: bool):
-    """The Python function of a kernel, and how many queries a block has; `compiled` jits it."""
+def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int = 0):
+    """The Python function of a kernel, how many queries a block has, and its shared memory; `compiled` jits it.
+
+    With a page size, keys lie in pages and the third number of a tile is its sequence's row of the block table.
+    """
     m_tiles = 2 if head_dim <= 128 else 1
     rows = 64 * m_tiles
     do = tile_operations(head_dim, m_tiles, dtype, softcap)
@@ -49,27 +80,14 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
         do.add_values,
         do.store,
     )
-    row_bytes, chunks = 2 * head_dim + 16, head_dim // 8
+    row_bytes = 2 * head_dim + 16
     q_room, kv_room = rows * row_bytes, KEYS * row_bytes
     stage = (
         2 * kv_room
     )  # keys and values of one tile; there are two, so that the next is fetched while this one is used
     sums, score_count, pairs = m_tiles * head_dim // 2, m_tiles * KEYS // 2, 2 * m_tiles
 
-    @cuda.jit(device=True, inline="always")
-    def fetch(target, source, stride, first, limit, count, thread):
-        """Start the copies of `count` rows from row `first` on; rows from `limit` on are zeros."""
-        for step in range(count * chunks // THREADS):
-            place = step * THREADS + thread
-            row = place // chunks
-            chunk = place - row * chunks
-            inside = first + row < limit
-            token = first + row if inside else int32(0)
-            copy_async(
-                target + uint32(row * row_bytes + chunk * 16),
-                source + uint64(token) * stride + uint64(chunk * 16),
-                uint32(16) if inside else uint32(0),
-            )
+    fetch_queries, fetch = make_fetch(head_dim), make_fetch(head_dim, page_size)
 
     def prefill(
         q,
@@ -86,6 +104,8 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
         low,
         reach,
         tiles,
+        table,
+        table_stride,
         group,
         factor,
         inner,
@@ -123,8 +143,11 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
         k_room_at, v_room_at = q_room_at + uint32(q_room), q_room_at + uint32(q_room + kv_room)
         kv_head = uint64(head // group)
         q_base = q + uint64(q_first) * q_token + uint64(head) * q_head
-        k_base = k + uint64(k_first) * k_token + kv_head * k_head
-        v_base = v + uint64(k_first) * v_token + kv_head * v_head
+        k_base, v_base = k + kv_head * k_head, v + kv_head * v_head
+        pages = table + uint64(k_first) * table_stride
+        if not page_size:
+            k_base += uint64(k_first) * k_token
+            v_base += uint64(k_first) * v_token
 
         # Where this lane's rows of 16 bytes begin for ldmatrix: queries and values by 16 rows, keys by 8 and 8.
         q_address = q_room_at + uint32((warp * 16 * m_tiles + (lane & 15)) * row_bytes + (lane >> 4) * 16)
@@ -138,9 +161,9 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
         largest, total = cuda.local.array(pairs, float32), cuda.local.array(pairs, float32)
         begin_sums(o, largest, total)
         if begin < end:
-            fetch(q_room_at, q_base, q_token, int32(0), count, rows, thread)
-            fetch(k_room_at, k_base, k_token, begin * KEYS, k_count, KEYS, thread)
-            fetch(v_room_at, v_base, v_token, begin * KEYS, k_count, KEYS, thread)
+            fetch_queries(q_room_at, q_base, q_token, int32(0), count, rows, thread, pages)
+            fetch(k_room_at, k_base, k_token, begin * KEYS, k_count, KEYS, thread, pages)
+            fetch(v_room_at, v_base, v_token, begin * KEYS, k_count, KEYS, thread, pages)
             copies_commit()
         here = uint32(0)  # which of two rooms holds this tile
         for number in range(begin, end):
@@ -149,8 +172,8 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
             cuda.syncthreads()  # this tile is here, and all have left the one before
             if number + 1 < end:
                 there = uint32(stage) - here
-                fetch(k_room_at + there, k_base, k_token, key + KEYS, k_count, KEYS, thread)
-                fetch(v_room_at + there, v_base, v_token, key + KEYS, k_count, KEYS, thread)
+                fetch(k_room_at + there, k_base, k_token, key + KEYS, k_count, KEYS, thread, pages)
+                fetch(v_room_at + there, v_base, v_token, key + KEYS, k_count, KEYS, thread, pages)
                 copies_commit()
             score(s, q_address, k_address + here, inner, outer)
             if key < whole_from or key + KEYS - 1 > whole_to:
@@ -165,13 +188,13 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
 
 
 @cache
-def compiled(head_dim: int, dtype: str, softcap: bool, device: int):
+def compiled(head_dim: int, dtype: str, softcap: bool, page_size: int, device: int):
     """The kernel, compiled and allowed the shared memory it needs; queries a block; bytes of shared memory."""
-    function, rows, room = make_kernel(head_dim, dtype, softcap)
+    function, rows, room = make_kernel(head_dim, dtype, softcap, page_size)
     with cuda.gpus[device]:
         jit: Any = cuda.jit
         kernel = jit(signature(), launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))(function)
-        _allow_shared_memory(kernel, room)
+        allow_shared_memory(kernel, room)
     return kernel, rows, room
 
 
@@ -180,12 +203,23 @@ def signature() -> Any:
     address, stride = types.uint64, types.uint64
     tensor = (address, stride, stride)
     pointers = (address, address, address)  # low, reach, tiles: Numba's array arguments cost 10 us each at a launch
+    table = (address, stride)
     return types.void(
-        *tensor, *tensor, *tensor, address, stride, *pointers, types.int32, types.float32, types.float32, types.float32
+        *tensor,
+        *tensor,
+        *tensor,
+        address,
+        stride,
+        *pointers,
+        *table,
+        types.int32,
+        types.float32,
+        types.float32,
+        types.float32,
     )
 
 
-def _allow_shared_memory(kernel, room: int) -> None:
+def allow_shared_memory(kernel, room: int) -> None:
     """More than 48 KB of dynamic shared memory must be asked for."""
     from cuda.bindings import driver
 
@@ -213,17 +247,29 @@ def launch(
     softcap: float,
 ) -> None:
     """See `range_kernels.attention`; fills `out`. Needs `can_run`."""
-    q, k, v = (_aligned(x) for x in (q, k, v))
-    heads, head_dim = q.shape[1:]
-    kernel, rows, room = compiled(head_dim, _DTYPES[q.dtype], softcap > 0, q.device.index or 0)
+    q, k, v = (aligned(x) for x in (q, k, v))
+    head_dim = q.shape[2]
+    kernel, rows, room = compiled(head_dim, DTYPES[q.dtype], softcap > 0, 0, q.device.index or 0)
     tiles = _device_tiles(tuple(lengths_q.tolist()), tuple(lengths_k.tolist()), rows, q.device)
-    factor, inner = (LOG2_E, scale / softcap) if softcap > 0 else (scale * LOG2_E, 0.0)
-    size = q.element_size()
-    tensors = [(x.data_ptr(), x.stride(0) * size, x.stride(1) * size) for x in (q, k, v)]
+    launch_tiles(kernel, room, (q, k, v), out, low, reach, tiles, None, scale, softcap)
+
+
+def launch_tiles(kernel, room, qkv, out, low, reach, tiles, table, scale, softcap) -> None:
+    """Run a compiled prefill kernel over tiles; `k`, `v` `[places, kv_heads, head_dim]`, with their block table where paged."""
+    q, k = qkv[:2]
+    factor, inner = softmax_factors(scale, softcap)
+    size, heads = q.element_size(), q.shape[1]
+    tensors = [number for x in qkv for number in (x.data_ptr(), x.stride(0) * size, x.stride(1) * size)]
+    pages = (0, 0) if table is None else (table.data_ptr(), 4 * table.stride(0))
     kernel[(heads, len(tiles)), THREADS, stream(q), room](
-        *tensors[0], *tensors[1], *tensors[2], out.data_ptr(), out.stride(0) * size, low.data_ptr(), reach.data_ptr(),
-        tiles.data_ptr(), heads // k.shape[1], factor, inner, softcap,
+        *tensors, out.data_ptr(), out.stride(0) * size, low.data_ptr(), reach.data_ptr(),
+        tiles.data_ptr(), *pages, heads // k.shape[1], factor, inner, softcap,
     )  # fmt: skip
+
+
+def softmax_factors(scale: float, softcap: float) -> tuple[float, float]:
+    """What scores are multiplied with before exp2, and before tanh."""
+    return (LOG2_E, scale / softcap) if softcap > 0 else (scale * LOG2_E, 0.0)
 
 
 @lru_cache(maxsize=128)
@@ -244,7 +290,7 @@ def plan_tiles(lengths_q: Sequence[int], lengths_k: Sequence[int], rows: int) ->
     return np.asarray(tiles, dtype=np.int32).reshape(-1, 4)
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
+def aligned(x: torch.Tensor) -> torch.Tensor:
     """The tensor as it is where 16-byte copies of its rows work, else a contiguous copy."""
     size = x.element_size()
     strides = [x.stride(0) * size, x.stride(1) * size]

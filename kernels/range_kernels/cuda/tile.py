@@ -2,7 +2,7 @@
 
 A warp holds `m_tiles` times 16 query rows. Numbers lie in registers as mma.sync m16n8k16 lays them out (PTX ISA, "Matrix
 fragments for mma.m16n8k16"): of a 16 x 8 result a thread has rows `lane / 4` and `lane / 4 + 8`, columns `2 (lane % 4)` and the
-next. Scores `s` are `[m_tiles, KEYS / 8, 4]`, sums `o` `[m_tiles, head_dim / 8, 4]`, in local arrays that the compiler turns into
+next. Scores `s` are `[m_tiles, keys / 8, 4]`, sums `o` `[m_tiles, head_dim / 8, 4]`, in local arrays that the compiler turns into
 registers, since every index here is a constant.
 """
 
@@ -33,13 +33,14 @@ class TileOperations:
     weights: Callable[..., Any]
     add_values: Callable[..., Any]
     store: Callable[..., Any]
+    keep: Callable[..., Any]
 
 
 @cache
-def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool) -> TileOperations:
-    """The operations for a head size (a multiple of 16), rows a warp (16 times `m_tiles`) and dtype."""
+def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys: int = KEYS) -> TileOperations:
+    """The operations for a head size and keys a warp (multiples of 16), rows a warp (16 times `m_tiles`) and dtype."""
     row_bytes = 2 * head_dim + 16  # 16 bytes of padding: eight rows then lie in different banks
-    columns, channels = KEYS // 8, head_dim // 8
+    columns, channels = keys // 8, head_dim // 8
     minus_infinity = ir.Constant(F32, float("-inf"))
 
     def statement(emit: Callable[..., None]) -> Callable[[Any, Any, Any, Any], Any]:
@@ -77,12 +78,12 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool) -> T
                 for m in range(m_tiles)
             ]
             for pair in range(columns // 2):
-                keys = ptx.load_matrices(builder, at(builder, k_address, pair * 16 * row_bytes + step * 32))
+                pieces = ptx.load_matrices(builder, at(builder, k_address, pair * 16 * row_bytes + step * 32))
                 for m in range(m_tiles):
                     for half in range(2):
                         place = m * columns + 2 * pair + half
                         sums[place] = ptx.multiply_add(
-                            builder, dtype, queries[m], keys[2 * half : 2 * half + 2], sums[place]
+                            builder, dtype, queries[m], pieces[2 * half : 2 * half + 2], sums[place]
                         )
         values = [value for group in sums for value in group]
         if softcap:  # outer * tanh(inner * s), and tanh x = 1 - 2 / (1 + e^2x)
@@ -148,7 +149,7 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool) -> T
 
     def emit_add_values(builder: Any, o: Any, s: Any, v_address: Any) -> None:
         scores, sums = load(builder, s, m_tiles * columns * 4), load(builder, o, m_tiles * channels * 4)
-        for step in range(KEYS // 16):
+        for step in range(keys // 16):
             weights = []
             for m in range(m_tiles):
                 tiles = [scores[(m * columns + 2 * step + half) * 4 :][:4] for half in range(2)]
@@ -184,6 +185,31 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool) -> T
                         place = builder.add(start, ir.Constant(ptx.I64, channel * 16))
                         ptx.store_global(builder, place, ptx.pack(builder, dtype, low, high))
 
+    def emit_keep(
+        builder: Any, o: Any, largest: Any, total: Any, room: Any, tops: Any, totals_at: Any, lane: Any
+    ) -> None:
+        sums, maxima = load(builder, o, channels * 4), load(builder, largest, 2)
+        totals = load(builder, total, 2)
+        row = builder.lshr(lane, ir.Constant(I32, 2))
+        column = builder.and_(lane, ir.Constant(I32, 3))
+        for half in range(2):
+            whole = totals[half]
+            for flip in (1, 2):
+                whole = builder.fadd(whole, ptx.from_lane(builder, whole, flip))
+            here = builder.add(row, ir.Constant(I32, 8 * half))
+            start = builder.add(
+                builder.add(room, builder.mul(here, ir.Constant(I32, 4 * head_dim))),
+                builder.mul(column, ir.Constant(I32, 8)),
+            )
+            for channel in range(channels):
+                for side in range(2):
+                    value = sums[channel * 4 + 2 * half + side]
+                    ptx.store_shared(builder, at(builder, start, channel * 32 + side * 4), value)
+            offset = builder.mul(here, ir.Constant(I32, 4))
+            # The four lanes of a row hold the same numbers and write the same.
+            ptx.store_shared(builder, builder.add(tops, offset), maxima[half])
+            ptx.store_shared(builder, builder.add(totals_at, offset), whole)
+
     @intrinsic
     def start(typing_context, o, largest, total):
         """Sums to zero, maxima to minus infinity."""
@@ -217,4 +243,10 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool) -> T
         signature = types.void(o, total, types.uint64, types.uint64, types.int32, types.int32)
         return signature, statement(emit_store)
 
-    return TileOperations(start, scores, hide, weights, add_values, store)
+    @intrinsic
+    def keep(typing_context, o, largest, total, room, tops, totals, lane):
+        """Write 16 rows as they are to shared memory: sums `[16, head_dim]`, maxima and totals `[16]`, all float32."""
+        address = types.uint32
+        return types.void(o, largest, total, address, address, address, types.int32), statement(emit_keep)
+
+    return TileOperations(start, scores, hide, weights, add_values, store, keep)

@@ -31,7 +31,6 @@ class Batch:
         positions: int64 `[tokens]`, or `[3, tokens]` with M-RoPE.
         rope_lengths: int64 `[tokens]`, length of the sequence by which a token's angles are chosen.
         places: int32 `[tokens]`, places in their sequences, which windows count; `reach`: last key each sees.
-        slots: int64 `[tokens]`, page number times page size plus place in the page.
         block_table: int32 `[sequences, most pages]`; cu_queries: `[sequences + 1]`; lengths: keys of each sequence.
         deepstack: (rows of the batch, `[levels, rows, hidden]` to add there after the first layers).
     """
@@ -41,7 +40,6 @@ class Batch:
     rope_lengths: torch.Tensor
     places: torch.Tensor
     reach: torch.Tensor
-    slots: torch.Tensor
     block_table: np.ndarray
     cu_queries: np.ndarray
     lengths: np.ndarray
@@ -53,10 +51,6 @@ class Batch:
     ) -> Batch:
         """Pack tokens `[start, stop)` of each sequence; earlier tokens are in its pages, and pages for these are too."""
         places = [np.arange(start, stop) for _, start, stop in pieces]
-        slots = [
-            np.asarray(sequence.pages)[place // page_size] * page_size + place % page_size
-            for (sequence, _, _), place in zip(pieces, places, strict=True)
-        ]
         counts = [-(-stop // page_size) for _, _, stop in pieces]
         block_table = np.zeros((len(pieces), max(counts)), np.int32)
         for row, ((sequence, _, _), count) in enumerate(zip(pieces, counts, strict=True)):
@@ -79,7 +73,6 @@ class Batch:
             reach=torch.from_numpy(
                 np.concatenate([sequence.reach(start, stop) for sequence, start, stop in pieces]).astype(np.int32)
             ).to(device),
-            slots=torch.from_numpy(np.concatenate(slots).astype(np.int64)).to(device),
             block_table=block_table,
             cu_queries=first.astype(np.int32),
             lengths=np.asarray([stop for _, _, stop in pieces], np.int32),

@@ -143,9 +143,8 @@ class Decoder:
         rope = backbone.ropes[number]
         if rope is not None:
             heads = run.rotate(heads, *rotations[rope], rope.interleaved)
-        pages.write(number, batch.slots, heads[:, backbone.heads :], values)
         seen = paged_attention(
-            heads[:, : backbone.heads], pages, number, plan,
+            heads[:, : backbone.heads], pages, number, plan, new=(heads[:, backbone.heads :], values),
             low=lows[backbone.windows[number]], reach=batch.reach, softcap=backbone.softcap, scale=backbone.scale,
         )  # fmt: skip
         added = layer.output(seen.flatten(1))

@@ -1,0 +1,313 @@
+"""Attention of few queries over many pages, on tensor cores: what a decode step runs.
+
+    an item: a stretch of one sequence's keys for one KV head     long contexts are split so that a small batch fills the GPU
+    rows:    its queries times the heads of the group, up to 16   keys and values are read once for all of them
+    block:   4 warps; of each tile of 64 keys a warp takes 16, with maxima and sums of its own
+             -> the warps' sums are joined -> where the sequence is split, the block that comes last joins the items
+
+Split keys: Flash-Decoding (Dao et al. 2023). The last block joins, so there is no second launch; it sets its counter back.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import cuda, float32, int32, uint32, uint64
+
+from .device import stream
+from .ptx import (
+    add_at,
+    copies_commit,
+    copies_wait_all,
+    copies_wait_but_1,
+    copy_16_bytes,
+    copy_async,
+    load_fresh_float,
+    load_int,
+    power_of_two,
+    shared_address,
+    store_float,
+    store_int,
+    store_rounded,
+    types,
+)
+from .tensor_core import DTYPES, THREADS, aligned, allow_shared_memory, make_fetch, softmax_factors
+from .tile import KEYS, tile_operations
+
+ROWS = 16
+_WARPS = THREADS // 32
+_NONE = np.float32(-np.inf)
+
+
+@cache
+def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int):
+    """The Python function of a kernel, and its shared memory; `compiled` jits it."""
+    do = tile_operations(head_dim, 1, dtype, softcap, KEYS // _WARPS)
+    begin_sums, score, hide, weigh, add_values, keep = do.start, do.scores, do.hide, do.weights, do.add_values, do.keep
+    fetch = make_fetch(head_dim, page_size)
+    fetch_rows = make_row_fetch(head_dim)
+    store = store_rounded[dtype]
+    row_bytes, pieces = 2 * head_dim + 16, head_dim // 8
+    shift, rest = page_size.bit_length() - 1, page_size - 1
+    q_room, kv_room = ROWS * row_bytes, KEYS * row_bytes
+    stage = 2 * kv_room
+    stages = 3
+    sums, score_count, marks_count = head_dim // 2, KEYS // _WARPS // 2, _WARPS * ROWS
+
+    def decode(
+        q,
+        q_token,
+        q_head,
+        keys,
+        values,
+        kv_token,
+        kv_head_stride,
+        out,
+        out_token,
+        low,
+        reach,
+        items,
+        lengths,
+        table,
+        table_stride,
+        partials,
+        marks,
+        counters,
+        new_keys,
+        new_keys_token,
+        new_keys_head,
+        new_values,
+        new_values_token,
+        new_values_head,
+        group,
+        factor,
+        inner,
+        outer,
+    ):
+        kv_head, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
+        lane, warp = thread & 31, thread >> 5
+        kv_heads = int32(cuda.gridDim.x)
+        entry = items + uint64(32 * cuda.blockIdx.y)
+        q_first, count = load_int(entry), load_int(entry + uint64(4)) * group
+        sequence, key_first = load_int(entry + uint64(8)), load_int(entry + uint64(12))
+        key_stop, number_of_split = load_int(entry + uint64(16)), load_int(entry + uint64(20))
+        splits, first_partial = load_int(entry + uint64(24)), load_int(entry + uint64(28))
+        pages = table + uint64(sequence) * table_stride
+        k_base, v_base = keys + uint64(kv_head) * kv_head_stride, values + uint64(kv_head) * kv_head_stride
+        if new_keys:  # the last keys of the sequence go into their pages first: each to the one item that reads it
+            fresh_from = load_int(lengths + uint64(4 * sequence)) - count // group
+            first = max(fresh_from, key_first)
+            for place in range(thread, (key_stop - first) * pieces, THREADS):
+                key = first + place // pieces
+                piece = uint64(16 * (place % pieces))
+                at = (load_int(pages + uint64(4 * (key >> shift))) << shift) + (key & rest)
+                into = uint64(at) * kv_token + piece
+                token, head = uint64(q_first + key - fresh_from), uint64(kv_head)
+                copy_16_bytes(
+                    k_base + into, new_keys + token * new_keys_token + head * new_keys_head + piece, uint64(0)
+                )
+                source = new_values + token * new_values_token + head * new_values_head + piece
+                copy_16_bytes(v_base + into, source, uint64(0))
+        bounds = cuda.shared.array(4, int32)  # smallest low, largest reach, largest low, smallest reach
+        lows, reaches = cuda.shared.array(ROWS, int32), cuda.shared.array(ROWS, int32)
+        tops, totals = cuda.shared.array(marks_count, float32), cuda.shared.array(marks_count, float32)
+        room = cuda.shared.array(0, np.uint8)
+        joined = cuda.shared.array(0, float32)  # the same memory
+        if thread == 0:
+            bounds[0], bounds[1], bounds[2], bounds[3] = int32(1 << 30), int32(-1), int32(-1), int32(1 << 30)
+        cuda.syncthreads()
+        if thread < ROWS:
+            lows[thread], reaches[thread] = int32(1 << 30), int32(-1)
+            if thread < count:
+                place = uint64(4 * (q_first + thread // group))
+                first, last = max(load_int(low + place), key_first), min(load_int(reach + place), key_stop - 1)
+                lows[thread], reaches[thread] = first, last
+                cuda.atomic.max(bounds, 2, first)
+                cuda.atomic.min(bounds, 3, last)
+                if first <= last:
+                    cuda.atomic.min(bounds, 0, first)
+                    cuda.atomic.max(bounds, 1, last)
+        cuda.syncthreads()
+        begin, end = bounds[0] // KEYS, (bounds[1] + KEYS) // KEYS
+        whole_from, whole_to = bounds[2], bounds[3]
+
+        q_room_at = shared_address(room)
+        k_room_at, v_room_at = q_room_at + uint32(q_room), q_room_at + uint32(q_room + kv_room)
+        q_address = q_room_at + uint32((lane & 15) * row_bytes + (lane >> 4) * 16)
+        k_address = k_room_at + uint32((warp * 16 + (lane & 7) + (lane >> 4) * 8) * row_bytes + ((lane >> 3) & 1) * 16)
+        v_address = v_room_at + uint32((warp * 16 + (lane & 15)) * row_bytes + (lane >> 4) * 16)
+        lows_at, reaches_at = shared_address(lows), shared_address(reaches)
+
+        o = cuda.local.array(sums, float32)
+        s = cuda.local.array(score_count, float32)
+        largest, total = cuda.local.array(2, float32), cuda.local.array(2, float32)
+        begin_sums(o, largest, total)
+        if begin < end:
+            head = uint64(kv_head) * uint64(group)
+            fetch_rows(q_room_at, q + uint64(q_first) * q_token + head * q_head, q_token, q_head, group, count, thread)
+            for ahead in range(stages - 1):
+                if begin + ahead < end:
+                    first = int32((begin + ahead) * KEYS)
+                    there = uint32(ahead * stage)
+                    fetch(k_room_at + there, k_base, kv_token, first, key_stop, KEYS, thread, pages)
+                    fetch(v_room_at + there, v_base, kv_token, first, key_stop, KEYS, thread, pages)
+                copies_commit()
+        here = uint32(0)  # which of the rooms holds this tile
+        for number in range(begin, end):
+            key = int32(number * KEYS)
+            copies_wait_but_1()
+            cuda.syncthreads()  # this tile is here, and all have left the one before
+            if number + stages - 1 < end:
+                there = here + uint32((stages - 1) * stage)
+                if there >= uint32(stages * stage):
+                    there -= uint32(stages * stage)
+                first = key + int32((stages - 1) * KEYS)
+                fetch(k_room_at + there, k_base, kv_token, first, key_stop, KEYS, thread, pages)
+                fetch(v_room_at + there, v_base, kv_token, first, key_stop, KEYS, thread, pages)
+            copies_commit()
+            score(s, q_address, k_address + here, inner, outer)
+            if key < whole_from or key + KEYS - 1 > whole_to:
+                hide(s, key + warp * 16 + int32(2 * (lane & 3)), lane >> 2, lows_at, reaches_at)
+            weigh(s, o, largest, total, factor)
+            add_values(o, s, v_address + here)
+            here += uint32(stage)
+            if here == uint32(stages * stage):
+                here = uint32(0)
+
+        copies_wait_all()
+        cuda.syncthreads()  # all have left the tiles; the sums go where they lay
+        own = uint32(warp * ROWS * 4)
+        sums_at = q_room_at + own * uint32(head_dim)
+        keep(o, largest, total, sums_at, shared_address(tops) + own, shared_address(totals) + own, lane)
+        cuda.syncthreads()
+        slot = uint64(first_partial + number_of_split) * uint64(kv_heads) + uint64(kv_head)
+        step = uint64(kv_heads * ROWS)  # from one split's marks to the next
+        target = out + uint64(q_first) * out_token + uint64(kv_head * group * head_dim * 2)
+        for index in range(thread, count * head_dim, THREADS):
+            row = index // head_dim
+            top = _NONE
+            for each in range(_WARPS):
+                top = max(top, tops[each * ROWS + row])
+            whole, value = float32(0.0), float32(0.0)
+            if top > _NONE:
+                for each in range(_WARPS):
+                    share = power_of_two(factor * (tops[each * ROWS + row] - top))
+                    whole += share * totals[each * ROWS + row]
+                    value += share * joined[each * ROWS * head_dim + index]
+            if splits == 1:
+                if whole > float32(0.0):
+                    value /= whole
+                query = row // group
+                channel = index - query * group * head_dim
+                store(target + uint64(query) * out_token + uint64(2 * channel), value)
+            else:
+                store_float(partials + uint64(4) * (slot * uint64(ROWS * head_dim) + uint64(index)), value)
+                if index == row * head_dim:
+                    place = marks + uint64(8) * (slot * uint64(ROWS) + uint64(row))
+                    store_float(place, top)
+                    store_float(place + uint64(4), whole)
+        if splits > 1:
+            cuda.threadfence()
+            cuda.syncthreads()
+            if thread == 0:
+                counter = counters + uint64(4 * (sequence * kv_heads + kv_head))
+                bounds[0] = add_at(counter, int32(1))
+                if bounds[0] == splits - 1:
+                    store_int(counter, int32(0))
+            cuda.syncthreads()
+            if bounds[0] == splits - 1:
+                cuda.threadfence()
+                slot = uint64(first_partial) * uint64(kv_heads) + uint64(kv_head)
+                for index in range(thread, count * head_dim, THREADS):
+                    row = index // head_dim
+                    place = marks + uint64(8) * (slot * uint64(ROWS) + uint64(row))
+                    top = _NONE
+                    for each in range(splits):
+                        top = max(top, load_fresh_float(place + uint64(8) * uint64(each) * step))
+                    whole, value = float32(0.0), float32(0.0)
+                    if top > _NONE:
+                        part = partials + uint64(4) * (slot * uint64(ROWS * head_dim) + uint64(index))
+                        for each in range(splits):
+                            at = place + uint64(8) * uint64(each) * step
+                            share = power_of_two(factor * (load_fresh_float(at) - top))
+                            whole += share * load_fresh_float(at + uint64(4))
+                            far = uint64(4 * head_dim) * uint64(each) * step
+                            value += share * load_fresh_float(part + far)
+                    if whole > float32(0.0):
+                        value /= whole
+                    query = row // group
+                    channel = index - query * group * head_dim
+                    store(target + uint64(query) * out_token + uint64(2 * channel), value)
+
+    return decode, max(q_room + stages * stage, _WARPS * ROWS * head_dim * 4)
+
+
+def make_row_fetch(head_dim: int):
+    """The device function that copies the queries of a group: row i is query i / group, head i % group."""
+    row_bytes, chunks = 2 * head_dim + 16, head_dim // 8
+
+    @cuda.jit(device=True, inline="always")
+    def fetch(target, source, token_stride, head_stride, group, count, thread):
+        for step in range((ROWS * chunks + THREADS - 1) // THREADS):
+            place = step * THREADS + thread
+            row = place // chunks
+            if row < ROWS:
+                chunk = place - row * chunks
+                inside = row < count
+                query = row // group if inside else int32(0)
+                head = row - query * group if inside else int32(0)
+                copy_async(
+                    target + uint32(row * row_bytes + chunk * 16),
+                    source + uint64(query) * token_stride + uint64(head) * head_stride + uint64(chunk * 16),
+                    uint32(16) if inside else uint32(0),
+                )
+
+    return fetch
+
+
+def signature() -> Any:
+    """Types of a kernel's arguments."""
+    address, stride = types.uint64, types.uint64
+    bounds, scratch = (address, address), (address, address, address)
+    new = (address, stride, stride, address, stride, stride)
+    return types.void(
+        address, stride, stride, address, address, stride, stride, address, stride,
+        *bounds, address, address, address, stride, *scratch, *new, types.int32, types.float32, types.float32, types.float32,
+    )  # fmt: skip
+
+
+@cache
+def compiled(head_dim: int, dtype: str, softcap: bool, page_size: int, device: int):
+    """The kernel, compiled and allowed the shared memory it needs; bytes of shared memory."""
+    function, room = make_kernel(head_dim, dtype, softcap, page_size)
+    with cuda.gpus[device]:
+        jit: Any = cuda.jit
+        kernel = jit(signature(), launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))(function)
+        allow_shared_memory(kernel, room)
+    return kernel, room
+
+
+def launch(q, keys, values, out, low, reach, plan, new, scale, softcap) -> None:
+    """Run the items of a `pages.DevicePlan`; `keys`, `values` `[places, kv_heads, head_dim]`, and so are `new`, to be written."""
+    q = aligned(q)
+    heads, head_dim = q.shape[1:]
+    kv_heads = keys.shape[1]
+    kernel, room = compiled(head_dim, DTYPES[q.dtype], softcap > 0, plan.page_size, q.device.index or 0)
+    factor, inner = softmax_factors(scale, softcap)
+    size = q.element_size()
+    rows = max(plan.partials, 1) * kv_heads * ROWS
+    scratch = torch.empty(rows * (head_dim + 2), dtype=torch.float32, device=q.device)
+    at, written = scratch.data_ptr(), [0] * 6
+    if new is not None:
+        new = [aligned(x) for x in new]  # kept until the launch
+        written = [number for x in new for number in (x.data_ptr(), x.stride(0) * size, x.stride(1) * size)]
+    kernel[(kv_heads, len(plan.items)), THREADS, stream(q), room](
+        q.data_ptr(), q.stride(0) * size, q.stride(1) * size, keys.data_ptr(), values.data_ptr(),
+        keys.stride(0) * size, keys.stride(1) * size, out.data_ptr(), out.stride(0) * size,
+        low.data_ptr(), reach.data_ptr(), plan.items.data_ptr(), plan.device_lengths.data_ptr(),
+        plan.table.data_ptr(), 4 * plan.table.stride(0), at, at + 4 * rows * head_dim, plan.counters.data_ptr(),
+        *written, heads // kv_heads, factor, inner, softcap,
+    )  # fmt: skip

@@ -1,0 +1,35 @@
+"""Keys and values of packed sequences, scattered over pages."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from range_kernels import KVPages, PagedPlan, paged_attention
+
+LAYER = 1  # of two, so that a kernel that ignores the layer is seen
+
+
+def put_in_pages(generator, k, v, cu_k, page_size, spare=3):
+    """Pages in random order, and the block table; places that hold no key are NaN, table entries past the keys name no page."""
+    lengths = np.diff(cu_k)
+    counts = -(-lengths // page_size)
+    numbers = generator.permutation(int(counts.sum()) + spare)
+    table = np.full((len(lengths), int(counts.max()) + 1), 1 << 30, np.int32)
+    at = 0
+    for row, count in enumerate(counts):
+        table[row, :count] = numbers[at : at + count]
+        at += count
+    pages = KVPages(2, len(numbers), page_size, k.shape[1], k.shape[2], k.dtype, k.device)
+    if k.is_cuda:
+        pages.keys.fill_(torch.nan)
+        pages.values.fill_(torch.nan)
+    plan = PagedPlan(table, cu_k, lengths, pages, k.shape[1])
+    query = torch.zeros_like(k)
+    paged_attention(query, pages, LAYER, plan, new=(k, v))  # a prefill of everything writes everything
+    return pages, table
+
+
+def run_paged(pages, table, q, cu_q, cu_k, low, reach, new=None, **options):
+    """`paged_attention` of packed queries."""
+    plan = PagedPlan(table, cu_q, np.diff(cu_k), pages, q.shape[1])
+    return paged_attention(q, pages, LAYER, plan, new=new, low=low, reach=reach, **options)
