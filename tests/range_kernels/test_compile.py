@@ -41,13 +41,13 @@ def assemble(ptx, architecture, folder):
     )
 
 
-KINDS = [("bfloat16", False, 0), ("bfloat16", True, 64), ("float16", False, 32)]
+KINDS = [("bfloat16", False, False), ("bfloat16", True, True), ("float16", False, True)]
 
 
-@pytest.mark.parametrize(("dtype", "softcap", "page_size"), KINDS)
+@pytest.mark.parametrize(("dtype", "softcap", "paged"), KINDS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_prefill(head_dim, dtype, softcap, page_size, tmp_path):
-    function, _, room = make_kernel(head_dim, dtype, softcap, page_size)
+def test_prefill(head_dim, dtype, softcap, paged, tmp_path):
+    function, _, room = make_kernel(head_dim, dtype, softcap, paged)
     assert room < 227 * 1024  # what an SM of sm_90 gives a block
     for capability, architecture in (((8, 0), "sm_80"), ((9, 0, "a"), "sm_90a")):
         ptx = to_ptx(function, signature(), capability, launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))
@@ -60,10 +60,10 @@ def test_prefill(head_dim, dtype, softcap, page_size, tmp_path):
             assert spilled <= 256, f"{spilled} bytes spilled: some sums lie in memory"
 
 
-@pytest.mark.parametrize(("dtype", "softcap", "page_size"), [("bfloat16", False, 16), ("float16", True, 256)])
+@pytest.mark.parametrize(("dtype", "softcap"), [("bfloat16", False), ("float16", True)])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_decode(head_dim, dtype, softcap, page_size, tmp_path):
-    function, room = decode.make_kernel(head_dim, dtype, softcap, page_size)
+def test_decode(head_dim, dtype, softcap, tmp_path):
+    function, room = decode.make_kernel(head_dim, dtype, softcap)
     assert room < 227 * 1024
     for capability, architecture in (((8, 0), "sm_80"), ((9, 0, "a"), "sm_90a")):
         ptx = to_ptx(function, decode.signature(), capability, launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))

@@ -28,6 +28,7 @@ from .ptx import (
     load_fresh_float,
     load_int,
     power_of_two,
+    prefetch,
     shared_address,
     store_float,
     store_int,
@@ -43,15 +44,14 @@ _NONE = np.float32(-np.inf)
 
 
 @cache
-def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int):
+def make_kernel(head_dim: int, dtype: str, softcap: bool):
     """The Python function of a kernel, and its shared memory; `compiled` jits it."""
     do = tile_operations(head_dim, 1, dtype, softcap, KEYS // _WARPS)
     begin_sums, score, hide, weigh, add_values, keep = do.start, do.scores, do.hide, do.weights, do.add_values, do.keep
-    fetch = make_fetch(head_dim, page_size)
+    fetch = make_fetch(head_dim, paged=True)
     fetch_rows = make_row_fetch(head_dim)
     store = store_rounded[dtype]
     row_bytes, pieces = 2 * head_dim + 16, head_dim // 8
-    shift, rest = page_size.bit_length() - 1, page_size - 1
     q_room, kv_room = ROWS * row_bytes, KEYS * row_bytes
     stage = 2 * kv_room
     stages = 3
@@ -70,9 +70,9 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int):
         low,
         reach,
         items,
-        lengths,
         table,
         table_stride,
+        shift,
         partials,
         marks,
         counters,
@@ -90,32 +90,38 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int):
         kv_head, thread = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x)
         lane, warp = thread & 31, thread >> 5
         kv_heads = int32(cuda.gridDim.x)
-        entry = items + uint64(32 * cuda.blockIdx.y)
+        room = cuda.shared.array(0, np.uint8)
+        joined = cuda.shared.array(0, float32)  # the same memory
+        q_room_at = shared_address(room)
+        entry = items + uint64(48 * cuda.blockIdx.y)
         q_first, count = load_int(entry), load_int(entry + uint64(4)) * group
         sequence, key_first = load_int(entry + uint64(8)), load_int(entry + uint64(12))
         key_stop, number_of_split = load_int(entry + uint64(16)), load_int(entry + uint64(20))
         splits, first_partial = load_int(entry + uint64(24)), load_int(entry + uint64(28))
         pages = table + uint64(sequence) * table_stride
         k_base, v_base = keys + uint64(kv_head) * kv_head_stride, values + uint64(kv_head) * kv_head_stride
+        head = uint64(kv_head) * uint64(group)
+        fetch_rows(q_room_at, q + uint64(q_first) * q_token + head * q_head, q_token, q_head, group, count, thread)
+        copies_commit()
+        if key_first + thread * 16 < key_stop:
+            prefetch(pages + uint64(4 * ((key_first + thread * 16) >> shift)))
         if new_keys:  # the last keys of the sequence go into their pages first: each to the one item that reads it
-            fresh_from = load_int(lengths + uint64(4 * sequence)) - count // group
+            fresh_from = load_int(entry + uint64(32)) - count // group
             first = max(fresh_from, key_first)
             for place in range(thread, (key_stop - first) * pieces, THREADS):
                 key = first + place // pieces
                 piece = uint64(16 * (place % pieces))
-                at = (load_int(pages + uint64(4 * (key >> shift))) << shift) + (key & rest)
+                at = key + ((load_int(pages + uint64(4 * (key >> shift))) - (key >> shift)) << shift)
                 into = uint64(at) * kv_token + piece
                 token, head = uint64(q_first + key - fresh_from), uint64(kv_head)
                 copy_16_bytes(
                     k_base + into, new_keys + token * new_keys_token + head * new_keys_head + piece, uint64(0)
                 )
-                source = new_values + token * new_values_token + head * new_values_head + piece
+                source = new_values + token * new_values_token + uint64(kv_head) * new_values_head + piece
                 copy_16_bytes(v_base + into, source, uint64(0))
         bounds = cuda.shared.array(4, int32)  # smallest low, largest reach, largest low, smallest reach
         lows, reaches = cuda.shared.array(ROWS, int32), cuda.shared.array(ROWS, int32)
         tops, totals = cuda.shared.array(marks_count, float32), cuda.shared.array(marks_count, float32)
-        room = cuda.shared.array(0, np.uint8)
-        joined = cuda.shared.array(0, float32)  # the same memory
         if thread == 0:
             bounds[0], bounds[1], bounds[2], bounds[3] = int32(1 << 30), int32(-1), int32(-1), int32(1 << 30)
         cuda.syncthreads()
@@ -134,7 +140,6 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int):
         begin, end = bounds[0] // KEYS, (bounds[1] + KEYS) // KEYS
         whole_from, whole_to = bounds[2], bounds[3]
 
-        q_room_at = shared_address(room)
         k_room_at, v_room_at = q_room_at + uint32(q_room), q_room_at + uint32(q_room + kv_room)
         q_address = q_room_at + uint32((lane & 15) * row_bytes + (lane >> 4) * 16)
         k_address = k_room_at + uint32((warp * 16 + (lane & 7) + (lane >> 4) * 8) * row_bytes + ((lane >> 3) & 1) * 16)
@@ -146,14 +151,12 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int):
         largest, total = cuda.local.array(2, float32), cuda.local.array(2, float32)
         begin_sums(o, largest, total)
         if begin < end:
-            head = uint64(kv_head) * uint64(group)
-            fetch_rows(q_room_at, q + uint64(q_first) * q_token + head * q_head, q_token, q_head, group, count, thread)
             for ahead in range(stages - 1):
                 if begin + ahead < end:
                     first = int32((begin + ahead) * KEYS)
                     there = uint32(ahead * stage)
-                    fetch(k_room_at + there, k_base, kv_token, first, key_stop, KEYS, thread, pages)
-                    fetch(v_room_at + there, v_base, kv_token, first, key_stop, KEYS, thread, pages)
+                    fetch(k_room_at + there, k_base, kv_token, first, key_stop, KEYS, thread, pages, shift)
+                    fetch(v_room_at + there, v_base, kv_token, first, key_stop, KEYS, thread, pages, shift)
                 copies_commit()
         here = uint32(0)  # which of the rooms holds this tile
         for number in range(begin, end):
@@ -165,8 +168,8 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int):
                 if there >= uint32(stages * stage):
                     there -= uint32(stages * stage)
                 first = key + int32((stages - 1) * KEYS)
-                fetch(k_room_at + there, k_base, kv_token, first, key_stop, KEYS, thread, pages)
-                fetch(v_room_at + there, v_base, kv_token, first, key_stop, KEYS, thread, pages)
+                fetch(k_room_at + there, k_base, kv_token, first, key_stop, KEYS, thread, pages, shift)
+                fetch(v_room_at + there, v_base, kv_token, first, key_stop, KEYS, thread, pages, shift)
             copies_commit()
             score(s, q_address, k_address + here, inner, outer)
             if key < whole_from or key + KEYS - 1 > whole_to:
@@ -221,26 +224,49 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int):
             if bounds[0] == splits - 1:
                 cuda.threadfence()
                 slot = uint64(first_partial) * uint64(kv_heads) + uint64(kv_head)
-                for index in range(thread, count * head_dim, THREADS):
-                    row = index // head_dim
-                    place = marks + uint64(8) * (slot * uint64(ROWS) + uint64(row))
+                wholes_from = splits * count  # maxima of each split and row, then their totals, which become shares
+                for index in range(thread, splits * count, THREADS):
+                    each = index // count
+                    place = marks + uint64(8) * (
+                        slot * uint64(ROWS) + uint64(each) * step + uint64(index - each * count)
+                    )
+                    joined[index] = load_fresh_float(place)
+                    joined[wholes_from + index] = load_fresh_float(place + uint64(4))
+                cuda.syncthreads()
+                if thread < count:
                     top = _NONE
                     for each in range(splits):
-                        top = max(top, load_fresh_float(place + uint64(8) * uint64(each) * step))
-                    whole, value = float32(0.0), float32(0.0)
-                    if top > _NONE:
-                        part = partials + uint64(4) * (slot * uint64(ROWS * head_dim) + uint64(index))
-                        for each in range(splits):
-                            at = place + uint64(8) * uint64(each) * step
-                            share = power_of_two(factor * (load_fresh_float(at) - top))
-                            whole += share * load_fresh_float(at + uint64(4))
-                            far = uint64(4 * head_dim) * uint64(each) * step
-                            value += share * load_fresh_float(part + far)
-                    if whole > float32(0.0):
-                        value /= whole
+                        top = max(top, joined[each * count + thread])
+                    whole = float32(0.0)
+                    for each in range(splits):
+                        share = float32(0.0)
+                        if top > _NONE:
+                            share = power_of_two(factor * (joined[each * count + thread] - top))
+                        whole += share * joined[wholes_from + each * count + thread]
+                        joined[each * count + thread] = share
+                    tops[thread] = float32(1.0) / whole if whole > float32(0.0) else float32(0.0)
+                cuda.syncthreads()
+                far = uint64(4 * head_dim) * step
+                for index in range(thread, count * head_dim, THREADS):
+                    row = index // head_dim
+                    part = partials + uint64(4) * (slot * uint64(ROWS * head_dim) + uint64(index))
+                    value = float32(0.0)
+                    each = 0
+                    while each + 4 <= splits:  # four loads are under way at once
+                        a, b = load_fresh_float(part), load_fresh_float(part + far)
+                        c, d = load_fresh_float(part + far + far), load_fresh_float(part + far + far + far)
+                        at = each * count + row
+                        value += a * joined[at] + b * joined[at + count]
+                        value += c * joined[at + 2 * count] + d * joined[at + 3 * count]
+                        part += uint64(4) * far
+                        each += 4
+                    while each < splits:
+                        value += load_fresh_float(part) * joined[each * count + row]
+                        part += far
+                        each += 1
                     query = row // group
                     channel = index - query * group * head_dim
-                    store(target + uint64(query) * out_token + uint64(2 * channel), value)
+                    store(target + uint64(query) * out_token + uint64(2 * channel), value * tops[row])
 
     return decode, max(q_room + stages * stage, _WARPS * ROWS * head_dim * 4)
 
@@ -275,14 +301,14 @@ def signature() -> Any:
     new = (address, stride, stride, address, stride, stride)
     return types.void(
         address, stride, stride, address, address, stride, stride, address, stride,
-        *bounds, address, address, address, stride, *scratch, *new, types.int32, types.float32, types.float32, types.float32,
+        *bounds, address, address, stride, types.int32, *scratch, *new, types.int32, types.float32, types.float32, types.float32,
     )  # fmt: skip
 
 
 @cache
-def compiled(head_dim: int, dtype: str, softcap: bool, page_size: int, device: int):
+def compiled(head_dim: int, dtype: str, softcap: bool, device: int):
     """The kernel, compiled and allowed the shared memory it needs; bytes of shared memory."""
-    function, room = make_kernel(head_dim, dtype, softcap, page_size)
+    function, room = make_kernel(head_dim, dtype, softcap)
     with cuda.gpus[device]:
         jit: Any = cuda.jit
         kernel = jit(signature(), launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))(function)
@@ -295,7 +321,7 @@ def launch(q, keys, values, out, low, reach, plan, new, scale, softcap) -> None:
     q = aligned(q)
     heads, head_dim = q.shape[1:]
     kv_heads = keys.shape[1]
-    kernel, room = compiled(head_dim, DTYPES[q.dtype], softcap > 0, plan.page_size, q.device.index or 0)
+    kernel, room = compiled(head_dim, DTYPES[q.dtype], softcap > 0, q.device.index or 0)
     factor, inner = softmax_factors(scale, softcap)
     size = q.element_size()
     rows = max(plan.partials, 1) * kv_heads * ROWS
@@ -307,7 +333,7 @@ def launch(q, keys, values, out, low, reach, plan, new, scale, softcap) -> None:
     kernel[(kv_heads, len(plan.items)), THREADS, stream(q), room](
         q.data_ptr(), q.stride(0) * size, q.stride(1) * size, keys.data_ptr(), values.data_ptr(),
         keys.stride(0) * size, keys.stride(1) * size, out.data_ptr(), out.stride(0) * size,
-        low.data_ptr(), reach.data_ptr(), plan.items.data_ptr(), plan.device_lengths.data_ptr(),
-        plan.table.data_ptr(), 4 * plan.table.stride(0), at, at + 4 * rows * head_dim, plan.counters.data_ptr(),
+        low.data_ptr(), reach.data_ptr(), plan.items.data_ptr(),
+        plan.table.data_ptr(), 4 * plan.table.stride(0), plan.page_size.bit_length() - 1, at, at + 4 * rows * head_dim, plan.counters.data_ptr(),
         *written, heads // kv_heads, factor, inner, softcap,
     )  # fmt: skip

@@ -12,8 +12,9 @@ import torch
 from . import attention as plain
 from .paths import choose
 
-ITEM = 8  # numbers of a decode item
-_LEAST = 4  # tiles of 64 keys in an item, at least: shorter ones cost more to join than they gain
+ITEM = 12  # numbers of a decode item, the last three unused
+_MOST_SPLITS = 256  # of a sequence: what the block that joins them has room for
+_LEAST = 2  # tiles of 64 keys in an item, at least: shorter ones cost more to join than they gain
 
 
 @dataclass
@@ -21,16 +22,15 @@ class DevicePlan:
     """A batch's block table and the work of both kernels, on the device.
 
     Attributes:
-        table: int32 `[sequences, most pages]`; device_lengths: int32 `[sequences]`, keys of each; slots: int64 `[queries]`, where
+        table: int32 `[sequences, most pages]`; slots: int64 `[queries]`, where
             the last keys of each sequence lie.
-        items: int32 `[n, 8]`: first query, queries, sequence, first key, end of keys, number of the split, splits of the sequence,
-            number of its first partial; of sequences whose queries times group fit one tile of 16 rows.
+        items: int32 `[n, 12]`: first query, queries, sequence, first key, end of keys, number of the split, splits of the sequence,
+            number of its first partial, keys of the sequence; of sequences whose queries times group fit one tile of 16 rows.
         partials: how many partial results there are; counters: int32 zeros `[sequences * kv_heads]`, and zeros again afterwards.
         tiles: see `tensor_core.plan_tiles`; of the other sequences, whose third number is the sequence.
     """
 
     table: torch.Tensor
-    device_lengths: torch.Tensor
     slots: torch.Tensor
     cu_queries: np.ndarray
     lengths: np.ndarray
@@ -77,10 +77,8 @@ def plan_device(
 ) -> DevicePlan:
     """Cut a batch into work and put it on the device."""
     device, group = pages.device, q_heads // pages.kv_heads
-    table, device_lengths, device_slots = (torch.from_numpy(each).to(device) for each in (block_table, lengths, slots))
-    plan = DevicePlan(
-        table, device_lengths, device_slots, cu_queries, lengths, block_table, pages.page_size, pages.kv_heads, group
-    )
+    table, device_slots = (torch.from_numpy(each).to(device) for each in (block_table, slots))
+    plan = DevicePlan(table, device_slots, cu_queries, lengths, block_table, pages.page_size, pages.kv_heads, group)
     items, plan.partials = plan_items(cu_queries, lengths, group, pages.kv_heads, _blocks(str(device)))
     if len(items):
         plan.items = torch.from_numpy(items).to(device)
@@ -91,7 +89,7 @@ def plan_device(
 def plan_items(
     cu_queries: np.ndarray, lengths: np.ndarray, group: int, kv_heads: int, blocks: int
 ) -> tuple[np.ndarray, int]:
-    """Decode items int32 `[n, 8]` and the number of partial results, for a GPU that runs `blocks` blocks at once.
+    """Decode items int32 `[n, 12]` and the number of partial results, for a GPU that runs `blocks` blocks at once.
 
     Of the lengths that items may have, the one is chosen whose rounds of blocks take the fewest tiles, each round a little more.
     """
@@ -103,11 +101,9 @@ def plan_items(
     total = int(tiles.sum()) * kv_heads
     best = (math.inf, 0)
     for rounds in range(1, 9):
-        size = max(-(-total // (blocks * rounds)), _LEAST)
+        size = max(-(-total // (blocks * rounds)), _LEAST, math.ceil(tiles.max() / _MOST_SPLITS))
         count = int((-(-tiles // size)).sum()) * kv_heads
         best = min(best, (-(-count // blocks) * (size + 2), size))
-        if size == _LEAST:
-            break
     size = best[1]
     items, partials = [], 0
     for sequence, start, stop, keys in short:
@@ -116,7 +112,7 @@ def plan_items(
         splits = math.ceil(keys / even)
         for split in range(splits):
             stretch = (split * even, min((split + 1) * even, keys))
-            items.append((start, stop - start, sequence, *stretch, split, splits, partials))
+            items.append((start, stop - start, sequence, *stretch, split, splits, partials, keys, 0, 0, 0))
         partials += splits if splits > 1 else 0
     return np.asarray(items, np.int32), partials
 
@@ -152,7 +148,9 @@ def launch(q, keys, values, out, low, reach, plan, new, scale, softcap, path=Non
         decode.launch(q, keys, values, out, low, reach, work, new, scale, softcap)
     if long:
         kernel, rows, room = tensor_core.compiled(
-            q.shape[2], tensor_core.DTYPES[q.dtype], softcap > 0, work.page_size, q.device.index or 0
+            q.shape[2], tensor_core.DTYPES[q.dtype], softcap > 0, True, q.device.index or 0
         )
         tensors = (tensor_core.aligned(q), keys, values)
-        tensor_core.launch_tiles(kernel, room, tensors, out, low, reach, work.tiles(rows), work.table, scale, softcap)
+        tensor_core.launch_tiles(
+            kernel, room, tensors, out, low, reach, work.tiles(rows), work.table, work.page_size, scale, softcap
+        )

@@ -128,6 +128,11 @@ if not SIMULATED:
             @intrinsic
             def statement(typing_context, a, b):
                 return types.void(*kinds), codegen
+        elif len(kinds) == 1:
+
+            @intrinsic
+            def statement(typing_context, a):
+                return types.void(*kinds), codegen
         else:
 
             @intrinsic
@@ -137,7 +142,13 @@ if not SIMULATED:
         return statement
 
     # Copies 16 bytes from global to shared memory, in the background; the third operand is how many are read, the rest is zero.
-    copy_async = _statement("cp.async.cg.shared.global [$0], [$1], 16, $2;", types.uint32, types.uint64, types.uint32)
+    copy_async = _statement(
+        "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;",
+        types.uint32,
+        types.uint64,
+        types.uint32,
+    )
+    prefetch = _statement("prefetch.global.L1 [$0];", types.uint64)
     copies_commit = _statement("cp.async.commit_group;")
     copies_wait_all = _statement("cp.async.wait_group 0;")
     copies_wait_but_1 = _statement("cp.async.wait_group 1;")

@@ -35,16 +35,15 @@ def can_run(q: torch.Tensor, scale: float) -> bool:
     return capable and q.dtype in DTYPES and q.shape[-1] in HEAD_DIMS and scale > 0
 
 
-def make_fetch(head_dim: int, page_size: int = 0):
+def make_fetch(head_dim: int, paged: bool = False):
     """The device function that starts the copies of rows of one head into shared memory, 16 bytes a thread at a time.
 
-    With a page size, rows are places in a sequence whose pages' numbers lie at the address `pages`.
+    Where paged, rows are places in a sequence whose pages, of `1 << shift` rows, have their numbers at the address `pages`.
     """
     row_bytes, chunks = 2 * head_dim + 16, head_dim // 8
-    shift, rest = max(page_size.bit_length() - 1, 0), max(page_size - 1, 0)
 
     @cuda.jit(device=True, inline="always")
-    def fetch(target, source, stride, first, limit, count, thread, pages):
+    def fetch(target, source, stride, first, limit, count, thread, pages, shift):
         """`count` rows from row `first` on; rows from `limit` on are zeros."""
         for step in range(count * chunks // THREADS):
             place = step * THREADS + thread
@@ -52,8 +51,8 @@ def make_fetch(head_dim: int, page_size: int = 0):
             chunk = place - row * chunks
             inside = first + row < limit
             token = first + row if inside else first
-            if page_size:
-                token = (load_int(pages + uint64(4 * (token >> shift))) << shift) + (token & rest)
+            if paged:
+                token += (load_int(pages + uint64(4 * (token >> shift))) - (token >> shift)) << shift
             copy_async(
                 target + uint32(row * row_bytes + chunk * 16),
                 source + uint64(token) * stride + uint64(chunk * 16),
@@ -64,10 +63,10 @@ def make_fetch(head_dim: int, page_size: int = 0):
 
 
 @cache
-def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int = 0):
+def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
     """The Python function of a kernel, how many queries a block has, and its shared memory; `compiled` jits it.
 
-    With a page size, keys lie in pages and the third number of a tile is its sequence's row of the block table.
+    Where paged, keys lie in pages and the third number of a tile is its sequence's row of the block table.
     """
     m_tiles = 2 if head_dim <= 128 else 1
     rows = 64 * m_tiles
@@ -87,7 +86,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int = 0):
     )  # keys and values of one tile; there are two, so that the next is fetched while this one is used
     sums, score_count, pairs = m_tiles * head_dim // 2, m_tiles * KEYS // 2, 2 * m_tiles
 
-    fetch_queries, fetch = make_fetch(head_dim), make_fetch(head_dim, page_size)
+    fetch_queries, fetch = make_fetch(head_dim), make_fetch(head_dim, paged)
 
     def prefill(
         q,
@@ -106,6 +105,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int = 0):
         tiles,
         table,
         table_stride,
+        shift,
         group,
         factor,
         inner,
@@ -145,7 +145,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int = 0):
         q_base = q + uint64(q_first) * q_token + uint64(head) * q_head
         k_base, v_base = k + kv_head * k_head, v + kv_head * v_head
         pages = table + uint64(k_first) * table_stride
-        if not page_size:
+        if not paged:
             k_base += uint64(k_first) * k_token
             v_base += uint64(k_first) * v_token
 
@@ -161,9 +161,9 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int = 0):
         largest, total = cuda.local.array(pairs, float32), cuda.local.array(pairs, float32)
         begin_sums(o, largest, total)
         if begin < end:
-            fetch_queries(q_room_at, q_base, q_token, int32(0), count, rows, thread, pages)
-            fetch(k_room_at, k_base, k_token, begin * KEYS, k_count, KEYS, thread, pages)
-            fetch(v_room_at, v_base, v_token, begin * KEYS, k_count, KEYS, thread, pages)
+            fetch_queries(q_room_at, q_base, q_token, int32(0), count, rows, thread, pages, shift)
+            fetch(k_room_at, k_base, k_token, begin * KEYS, k_count, KEYS, thread, pages, shift)
+            fetch(v_room_at, v_base, v_token, begin * KEYS, k_count, KEYS, thread, pages, shift)
             copies_commit()
         here = uint32(0)  # which of two rooms holds this tile
         for number in range(begin, end):
@@ -172,8 +172,8 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int = 0):
             cuda.syncthreads()  # this tile is here, and all have left the one before
             if number + 1 < end:
                 there = uint32(stage) - here
-                fetch(k_room_at + there, k_base, k_token, key + KEYS, k_count, KEYS, thread, pages)
-                fetch(v_room_at + there, v_base, v_token, key + KEYS, k_count, KEYS, thread, pages)
+                fetch(k_room_at + there, k_base, k_token, key + KEYS, k_count, KEYS, thread, pages, shift)
+                fetch(v_room_at + there, v_base, v_token, key + KEYS, k_count, KEYS, thread, pages, shift)
                 copies_commit()
             score(s, q_address, k_address + here, inner, outer)
             if key < whole_from or key + KEYS - 1 > whole_to:
@@ -188,9 +188,9 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, page_size: int = 0):
 
 
 @cache
-def compiled(head_dim: int, dtype: str, softcap: bool, page_size: int, device: int):
+def compiled(head_dim: int, dtype: str, softcap: bool, paged: bool, device: int):
     """The kernel, compiled and allowed the shared memory it needs; queries a block; bytes of shared memory."""
-    function, rows, room = make_kernel(head_dim, dtype, softcap, page_size)
+    function, rows, room = make_kernel(head_dim, dtype, softcap, paged)
     with cuda.gpus[device]:
         jit: Any = cuda.jit
         kernel = jit(signature(), launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))(function)
@@ -203,7 +203,7 @@ def signature() -> Any:
     address, stride = types.uint64, types.uint64
     tensor = (address, stride, stride)
     pointers = (address, address, address)  # low, reach, tiles: Numba's array arguments cost 10 us each at a launch
-    table = (address, stride)
+    table = (address, stride, types.int32)
     return types.void(
         *tensor,
         *tensor,
@@ -249,21 +249,22 @@ def launch(
     """See `range_kernels.attention`; fills `out`. Needs `can_run`."""
     q, k, v = (aligned(x) for x in (q, k, v))
     head_dim = q.shape[2]
-    kernel, rows, room = compiled(head_dim, DTYPES[q.dtype], softcap > 0, 0, q.device.index or 0)
+    kernel, rows, room = compiled(head_dim, DTYPES[q.dtype], softcap > 0, False, q.device.index or 0)
     tiles = _device_tiles(tuple(lengths_q.tolist()), tuple(lengths_k.tolist()), rows, q.device)
-    launch_tiles(kernel, room, (q, k, v), out, low, reach, tiles, None, scale, softcap)
+    launch_tiles(kernel, room, (q, k, v), out, low, reach, tiles, None, 1, scale, softcap)
 
 
-def launch_tiles(kernel, room, qkv, out, low, reach, tiles, table, scale, softcap) -> None:
+def launch_tiles(kernel, room, qkv, out, low, reach, tiles, table, page_size, scale, softcap) -> None:
     """Run a compiled prefill kernel over tiles; `k`, `v` `[places, kv_heads, head_dim]`, with their block table where paged."""
     q, k = qkv[:2]
     factor, inner = softmax_factors(scale, softcap)
     size, heads = q.element_size(), q.shape[1]
     tensors = [number for x in qkv for number in (x.data_ptr(), x.stride(0) * size, x.stride(1) * size)]
     pages = (0, 0) if table is None else (table.data_ptr(), 4 * table.stride(0))
+    shift = page_size.bit_length() - 1
     kernel[(heads, len(tiles)), THREADS, stream(q), room](
         *tensors, out.data_ptr(), out.stride(0) * size, low.data_ptr(), reach.data_ptr(),
-        tiles.data_ptr(), *pages, heads // k.shape[1], factor, inner, softcap,
+        tiles.data_ptr(), *pages, shift, heads // k.shape[1], factor, inner, softcap,
     )  # fmt: skip
 
 
