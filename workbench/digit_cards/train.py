@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .. import smollm2
+from ..pypi_models import SMOLLM2
 from .cards import SIZE, Scene, draw_scene, render, split
 from .network import IGNORED, CardReader, Probes, probe_targets
 from .questions import QUESTIONS, Question
@@ -249,7 +249,7 @@ def main() -> None:
     pool = make_pool(options.pictures, False, options.seed, options.workers, options.device)
     tried = make_pool(4096, True, options.seed + 1, options.workers, options.device)
     log.write(pictures=len(pool.scenes), held_out_pictures=len(tried.scenes))
-    reader = CardReader(smollm2.folder(), options.device)
+    reader = CardReader(SMOLLM2.folder(), options.device)
     probes = Probes().to(options.device)
     state = options.out / "tower.pt"
     both = torch.nn.ModuleDict({"tower": reader.parts["tower"], "probes": probes})
