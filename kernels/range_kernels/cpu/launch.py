@@ -180,6 +180,28 @@ def linear(x: torch.Tensor, panels: np.ndarray, outputs: int) -> torch.Tensor:
     return out if out.shape[1] == outputs else out[:, :outputs]
 
 
+def linear_of_norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, panels: np.ndarray, outputs: int
+) -> torch.Tensor:
+    """`linear` of `rms_norm`, in one launch where rows are few."""
+    if x.numel() >= _SMALL_ROWS:
+        return linear(rms_norm(x, weight, epsilon), panels, outputs)
+    out = torch.empty((x.shape[0], panels.shape[0] * COLUMNS))
+    with _PARALLEL:
+        layers.linear_of_norm(x.numpy(), weight.numpy(), np.float32(epsilon), panels, out.numpy())
+    return out if out.shape[1] == outputs else out[:, :outputs]
+
+
+def linear_of_gate(both: torch.Tensor, gelu: bool, panels: np.ndarray, outputs: int) -> torch.Tensor:
+    """`linear` of `gate`, in one launch where rows are few."""
+    if both.numel() >= _SMALL_ROWS:
+        return linear(gate(both, gelu), panels, outputs)
+    out = torch.empty((both.shape[0], panels.shape[0] * COLUMNS))
+    with _PARALLEL:
+        layers.linear_of_gate(both.numpy(), gelu, panels, out.numpy())
+    return out if out.shape[1] == outputs else out[:, :outputs]
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     """RMSNorm over the last dimension of a contiguous `x`, times `weight`."""
     out = torch.empty_like(x)

@@ -11,12 +11,22 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from .vector import COLUMNS, DIGEST, ROWS, block_product, row_gate_gelu_tanh, row_gate_silu
+from .vector import COLUMNS, DIGEST, ROWS, block_product, block_product_join, row_gate_gelu_tanh, row_gate_silu
 
-VECTOR_DIGEST = "fca11e98033ce2ed"  # as in attention.py
+VECTOR_DIGEST = "27fe444c83be8d66"  # as in attention.py
 CACHE = DIGEST == VECTOR_DIGEST
+DEPTH = 64  # terms of one sum; sums of sums round a few times less than one long sum does
 TOKENS = 256  # rows of one task: with one panel of weights they stay in the second-level cache
 LANES = 16
+
+
+@njit(inline="always")
+def _long_product(x, weights, target, stride, inputs):
+    """One tile of `linear`; addresses of the first row of x, of a panel of weights, and of the result."""
+    block_product(x, inputs, weights, COLUMNS, target, stride, min(DEPTH, inputs))
+    for start in range(DEPTH, inputs, DEPTH):
+        begin, depth = np.uintp(start * 4), min(DEPTH, inputs - start)
+        block_product_join(x + begin, inputs, weights + begin * np.uintp(COLUMNS), COLUMNS, target, stride, depth)
 
 
 @njit(parallel=True, cache=CACHE)
@@ -31,14 +41,11 @@ def linear(x, panels, out):
         panel, first = task // blocks, task % blocks * TOKENS
         weights = panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * 4)
         for row in range(first, min(first + TOKENS, whole), ROWS):
-            block_product(
-                x.ctypes.data + np.uintp(row * inputs * 4), inputs, weights, COLUMNS,
-                out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4), out.shape[1],
-                inputs,
-            )  # fmt: skip
+            target = out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4)
+            _long_product(x.ctypes.data + np.uintp(row * inputs * 4), weights, target, out.shape[1], inputs)
         if (first + TOKENS >= rows) & (whole < rows):
             block = np.empty((ROWS, COLUMNS), np.float32)
-            block_product(rest.ctypes.data, inputs, weights, COLUMNS, block.ctypes.data, COLUMNS, inputs)
+            _long_product(rest.ctypes.data, weights, block.ctypes.data, COLUMNS, inputs)
             out[whole:, panel * COLUMNS : (panel + 1) * COLUMNS] = block[: rows - whole]
 
 
@@ -59,6 +66,37 @@ def _rms_row(x, weight, epsilon, out):
     shrink = np.float32(1.0) / np.float32(math.sqrt(total / np.float32(width) + epsilon))
     for element in range(width):
         out[element] = x[element] * shrink * weight[element]
+
+
+@njit(parallel=True, cache=CACHE)
+def linear_of_norm(x, weight, epsilon, panels, out):
+    """`linear` of `rms_norm` for few rows: between two launches of threads there is nothing to norm in parallel."""
+    ready = np.zeros((-(-len(x) // ROWS) * ROWS, x.shape[1]), np.float32)
+    for row in range(len(x)):
+        _rms_row(x[row], weight, epsilon, ready[row])
+    for panel in prange(len(panels)):
+        _few_rows(ready, panels, panel, out)
+
+
+@njit(parallel=True, cache=CACHE)
+def linear_of_gate(both, gelu, panels, out):
+    """`linear` of `gate` for few rows."""
+    ready = np.zeros((-(-len(both) // ROWS) * ROWS, both.shape[1] // 2), np.float32)
+    for row in range(len(both)):
+        _gate_row(both[row], ready.shape[1], gelu, ready[row])
+    for panel in prange(len(panels)):
+        _few_rows(ready, panels, panel, out)
+
+
+@njit
+def _few_rows(ready, panels, panel, out):
+    """One panel of outputs; `ready` [rows made up to a multiple of ROWS, inputs]."""
+    inputs, rows = panels.shape[1], len(out)
+    weights = panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * 4)
+    block = np.empty((ROWS, COLUMNS), np.float32)
+    for row in range(0, rows, ROWS):
+        _long_product(ready.ctypes.data + np.uintp(row * inputs * 4), weights, block.ctypes.data, COLUMNS, inputs)
+        out[row : row + ROWS, panel * COLUMNS : (panel + 1) * COLUMNS] = block[: min(ROWS, rows - row)]
 
 
 @njit(parallel=True, cache=CACHE)

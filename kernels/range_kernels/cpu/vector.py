@@ -56,10 +56,12 @@ def prefetch(builder, place):
     byte = ir.PointerType(ir.IntType(8))
     kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [builder.bitcast(place, byte), _I32(0), _I32(3), _I32(1)])
+    builder.call(function, [builder.bitcast(place, byte), _I32(0), _I32(0), _I32(1)])
 
 
-def _make_block_product(accumulate: bool):
+def _make_block_product(accumulate: str = ""):
+    """C is what the sums begin with ("before"), what is added to them ("after"), or only written ("")."""
+
     @intrinsic
     def product(typing_context, a, stride_a, b, stride_b, c, stride_c, depth):
         signature = types.void(types.uintp, types.intp, types.uintp, types.intp, types.uintp, types.intp, types.intp)
@@ -78,7 +80,7 @@ def _make_block_product(accumulate: bool):
                 return builder.add(builder.mul(stride_c, _I64(row)), _I64(part * WIDTH))
 
             tile = [(row, part) for row in range(ROWS) for part in range(2)]
-            if accumulate:
+            if accumulate == "before":
                 start = [load_vector(c, tile_element(row, part)) for row, part in tile]
             else:
                 start = [ir.Constant(_VECTOR, [0.0] * WIDTH)] * len(tile)
@@ -117,6 +119,8 @@ def _make_block_product(accumulate: bool):
                 value.add_incoming(new[index], loop)
                 start[index] = value
             for value, (row, part) in zip(start, tile, strict=True):
+                if accumulate == "after":
+                    value = builder.fadd(load_vector(c, tile_element(row, part)), value)
                 address = builder.bitcast(builder.gep(c, [tile_element(row, part)]), vector)
                 builder.store(value, address).align = 4
             return context.get_dummy_value()
@@ -126,8 +130,9 @@ def _make_block_product(accumulate: bool):
     return product
 
 
-block_product = _make_block_product(accumulate=False)
-block_product_add = _make_block_product(accumulate=True)
+block_product = _make_block_product()
+block_product_add = _make_block_product("before")  # a sum's bits do not depend on where it is cut
+block_product_join = _make_block_product("after")  # a long sum made of shorter ones rounds less
 
 
 def _each_pair_of_vectors(builder, address, count, start, body):

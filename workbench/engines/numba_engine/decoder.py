@@ -20,7 +20,7 @@ from ...models import Model
 from .backbones import read_backbone
 from .batch import Batch
 from .loading import TensorReader
-from .operations import Linear, TorchOperations, operations
+from .operations import Linear, operations
 from .rope import Rope, choose_axes
 
 Tap = Callable[[str, torch.Tensor], None]
@@ -103,8 +103,8 @@ class Decoder:
             hidden = hidden + added
             if tap:
                 tap(f"layers.{number}.attention", added)
-            both = layer.gate_up(self._normalise(hidden, layer.mlp_norm))
-            added = layer.down(self.run.gate(both, self.backbone.gelu))
+            both = layer.gate_up.of_norm(hidden, layer.mlp_norm, self.backbone.epsilon)
+            added = layer.down.of_gate(both, self.backbone.gelu)
             if layer.after_mlp is not None:
                 added = self._normalise(added, layer.after_mlp)
             hidden = hidden + added
@@ -133,7 +133,7 @@ class Decoder:
     ) -> torch.Tensor:
         backbone, run = self.backbone, self.run
         turned = backbone.heads + backbone.kv_heads
-        x = layer.qkv(self._normalise(hidden, layer.attention_norm))
+        x = layer.qkv.of_norm(hidden, layer.attention_norm, backbone.epsilon)
         x = x.view(hidden.shape[0], turned + backbone.kv_heads, backbone.head_dim)
         heads, values = x[:, :turned], x[:, turned:]
         if layer.head_norms is not None:
@@ -169,6 +169,4 @@ class Decoder:
         return cosine.to(self.device), sine.to(self.device)
 
     def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if weight.dtype is not x.dtype:  # norms that are stored less one are kept in float32
-            return TorchOperations.norm(x.float(), weight, self.backbone.epsilon).to(x.dtype)
         return self.run.norm(x, weight, self.backbone.epsilon)

@@ -20,6 +20,11 @@ class Linear(Protocol):
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def of_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        """This map of `Operations.norm`."""
+
+    def of_gate(self, both: torch.Tensor, gelu: bool) -> torch.Tensor:
+        """This map of `activation(gate) * up` for `both` `[rows, gate and up]`; SiLU, or GELU by tanh."""
 
 
 class Operations(Protocol):
@@ -30,9 +35,6 @@ class Operations(Protocol):
     def norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) over the last dimension."""
 
-    def gate(self, both: torch.Tensor, gelu: bool) -> torch.Tensor:
-        """`activation(gate) * up` for `both` `[rows, gate and up]`."""
-
     def rotate(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool) -> torch.Tensor:
         """Turn pairs of channels of `x` `[tokens, heads, head_dim]`; `cosine`, `sine` `[tokens, pairs]`, float32."""
 
@@ -42,7 +44,6 @@ class CpuOperations:
 
     linear = staticmethod(layers.Linear)
     norm = staticmethod(layers.rms_norm)
-    gate = staticmethod(layers.gate)
     rotate = staticmethod(layers.rotate)
 
 
@@ -55,6 +56,13 @@ class TorchLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
+    def of_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return self(TorchOperations.norm(x, weight, epsilon))
+
+    def of_gate(self, both: torch.Tensor, gelu: bool) -> torch.Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return self((F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up)
+
 
 class TorchOperations:
     """Any dtype and device; norms and rotations run in float32."""
@@ -63,12 +71,9 @@ class TorchOperations:
 
     @staticmethod
     def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        if weight.dtype is not x.dtype:  # norms that are stored less one are kept in float32
+            return F.rms_norm(x.float(), weight.shape, weight, epsilon).to(x.dtype)
         return F.rms_norm(x, weight.shape, weight, epsilon)
-
-    @staticmethod
-    def gate(both: torch.Tensor, gelu: bool) -> torch.Tensor:
-        gate, up = both.chunk(2, dim=-1)
-        return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
 
     @staticmethod
     def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool) -> torch.Tensor:
