@@ -6,7 +6,7 @@ import asyncio
 import operator
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
@@ -168,7 +168,7 @@ class Engine(ABC):
         ranges = _one_of(embedding_ranges, input_embedding_ranges)
         return self.stream(_prompt(input_ids, input_embeddings, ranges, multimodal), gen_config, session_id=session_id)
 
-    async def async_stream_infer(
+    def async_stream_infer(
         self,
         session_id: int,
         input_ids: Sequence[int],
@@ -179,33 +179,13 @@ class Engine(ABC):
         input_embedding_ranges: Sequence[tuple[int, int]] | None = None,
         multimodal: Sequence[dict[str, Any]] | None = None,
         **unknown: Any,
-    ) -> AsyncIterator[EngineOutput]:
+    ) -> AsyncGenerator[EngineOutput, None]:
         """`stream_infer` for an event loop."""
         if unknown:
             raise TypeError(f"async_stream_infer does not take {', '.join(sorted(unknown))}")
         ranges = _one_of(embedding_ranges, input_embedding_ranges)
         prompt = _prompt(input_ids, input_embeddings, ranges, multimodal)
-        config, cancelled = self._accept(prompt, gen_config, session_id)
-        with self._session(session_id, cancelled) as mine:
-            if not mine:
-                yield EngineOutput(ResponseType.SESSION_REPEAT)
-                return
-            made = 0
-            steps = self._async_generate(prompt, config, cancelled)
-            try:
-                async for output in steps:
-                    if cancelled.is_set():
-                        break
-                    made = output.num_token
-                    yield output
-                    if output.status is not ResponseType.SUCCESS:
-                        return
-                    if cancelled.is_set():
-                        break
-            finally:
-                await steps.aclose()
-            if cancelled.is_set():
-                yield EngineOutput(ResponseType.CANCEL, num_token=made)
+        return self.async_stream(prompt, gen_config, session_id=session_id)
 
     def stream(
         self, prompt: Prompt, gen_config: GenerationConfig | None = None, *, session_id: int | None = None
@@ -213,6 +193,13 @@ class Engine(ABC):
         """`stream_infer` for a Prompt, which also carries spans and positions."""
         config, cancelled = self._accept(prompt, gen_config, session_id)
         return self._steps(prompt, config, session_id, cancelled)
+
+    def async_stream(
+        self, prompt: Prompt, gen_config: GenerationConfig | None = None, *, session_id: int | None = None
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """`stream` for an event loop."""
+        config, cancelled = self._accept(prompt, gen_config, session_id)
+        return self._async_steps(prompt, config, session_id, cancelled)
 
     def _accept(
         self, prompt: Prompt, gen_config: GenerationConfig | None, session_id: int | None
@@ -250,6 +237,30 @@ class Engine(ABC):
                         return
             finally:
                 steps.close()
+            if cancelled.is_set():
+                yield EngineOutput(ResponseType.CANCEL, num_token=made)
+
+    async def _async_steps(
+        self, prompt: Prompt, config: GenerationConfig, session_id: int | None, cancelled: Cancellation
+    ) -> AsyncGenerator[EngineOutput, None]:
+        with self._session(session_id, cancelled) as mine:
+            if not mine:
+                yield EngineOutput(ResponseType.SESSION_REPEAT)
+                return
+            made = 0
+            steps = self._async_generate(prompt, config, cancelled)
+            try:
+                async for output in steps:
+                    if cancelled.is_set():
+                        break
+                    made = output.num_token
+                    yield output
+                    if output.status is not ResponseType.SUCCESS:
+                        return
+                    if cancelled.is_set():
+                        break
+            finally:
+                await steps.aclose()
             if cancelled.is_set():
                 yield EngineOutput(ResponseType.CANCEL, num_token=made)
 

@@ -16,7 +16,7 @@ from ...models import Model
 from ...prompt import Prompt
 from ...taps import decoder_taps
 from ..api import Cancellation, Engine, parse_device, parse_dtype
-from ..messages import Capabilities, EngineOutput, GenerationConfig
+from ..messages import Capabilities, EngineOutput, GenerationConfig, ResponseType
 from ..sampling import Answer, stop_tokens
 from . import sequence as requests
 from .batch import Batch
@@ -154,6 +154,8 @@ class NumbaEngine(Engine):
                 if output is None:
                     return
                 yield output
+                if output.status is not ResponseType.SUCCESS:
+                    return
         finally:
             self._loop.abort(request)
 
@@ -172,6 +174,8 @@ class NumbaEngine(Engine):
         try:
             while (output := _opened(await channel.get())) is not None:
                 yield output
+                if output.status is not ResponseType.SUCCESS:
+                    return
         finally:
             self._loop.abort(request)
 

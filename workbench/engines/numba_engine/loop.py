@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections.abc import Sequence as Several
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from range_kernels import KVPages
@@ -30,7 +32,9 @@ class Loop:
         self._lock = threading.Lock()  # holds for the scheduler and the thread's coming and going, never during a step
         self._step_lock = threading.Lock()  # one step at a time; taken before the other lock
         self._thread: threading.Thread | None = None
+        self._stopping = False
         self._numbers = 0
+        _LOOPS.add(self)
 
     def submit(self, sequence: Sequence, alone: bool = False) -> None:
         """Queue a request.
@@ -49,6 +53,13 @@ class Loop:
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="workbench-engine", daemon=True)
         self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after its current step, for good."""
+        self._stopping = True
+        thread = self._thread
+        if thread is not None:
+            thread.join()
 
     def step_alone(self) -> bool:
         """Run a step in the calling thread; False where the engine's own thread runs them.
@@ -97,7 +108,7 @@ class Loop:
             )
 
     def _run(self) -> None:
-        while True:
+        while not self._stopping:
             with self._step_lock:
                 if not self._one_step():
                     return
@@ -205,3 +216,13 @@ class Loop:
                 sequence.deliver(error)
             except Exception:  # its consumer is gone
                 sequence.aborted = True
+
+
+# A thread that is computing while the interpreter is taken down brings the process down with it.
+_LOOPS: WeakSet[Loop] = WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    for loop in list(_LOOPS):
+        loop.stop()

@@ -1,0 +1,130 @@
+"""Speed of the Numba engine under a load, beside Transformers' `generate`: `workbench bench --batches`.
+
+Everything is timed in one run, in turns, and the median is reported: only ratios within a run mean something.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+
+from .engines.api import Engine
+from .engines.messages import GenerationConfig
+from .engines.numba_engine.engine import NumbaEngine
+from .engines.transformers_reference import TransformersReference
+from .injections import noise_like
+from .models import load_model
+from .prompt import Prompt
+
+PROMPTS, NEW_TOKENS = 16, 32
+CROWD = 64  # requests that run at once where the scheduler's share is measured
+IMAGE_ROWS = 576
+
+
+def run(model_name: str, rounds: int) -> dict[str, float]:
+    """Print a table; return `{job: median seconds}`, and `"share of a step that is not the model's"`."""
+    model = load_model(model_name)
+    engine, reference = NumbaEngine(model), TransformersReference(model)
+    ids = model.chat_ids("Tell me a story about a fox and the moon, please. " * 40)
+    prompts = uneven_prompts(ids, model.embedding_table, PROMPTS)
+    alone = Prompt(ids[:64], [model.token_rows(ids[30:34])], [(30, 34)])
+    picture = noise_like(model.token_rows(ids[:1] * IMAGE_ROWS), torch.Generator().manual_seed(0))
+    image = Prompt([*ids[:8], *ids[8:9] * IMAGE_ROWS, *ids[9:40]], [picture], [(8, 8 + IMAGE_ROWS)])
+
+    def fresh(job: Callable[[], object]) -> Callable[[], object]:
+        """The job without anything known from a turn before."""
+
+        def run() -> object:
+            engine.forget_prefixes()
+            return job()
+
+        return run
+
+    def first_token() -> None:
+        engine.generate(image, _tokens(1))
+
+    jobs: dict[str, Callable[[], object]] = {
+        f"{PROMPTS} prompts, numba": fresh(lambda: generate_together(engine, prompts, NEW_TOKENS)),
+        f"{PROMPTS} prompts, transformers one by one": lambda: [_generate(reference, [each]) for each in prompts],
+        f"{PROMPTS} prompts, transformers padded": lambda: _generate(reference, prompts),
+        "one sequence, numba": fresh(lambda: engine.generate(alone, _tokens(NEW_TOKENS))),
+        "one sequence, transformers": lambda: _generate(reference, [alone]),
+        "first token after an image, numba": fresh(first_token),
+        "first token after the same image again, numba": first_token,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for turn in range(rounds + 1):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if turn:  # the first turn compiles and warms up
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: median(times) for name, times in seconds.items()}
+    made = {name: NEW_TOKENS * (PROMPTS if "prompts" in name else 1) for name in jobs if "token" not in name}
+    print(f"{model.name}, float32, {torch.get_num_threads()} threads, {rounds} rounds in turns, medians")
+    for name, value in medians.items():
+        rate = f"{made[name] / value:8.1f} new tokens/s" if name in made else ""
+        print(f"{name:46} {value * 1000:9.1f} ms {rate}")
+    share = overhead(engine, ids)
+    print(f"{CROWD} requests at once: {share:.1%} of a step is not the model's")
+    return {**medians, "share of a step that is not the model's": share}
+
+
+def uneven_prompts(ids: Sequence[int], table: torch.Tensor, count: int) -> list[Prompt]:
+    """Prompts of 20 to 340 tokens, an image-sized range in every other."""
+    prompts = []
+    for number in range(count):
+        length = 20 + (number * 7 % 16) * 64 // 3
+        ranges = [(4, min(length, 53))] if number % 2 else []
+        prompts.append(Prompt(ids[:length], [table[list(ids[a:b])] for a, b in ranges], ranges))
+    return prompts
+
+
+def generate_together(engine: Engine, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
+    """All prompts at once from one event loop; the tokens of each."""
+
+    async def answer(number: int, prompt: Prompt) -> list[int]:
+        outputs = engine.async_stream_infer(
+            number, prompt.input_ids, prompt.input_embeddings, prompt.embedding_ranges, _tokens(new_tokens)
+        )
+        return [token async for output in outputs for token in output.token_ids]
+
+    async def every() -> list[list[int]]:
+        return await asyncio.gather(*[answer(number, prompt) for number, prompt in enumerate(prompts)])
+
+    return asyncio.run(every())
+
+
+def overhead(engine: NumbaEngine, ids: Sequence[int]) -> float:
+    """Share of a step's time outside the model while `CROWD` requests decode."""
+    prompts = [Prompt([*ids[number : number + 40]]) for number in range(CROWD)]
+    before = engine.stats().steps
+    generate_together(engine, prompts, NEW_TOKENS)
+    crowded = [step for step in engine.history[before - engine.stats().steps :] if len(step.pieces) == CROWD]
+    return 1.0 - sum(step.model_seconds for step in crowded) / sum(step.seconds for step in crowded)
+
+
+def _tokens(count: int) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=count, ignore_eos=True)
+
+
+@torch.no_grad()
+def _generate(reference: TransformersReference, prompts: Sequence[Prompt]) -> torch.Tensor:
+    """Transformers' `generate` from spliced embeddings, padded on the left where there are several."""
+    longest = max(map(len, prompts))
+    states = torch.zeros(len(prompts), longest, reference.model.text_config.hidden_size)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        states[row, longest - len(prompt) :] = reference.splice(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return reference.network.generate(
+        inputs_embeds=states,
+        attention_mask=mask,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+    )
