@@ -23,6 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="speed of engine, trace and picture on this machine")
     bench.add_argument("--model", default="smollm2-135m")
     bench.add_argument("--rounds", type=int, default=5)
+    bench.add_argument(
+        "--batches", action="store_true", help="many requests at once beside Transformers' generate instead"
+    )
     features = commands.add_parser("features", help="run a vision tower over pictures, ahead of time, into a store")
     features.add_argument("images", nargs="+", help="pictures, or folders of them")
     features.add_argument("--store", required=True, help="a folder, or an fsspec URL such as s3://bucket/features")
@@ -80,9 +83,9 @@ def _features(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .bench import run
+    from . import bench, bench_engine
 
-    run(options.model, options.rounds)
+    (bench_engine if options.batches else bench).run(options.model, options.rounds)
     return 0
 
 
