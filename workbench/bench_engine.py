@@ -6,11 +6,10 @@ Everything is timed in one run, in turns, and the median is reported: only ratio
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
-from statistics import median
 
 import torch
+from range_kernels.bench import time_in_turns
 
 from .engines.api import Engine
 from .engines.messages import GenerationConfig
@@ -56,14 +55,7 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
         "first token after an image, numba": fresh(first_token),
         "first token after the same image again, numba": first_token,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(rounds + 1):
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            if turn:  # the first turn compiles and warms up
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: median(times) for name, times in seconds.items()}
+    medians = time_in_turns(jobs, rounds)
     made = {name: NEW_TOKENS * (PROMPTS if "prompts" in name else 1) for name in jobs if "token" not in name}
     print(f"{model.name}, float32, {torch.get_num_threads()} threads, {rounds} rounds in turns, medians")
     for name, value in medians.items():
