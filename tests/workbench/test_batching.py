@@ -118,16 +118,33 @@ def test_a_newcomer_is_not_starved_by_a_long_answer(llama):
     engine = workbench.open_engine("numba", llama, max_prefill_token_num=8)
     long = engine.stream(random_prompt(), GenerationConfig(max_new_tokens=200, ignore_eos=True))
     next(long)
-    newcomer = engine.stream(random_prompt(1), CONFIG)
-    next(newcomer)
-    made = [engine.stats().finished, len(list(newcomer))]
-    assert made == [0, 11]
-    assert next(long).status is ResponseType.SUCCESS
-    long.close()
+    assert len(list(engine.stream(random_prompt(1), CONFIG))) == 12
+    assert [output.status for output in long][-1] is ResponseType.FINISH
+    ran = [{piece.request for piece in step.pieces} for step in engine.history]
+    shared = [number for number, requests in enumerate(ran) if 1 in requests]
+    # It ran in every step from its arrival to its end, each time beside the long one, which went on long after.
+    assert shared == list(range(shared[0], shared[-1] + 1))
+    assert all(0 in ran[number] for number in shared)
+    assert ran[shared[-1] + 1 :] == [{0}] * (len(ran) - shared[-1] - 1)
+    assert len(ran) - shared[-1] > 100
 
 
-def test_an_early_close_and_a_cancel_free_their_pages(llama):
-    engine = workbench.open_engine("numba", llama)
+@pytest.fixture
+def slow(llama, monkeypatch):
+    """An engine whose steps take so long that a request of 200 tokens is still running when the test looks."""
+    engine = workbench.open_engine("numba", llama, max_batch_size=2)
+    forward = engine.decoder.forward
+
+    def sleeping(batch, pages, tap=None):
+        time.sleep(0.03)
+        return forward(batch, pages, tap)
+
+    monkeypatch.setattr(engine.decoder, "forward", sleeping)
+    return engine
+
+
+def test_an_early_close_and_a_cancel_free_their_pages(slow):
+    engine = slow
     config = GenerationConfig(max_new_tokens=200, ignore_eos=True)
     closed, cancelled = engine.stream(random_prompt(), config), engine.stream(random_prompt(1), config, session_id=3)
     next(closed), next(cancelled)
@@ -139,11 +156,11 @@ def test_an_early_close_and_a_cancel_free_their_pages(llama):
     assert engine.stats().running == 0
 
 
-def test_a_cancel_ends_a_request_that_waits_for_room(llama):
-    engine = workbench.open_engine("numba", llama, max_batch_size=1)
+def test_a_cancel_ends_a_request_that_waits_for_room(slow):
+    engine = slow
     config = GenerationConfig(max_new_tokens=200, ignore_eos=True)
-    first = engine.stream(random_prompt(), config)
-    next(first)
+    first, second = engine.stream(random_prompt(), config), engine.stream(random_prompt(2), config)
+    next(first), next(second)
     waiting = engine.stream(random_prompt(1), config, session_id=4)
     outputs = []
     thread = threading.Thread(target=lambda: outputs.extend(waiting))
@@ -153,7 +170,7 @@ def test_a_cancel_ends_a_request_that_waits_for_room(llama):
     thread.join(20)
     assert [output.status for output in outputs] == [ResponseType.CANCEL]
     assert next(first).status is ResponseType.SUCCESS
-    first.close()
+    first.close(), second.close()
 
 
 def test_a_fault_in_the_model_ends_one_request_alone(llama, alone, monkeypatch):
