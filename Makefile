@@ -10,7 +10,7 @@ LAB_OPTIONS ?=
 # No request leaves this machine: no news, no update check, no extension gallery.
 LAB_QUIET := --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
 
-.PHONY: help setup model lab test test-gpu check format bench update-pins clean
+.PHONY: help setup model lab test test-gpu check format bench soak update-pins clean
 
 help:
 	@echo "make lab       set up, fetch the model once, open JupyterLab on notebook 01"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-gpu  run the GPU tests on this machine's GPU"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     speed of kernels and engine on this machine"
+	@echo "make soak      ten thousand requests with cancels, bad input and a cache that is too small"
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found. Install one (for example: apt-get install python3 python3-venv,"; \
@@ -60,6 +61,9 @@ format: $(READY)
 bench: model
 	$(BIN)/python -m range_kernels.bench
 	$(BIN)/workbench bench
+
+soak: $(READY)
+	$(BIN)/python -m tests.workbench.soak
 
 update-pins: $(READY)
 	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | grep -vE '^(pip|setuptools)=='; } > constraints.new

@@ -195,3 +195,15 @@ def test_05_batches_of_ranges(page, lab):
     move(page, view, "Tokens a chunk", "ArrowRight")
     page.screenshot(path=ARTIFACTS / "05_plan.png")
     check_quiet(page)
+
+
+def test_06_inside_the_engine(page, lab):
+    open_and_run(page, lab, "06_inside_the_engine.ipynb")
+    wait_idle(page)
+    find(page, "text=ten of ten")
+    page.screenshot(path=ARTIFACTS / "06_burst.png")
+    view = find(page, ".workbench-engine")
+    view.locator("text=54 finished").wait_for(timeout=60 * SECOND)
+    assert picture(view).startswith("blob:")
+    page.screenshot(path=ARTIFACTS / "06_live.png")
+    check_quiet(page)

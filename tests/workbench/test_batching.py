@@ -13,6 +13,7 @@ from workbench import GenerationConfig, ModelError, Prompt, PromptError, Respons
 
 from .families import save
 from .small import random_prompt, save_llama
+from .soak import Soak
 
 CONFIG = GenerationConfig(max_new_tokens=12, ignore_eos=True, output_logits="generation")
 
@@ -210,6 +211,14 @@ def test_what_the_cache_can_never_hold_is_refused_at_once(llama):
     with pytest.raises(PromptError, match=r"90 prompt tokens and 12 new ones take 4 pages of 32 tokens.*has 3"):
         engine.stream(random_prompt(0, 90), CONFIG)
     assert engine.generate(random_prompt(0, 85), CONFIG).num_token == 12  # 85 + 11 fill three pages to the last place
+
+
+def test_a_short_soak(llama):
+    """`make soak` runs ten thousand."""
+    soak = Soak(llama, 400)
+    soak.run(120)
+    assert set(soak.counts) == {"finish", "cancel", "close", "bad", "drop"}
+    assert soak.engine.stats().evictions > 0
 
 
 @pytest.mark.parametrize(

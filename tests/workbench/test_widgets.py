@@ -7,8 +7,13 @@ import time
 import pytest
 from PIL import Image
 
-from workbench.widgets import ComparisonBench, LandingBench
+import workbench
+from workbench import GenerationConfig
+from workbench.plots import schedule_figure
+from workbench.widgets import ComparisonBench, EngineView, LandingBench
 from workbench.widgets.latest import Latest
+
+from .small import random_prompt, save_llama
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +114,59 @@ def test_only_the_newest_job_finishes():
     latest.submit(fails)
     assert latest.wait(10)
     assert [str(error) for error in errors] == ["shown"]
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory):
+    engine = workbench.open_engine("numba", save_llama(tmp_path_factory.mktemp("llama")), max_prefill_token_num=16)
+    for _ in range(2):
+        engine.generate(random_prompt(0, 70), GenerationConfig(max_new_tokens=4, ignore_eos=True))
+    return engine
+
+
+class TestEngineView:
+    def test_the_picture_holds_what_the_history_says(self, worked):
+        """Red stands where a range is: widths in the picture are tokens of the steps."""
+        figure = schedule_figure(worked.history, ["first", "second"])
+        above, below = figure.axes[:2]
+        assert [label.get_text() for label in above.get_yticklabels()] == ["first", "second"]
+        red = [
+            each for each in above.patches if each.get_facecolor()[:3] == pytest.approx((0.82, 0.286, 0.357), abs=0.01)
+        ]
+        scale = 0.92 / 16
+        # [4, 9) and [20, 29) in chunks of 16 tokens; the second time 64 tokens came from the cache, with all ranges.
+        assert [round(each.get_width() / scale) for each in red] == [5, 9]
+        assert [int(each.get_x()) for each in red] == [0, 1]
+        tokens = [sum(len(piece) for piece in step.pieces) for step in worked.history]
+        heights: dict[float, float] = {}
+        for bar in below.patches:
+            heights[round(bar.get_x(), 3)] = heights.get(round(bar.get_x(), 3), 0) + bar.get_height()
+        assert [heights[key] for key in sorted(heights)] == tokens
+        assert "64" in [text.get_text() for text in above.texts]
+
+    def test_it_follows_the_engine_until_it_is_closed(self, worked):
+        with EngineView(worked, seconds=0.01) as live:
+            before = live.image.value
+            finished = worked.stats().finished
+            worked.generate(random_prompt(1, 70), GenerationConfig(max_new_tokens=4, ignore_eos=True))
+        assert f"{finished + 1} finished" in live.numbers.value
+        assert live.image.value != before
+        assert live.error.value == ""
+        shown = live.numbers.value
+        worked.generate(random_prompt(2, 70), GenerationConfig(max_new_tokens=4, ignore_eos=True))
+        assert live.numbers.value == shown
+
+    def test_an_error_shows_in_the_view(self, worked, monkeypatch):
+        view = EngineView(worked, seconds=0.01, steps=0)
+        monkeypatch.setattr(worked, "stats", lambda: 1 / 0)
+        view.open()
+        until = time.monotonic() + 10
+        while not view.error.value and time.monotonic() < until:
+            time.sleep(0.01)
+        assert "ZeroDivisionError" in view.error.value
+        monkeypatch.undo()
+        view.close()
+
+    def test_what_it_cannot_show_is_named(self, reference):
+        with pytest.raises(TypeError, match="shows the numba engine, not TransformersReference"):
+            EngineView(reference)

@@ -6,6 +6,7 @@ from .landing import landing_figure
 from .maps import hidden_state_map
 from .patches import patch_figure
 from .png import to_png
+from .schedule import schedule_figure
 from .tokens import token_strip
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "patch_figure",
     "plan_figure",
     "ratio_map",
+    "schedule_figure",
     "to_png",
     "token_strip",
 ]

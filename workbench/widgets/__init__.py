@@ -2,7 +2,8 @@
 
 from .batches import PlanBench
 from .comparison import ComparisonBench
+from .engine import EngineView
 from .landing import LandingBench
 from .pictures import PictureBench
 
-__all__ = ["ComparisonBench", "LandingBench", "PictureBench", "PlanBench"]
+__all__ = ["ComparisonBench", "EngineView", "LandingBench", "PictureBench", "PlanBench"]

@@ -13,6 +13,7 @@ import torch
 from range_kernels import KVPages
 
 from ...errors import ModelError
+from ...ranges import clip
 from .batch import Batch
 from .decoder import Decoder
 from .scheduler import Piece, Scheduler
@@ -145,10 +146,7 @@ class Loop:
                 self._fail([piece.sequence], result)
             else:
                 self._take(piece, *result)
-        shown = tuple(
-            StepPiece(piece.sequence.number, piece.start, piece.stop, decodes, piece.sequence.cached)
-            for piece, decodes in zip(pieces, decoding, strict=True)
-        )
+        shown = tuple(_shown(piece, decodes) for piece, decodes in zip(pieces, decoding, strict=True))
         now = time.perf_counter()
         self.counters.add(Step(shown, began - self.counters.started, now - began, model_seconds, used))
 
@@ -216,6 +214,14 @@ class Loop:
                 sequence.deliver(error)
             except Exception:  # its consumer is gone
                 sequence.aborted = True
+
+
+def _shown(piece: Piece, decoding: bool) -> StepPiece:
+    sequence = piece.sequence
+    ranges = (
+        () if decoding else tuple(pair for _, pair in clip(sequence.prompt.embedding_ranges, piece.start, piece.stop))
+    )
+    return StepPiece(sequence.number, piece.start, piece.stop, decoding, sequence.cached, ranges)
 
 
 # A thread that is computing while the interpreter is taken down brings the process down with it.

@@ -48,13 +48,23 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class StepPiece:
-    """Tokens `[start, stop)` of request number `request` in one step; `cached` of its prompt came from the prefix cache."""
+    """Tokens `[start, stop)` of one request in one step.
+
+    Attributes:
+        request: its number, in the order of arrival.
+        cached: tokens of its prompt that came from the prefix cache.
+        ranges: the parts of its ranges inside this piece.
+    """
 
     request: int
     start: int
     stop: int
     decoding: bool
     cached: int
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -85,15 +95,15 @@ class Counters:
         self.model_seconds += step.model_seconds
         for piece in step.pieces:
             if piece.decoding:
-                self.new_tokens += piece.stop - piece.start
+                self.new_tokens += len(piece)
             else:
-                self.prompt_tokens += piece.stop - piece.start
+                self.prompt_tokens += len(piece)
 
     def rate(self, seconds: float = 2.0) -> float:
         """New tokens a second of work, over the last `seconds` of it."""
         tokens, worked = 0, 0.0
         for step in reversed(self.history):
-            tokens += sum(piece.stop - piece.start for piece in step.pieces if piece.decoding)
+            tokens += sum(len(piece) for piece in step.pieces if piece.decoding)
             worked += step.seconds
             if worked >= seconds:
                 break
