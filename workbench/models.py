@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -23,6 +24,10 @@ BUILT_IN: dict[str, Callable[[], Path]] = {
     **{each.name: each.folder for each in (SMOLLM2, GEMMA3)},
     digit_cards.NAME: digit_cards.folder,
 }
+
+
+_SAMPLE = 1 << 16
+_LARGEST_HEADER = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,26 @@ class Model:
         if len(names) != 1:
             raise ModelError(f"{self.path} has {len(names)} tensors that look like a token embedding table: {names}")
         return self.weights.get(names[0])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 that tells checkpoints apart without reading them whole: configuration, names and sizes of the weight files, their
+        headers, and 16 samples of 64 KiB of each."""
+        sha = hashlib.sha256()
+        try:
+            sha.update((self.path / "config.json").read_bytes())
+            for file in sorted(self.path.glob("*.safetensors")):
+                size = file.stat().st_size
+                sha.update(repr((file.name, size)).encode())
+                with open(file, "rb") as opened:
+                    header = opened.read(8)
+                    sha.update(header + opened.read(min(int.from_bytes(header, "little"), _LARGEST_HEADER)))
+                    for number in range(16):
+                        opened.seek(number * max(size - _SAMPLE, 0) // 15)
+                        sha.update(opened.read(_SAMPLE))
+        except OSError as error:
+            raise ModelError(f"model {self.name!r} in {self.path} cannot be read: {error}") from error
+        return sha.hexdigest()
 
     @property
     def context(self) -> int:

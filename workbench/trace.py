@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .errors import TraceError
-from .prompt import Prompt
-from .version import __version__
+from .trace_files import StoredStates, TraceWriter, readable
 
-FORMAT = "workbench-trace-1"
-_PROVENANCE = {"engine", "model", "dtype", "device", "prompt", "tokens", "ranges"}
+
+@dataclass(frozen=True)
+class TracePlan:
+    """What a trace would hold, known before anything runs.
+
+    Attributes:
+        shapes: `{tap: (positions, width)}`, in the order they are computed.
+        positions: int64 `[positions]`, prompt positions.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    positions: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states together."""
+        return sum(rows * width for rows, width in self.shapes.values()) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{len(self.shapes)} taps x {len(self.positions)} positions in {name}: {self.nbytes / 1e6:.1f} MB"
+
+    def check_room(self, room: int, where: str, mend: str) -> None:
+        """Raise TraceError where the states do not fit into `room` bytes."""
+        if self.nbytes > room:
+            logits = self.shapes.get("logits")
+            heavy = logits and logits[0] * logits[1] * self.dtype.itemsize * 2 > self.nbytes
+            raise TraceError(
+                f"{self} do not fit {where} ({room / 1e6:.1f} MB): choose fewer taps or positions"
+                f"{' (logits are the larger half)' if heavy else ''}{mend}"
+            )
 
 
 class Trace(Mapping[str, torch.Tensor]):
@@ -24,39 +51,24 @@ class Trace(Mapping[str, torch.Tensor]):
 
     Attributes:
         positions: int64 `[positions]`, the prompt positions that were kept.
-        provenance: engine, model, dtype, device, prompt digest and ranges, versions.
+        provenance: engine, model and its digest, dtype, device, prompt digest and ranges, versions.
     """
 
     def __init__(
-        self,
-        states: Mapping[str, torch.Tensor],
-        *,
-        positions: torch.Tensor,
-        prompt: Prompt,
-        engine: str,
-        model: str,
-        dtype: str,
-        device: str,
+        self, states: Mapping[str, torch.Tensor], positions: torch.Tensor, provenance: Mapping[str, Any]
     ) -> None:
-        self._states = dict(states)
+        self._states = states
         self.positions = positions
-        self.provenance: dict[str, Any] = {
-            "engine": engine,
-            "model": model,
-            "dtype": dtype,
-            "device": device,
-            "prompt": prompt.digest,
-            "tokens": len(prompt),
-            "ranges": [list(pair) for pair in prompt.embedding_ranges],
-            "workbench": __version__,
-            "torch": torch.__version__,
-        }
+        self.provenance = dict(provenance)
 
     def __getitem__(self, tap: str) -> torch.Tensor:
         try:
             return self._states[tap]
         except KeyError:
-            raise KeyError(f"{tap!r} was not traced; this trace holds {', '.join(self._states)}") from None
+            raise KeyError(f"{tap!r} was not traced; this trace holds {readable(list(self._states))}") from None
+
+    def __contains__(self, tap: object) -> bool:
+        return any(tap == name for name in self._states)  # Mapping's own would read the tap
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._states)
@@ -74,53 +86,32 @@ class Trace(Mapping[str, torch.Tensor]):
     @property
     def nbytes(self) -> int:
         """Bytes of all states together."""
+        if isinstance(self._states, StoredStates):
+            return self._states.nbytes
         return sum(state.nbytes for state in self._states.values())
+
+    @property
+    def spans(self) -> torch.Tensor:
+        """int64 `[positions]`: the range that holds each position, -1 for text."""
+        spans = torch.full((len(self.positions),), -1, dtype=torch.int64)
+        for number, (start, stop) in enumerate(self.provenance["ranges"]):
+            spans[(self.positions >= start) & (self.positions < stop)] = number
+        return spans
 
     def save(self, path: str | Path) -> None:
         """Write states and provenance to one safetensors file."""
-        metadata = {
-            "format": FORMAT,
-            "positions": json.dumps(self.positions.tolist()),
-            "taps": json.dumps(list(self)),
-            "provenance": json.dumps(self.provenance),
-        }
-        try:
-            save_file({tap: state.contiguous() for tap, state in self.items()}, path, metadata=metadata)
-        except (SafetensorError, OSError) as error:
-            raise TraceError(f"the trace cannot be written to {path}: {error}") from error
+        dtype = getattr(torch, self.provenance["dtype"])
+        shapes = {tap: (state.shape[0], state.shape[1]) for tap, state in self.items()}
+        with TraceWriter(path, shapes, dtype, self.positions, self.provenance) as writer:
+            for tap, state in self.items():
+                writer.write(tap, state)
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
-        """Read what `save` wrote.
+        """Open what `save` or `engine.trace(..., path=...)` wrote, memory-mapped: a tap is read when it is asked for.
 
         Raises:
-            TraceError: not a trace file, or a damaged one.
+            TraceError: not a trace file, or a damaged one; damage inside a tap is found when that tap is read.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise TraceError(f"{path} is not a trace of this version ({FORMAT}): record it again")
-                taps = json.loads(metadata["taps"])
-                kept = json.loads(metadata["positions"])
-                if not isinstance(kept, list) or not all(type(position) is int for position in kept):
-                    raise TraceError(f"{path}: its positions are no list of integers")
-                positions = torch.tensor(kept, dtype=torch.int64)
-                provenance = dict(json.loads(metadata["provenance"]))
-                states = {tap: file.get_tensor(tap) for tap in taps}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, TraceError):
-                raise
-            raise TraceError(f"{path} cannot be read as a trace: {error}") from error
-        lacking = _PROVENANCE - set(provenance)
-        if lacking:
-            raise TraceError(f"{path}: its provenance lacks {', '.join(sorted(lacking))}")
-        for tap, state in states.items():
-            if str(state.dtype).removeprefix("torch.") != provenance["dtype"]:
-                raise TraceError(f"{path}: tap {tap!r} is {state.dtype}, its provenance says {provenance['dtype']}")
-        wrong = [tap for tap, state in states.items() if state.ndim != 2 or len(state) != len(positions)]
-        if wrong:
-            raise TraceError(f"{path}: tap {wrong[0]!r} does not hold one row for each of {len(positions)} positions")
-        trace = cls.__new__(cls)
-        trace._states, trace.positions, trace.provenance = states, positions, provenance
-        return trace
+        stored = StoredStates(path)
+        return cls(stored, stored.positions, stored.provenance)

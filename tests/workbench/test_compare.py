@@ -113,11 +113,7 @@ def test_a_faulty_engine_also_generates_from_the_wrong_prompt(engine, japan):
 
 
 def with_states(trace: Trace, states=None, **provenance) -> Trace:
-    changed = Trace.__new__(Trace)
-    changed._states = dict(trace if states is None else states)
-    changed.positions = trace.positions
-    changed.provenance = {**trace.provenance, **provenance}
-    return changed
+    return Trace(dict(trace if states is None else states), trace.positions, {**trace.provenance, **provenance})
 
 
 @pytest.mark.parametrize(
@@ -125,7 +121,7 @@ def with_states(trace: Trace, states=None, **provenance) -> Trace:
     [
         (lambda t, c, f: (f, c, f), "float32 trace: record it with dtype='float64'"),
         (lambda t, c, f: (t, with_states(c, prompt="other"), f), "different prompts"),
-        (lambda t, c, f: (t, with_states(c, model="other"), f), "different models"),
+        (lambda t, c, f: (t, with_states(c, model_digest="other"), f), "different models"),
         (lambda t, c, f: (t, with_states(c, dtype="bfloat16"), f), "rounding differs"),
         (lambda t, c, f: (t, with_states(c, {"x": c["embed"]}), f), "share no tap"),
         (lambda t, c, f: (t, c, with_states(f, {"embed": f["embed"]})), "lacks tap"),

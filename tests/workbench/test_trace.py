@@ -1,6 +1,7 @@
 """Traces: saved and loaded whole; foreign, truncated and tampered files are refused."""
 
 import json
+import zlib
 
 import pytest
 import torch
@@ -60,9 +61,10 @@ def test_files_that_are_no_traces(trace, tmp_path):
 )
 def test_tampered_metadata(trace, tmp_path, change):
     metadata = {
-        "format": "workbench-trace-1",
+        "format": "workbench-trace-2",
         "positions": "[2, 29]",
         "taps": '["embed"]',
+        "crc32": json.dumps({"embed": f"{zlib.crc32(trace['embed'].numpy().tobytes()):08x}"}),
         "provenance": json.dumps(trace.provenance),
     }
     save_file({"embed": trace["embed"].contiguous()}, tmp_path / "x.safetensors", metadata={**metadata, **change})

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 
 import torch
 
-from ..engines.api import Cancellation, Engine
+from ..engines.api import Cancellation, Engine, Keep
 from ..engines.messages import Capabilities, EngineOutput, GenerationConfig
 from ..prompt import Prompt
 from ..ranges import shift
@@ -55,5 +55,5 @@ class FaultyEngine(Engine):
     ) -> Generator[EngineOutput, None, None]:
         return self.engine._generate(self.fault(prompt), config, cancelled)
 
-    def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor) -> dict[str, torch.Tensor]:
-        return self.engine._trace(self.fault(prompt), taps, positions)
+    def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, keep: Keep) -> None:
+        self.engine._trace(self.fault(prompt), taps, positions, keep)

@@ -9,6 +9,7 @@ ill-conditioned it can come out ten times too good, so the floor is the worst of
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,10 @@ import torch
 
 from ..errors import TraceError
 from ..trace import Trace
-from .metrics import relative_error, unit_roundoff
+from ..trace_files import readable
+from .floor import NoiseFloor, check_comparable, check_shape, state_digest
+from .metrics import unit_roundoff
+from .rows import RowSums, row_sums
 
 FACTOR = 8.0
 """An engine's error may be this many noise floors.
@@ -54,7 +58,10 @@ class Comparison:
     Attributes:
         taps: names, in the order they are computed.
         positions: int64 `[positions]`, prompt positions.
-        errors, floors: float64 `[taps, positions]`, relative errors against the truth.
+        errors, floors: float64 `[taps, positions]`, relative errors (2-norm) against the truth.
+        max_abs, mean_abs, cosine: float64 `[taps, positions]`, other metrics of the same states.
+        spans: int64 `[positions]`, the range that holds each position, -1 for text.
+        kinds: what each range holds ("image", "audio", ...), where the prompt says it.
         verdict: "same" (bit for bit what the reference computes in that dtype), "noise", or "bug".
     """
 
@@ -62,6 +69,11 @@ class Comparison:
     positions: torch.Tensor
     errors: torch.Tensor
     floors: torch.Tensor
+    max_abs: torch.Tensor
+    mean_abs: torch.Tensor
+    cosine: torch.Tensor
+    spans: torch.Tensor
+    kinds: tuple[str, ...]
     verdict: Literal["same", "noise", "bug"]
     first_divergence: Divergence | None
     factor: float
@@ -73,17 +85,47 @@ class Comparison:
         """`[taps, positions]`: errors in noise floors; above `factor` is more than rounding explains."""
         return self.errors / self.floors
 
+    @property
+    def wrong(self) -> torch.Tensor:
+        """`[taps, positions]`: where the error is more than rounding explains; a NaN error is."""
+        return ~(self.errors <= self.factor * self.floors)
+
     def table(self) -> list[dict[str, float | str]]:
-        """A row a tap: the largest error, its floor, and the largest ratio over all tokens."""
+        """A row a tap: the largest error, its floor, the largest ratio over all tokens, and the other metrics' worst."""
         return [
             {
                 "tap": tap,
                 "error": float(self.errors[i].max()),
                 "floor": float(self.floors[i].max()),
                 "ratio": float(self.ratios[i].max()),
+                "max_abs": float(self.max_abs[i].max()),
+                "mean_abs": float(self.mean_abs[i].max()),
+                "cosine": float(self.cosine[i].min()),
             }
             for i, tap in enumerate(self.taps)
         ]
+
+    def by_span(self) -> list[dict[str, float | str | int | None]]:
+        """A row for the text and for each range: tokens, largest ratio and where, and the first tap that is wrong there."""
+        rows: list[dict[str, float | str | int | None]] = []
+        for span in sorted(set(self.spans.tolist())):
+            inside = self.spans == span
+            ratios = self.ratios[:, inside]
+            flat = int(torch.where(torch.isnan(ratios), torch.inf, ratios).argmax())
+            tap, at = divmod(flat, int(inside.sum()))
+            bad = self.wrong[:, inside].any(dim=1).nonzero().flatten().tolist()
+            rows.append(
+                {
+                    "span": None if span < 0 else span,
+                    "kind": "text" if span < 0 else self.kinds[span] if span < len(self.kinds) else "embeddings",
+                    "tokens": int(inside.sum()),
+                    "ratio": float(ratios.reshape(-1)[flat]),
+                    "tap": self.taps[tap],
+                    "token": int(self.positions[inside][at]),
+                    "first_wrong": self.taps[bad[0]] if bad else None,
+                }
+            )
+        return rows
 
     def __str__(self) -> str:
         if self.first_divergence is not None:
@@ -95,50 +137,76 @@ class Comparison:
 
 
 def compare(
-    reference: Trace, candidate: Trace, *, floor: Trace | Sequence[Trace], factor: float = FACTOR
+    reference: Trace, candidate: Trace, *, floor: NoiseFloor | Trace | Sequence[Trace], factor: float = FACTOR
 ) -> Comparison:
     """Judge `candidate` by its distance from `reference`, in units of what rounding does.
+
+    Traces on disk are read one tap at a time.
 
     Args:
         reference: the truth, a float64 trace.
         candidate: the engine's trace.
-        floor: the reference's trace in the engine's dtype, or several that differ by rounding, the plain one first.
+        floor: the noise floor, or the reference's trace in the engine's dtype, or several that differ by rounding, the plain one
+            first.
         factor: how many noise floors an error may be.
 
     The floor of a token is its own worst error in `floor`, at least the median over the tap's tokens (one token may be lucky) and
     at least the dtype's unit roundoff.
 
     Raises:
-        TraceError: traces of different prompts, models, taps or positions, a reference that is not float64, or a floor in
-            another dtype than the candidate's.
+        TraceError: traces of different prompts, models, taps or positions, a reference that is not float64, a floor in another
+            dtype than the candidate's, or a damaged file.
     """
     if not 1.0 <= factor < float("inf"):
         raise ValueError(f"factor={factor}: an engine may be off by at least one noise floor; use a finite factor >= 1")
-    runs = [floor] if isinstance(floor, Trace) else list(floor)
-    _comparable(reference, candidate, runs)
+    check_comparable(reference, candidate, "candidate")
     taps = tuple(tap for tap in reference if tap in candidate)
+    if not taps:
+        raise TraceError(
+            f"reference and candidate share no tap: {readable(list(reference))} and {readable(list(candidate))}"
+        )
+    if not isinstance(floor, NoiseFloor):
+        floor = NoiseFloor.measure(reference, floor, taps)
+    check_comparable(reference, floor, "floor")
     dtype = candidate.provenance["dtype"]
-    errors = torch.stack([relative_error(candidate[tap], reference[tap]) for tap in taps])
-    floors = torch.stack(
-        [torch.stack([relative_error(run[tap], reference[tap]) for run in runs]).amax(dim=0) for tap in taps]
-    )
+    if floor.provenance["dtype"] != dtype:
+        raise TraceError(
+            f"the floor is {floor.provenance['dtype']}, the candidate {dtype}: rounding differs; "
+            "record the reference in the candidate's dtype"
+        )
+    for tap in taps:
+        if tap not in floor.errors:
+            raise TraceError(f"the floor lacks tap {tap!r}: trace it with the taps of the candidate")
+    sums = _all_sums(reference, candidate, taps)
+    errors = torch.stack([each.relative for each in sums])
+    floors = torch.stack([floor.errors[tap] for tap in taps])
     least = floors.nanquantile(0.5, dim=1, keepdim=True).clamp_min(unit_roundoff(dtype))
     floors = torch.maximum(floors, least)
     wrong = ~(errors <= factor * floors)  # a NaN error is wrong, too
     divergence = None
+    spans = reference.spans
     if wrong.any():
         tap = int(wrong.any(dim=1).nonzero()[0])
         at = int(wrong[tap].nonzero()[0])
-        token = int(reference.positions[at])
+        span = int(spans[at])
         divergence = Divergence(
-            taps[tap], token, _span(reference, token), float(errors[tap, at]), float(floors[tap, at])
+            taps[tap],
+            int(reference.positions[at]),
+            None if span < 0 else span,
+            float(errors[tap, at]),
+            float(floors[tap, at]),
         )
-    same = all(torch.equal(candidate[tap], runs[0][tap]) for tap in taps)
+    same = divergence is None and all(state_digest(candidate[tap]) == floor.digests[tap] for tap in taps)
     return Comparison(
         taps,
         reference.positions,
         errors,
         floors,
+        torch.stack([each.max_abs for each in sums]),
+        torch.stack([each.mean_abs for each in sums]),
+        torch.stack([each.cosine for each in sums]),
+        spans,
+        tuple(reference.provenance["modalities"]),
         "bug" if divergence else "same" if same else "noise",
         divergence,
         factor,
@@ -147,42 +215,16 @@ def compare(
     )
 
 
-def _span(trace: Trace, token: int) -> int | None:
-    return next((i for i, (start, stop) in enumerate(trace.provenance["ranges"]) if start <= token < stop), None)
+def _all_sums(reference: Trace, candidate: Trace, taps: Sequence[str]) -> list[RowSums]:
+    """Two taps at a time: one is read while another is summed up."""
 
+    def one(tap: str) -> RowSums:
+        truth, state = reference[tap], candidate[tap]
+        check_shape(tap, truth, state, "candidate")
+        sums = row_sums(state, truth)
+        if not torch.isfinite(sums.truth).all():
+            raise TraceError(f"the reference holds NaN or infinity at tap {tap!r}: it cannot be a measure")
+        return sums
 
-def _comparable(reference: Trace, candidate: Trace, floors: Sequence[Trace]) -> None:
-    truth = reference.provenance
-    if not floors:
-        raise TraceError("no noise floor given: record the reference in the candidate's dtype")
-    if truth["dtype"] != "float64":
-        raise TraceError(f"the reference is a {truth['dtype']} trace: record it with dtype='float64'")
-    for floor in floors:
-        if floor.provenance["dtype"] != candidate.provenance["dtype"]:
-            raise TraceError(
-                f"the floor is {floor.provenance['dtype']}, the candidate {candidate.provenance['dtype']}: rounding differs; "
-                "record the reference in the candidate's dtype"
-            )
-    shared = [tap for tap in reference if tap in candidate]
-    if not shared:
-        raise TraceError(f"reference and candidate share no tap: {list(reference)} and {list(candidate)}")
-    for name, other in (("candidate", candidate), *(("floor", floor) for floor in floors)):
-        for key, what in (("model", "models"), ("prompt", "prompts")):
-            if other.provenance[key] != truth[key]:
-                raise TraceError(
-                    f"reference and {name} are of different {what} ({truth[key]} and {other.provenance[key]}): their "
-                    "difference says nothing"
-                )
-        if not torch.equal(other.positions, reference.positions):
-            raise TraceError(f"reference and {name} keep different positions: trace both with the same ones")
-        for tap in shared:
-            if tap not in other:
-                raise TraceError(f"the {name} lacks tap {tap!r}: trace it with the taps of the candidate")
-            if other[tap].shape != reference[tap].shape:
-                raise TraceError(
-                    f"tap {tap!r} is {tuple(reference[tap].shape)} in the reference, {tuple(other[tap].shape)} in the {name}"
-                )
-    for name, trace in (("reference", reference), *(("floor", floor) for floor in floors)):
-        for tap in shared:
-            if not torch.isfinite(trace[tap]).all():
-                raise TraceError(f"the {name} holds NaN or infinity at tap {tap!r}: it cannot be a measure")
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, taps))

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import operator
+import shutil
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import psutil
 import torch
 
-from ..errors import EmbeddingRangeError, ModelError, PromptError
+from ..errors import EmbeddingRangeError, ModelError, PromptError, TraceError
 from ..models import Model
 from ..prompt import MultimodalPrompt, Prompt
+from ..provenance import provenance_of
 from ..taps import select_taps
-from ..trace import Trace
+from ..trace import Trace, TracePlan
+from ..trace_files import TraceWriter
 from .messages import Capabilities, EngineOutput, GenerationConfig, ResponseType, join_outputs
+
+TAPS = ("embed", "layers.*", "norm", "logits")
+Keep = Callable[[str, torch.Tensor], object]
 
 
 class Cancellation:
@@ -93,8 +101,8 @@ class Engine(ABC):
             steps.close()
 
     @abstractmethod
-    def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return `{tap: [positions, width]}` for a checked prompt."""
+    def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, keep: Keep) -> None:
+        """Run a checked prompt and hand each tap's states `[positions, width]` to `keep(tap, states)` as they come."""
 
     def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
         """Raise what makes this prompt impossible for this engine, before any work.
@@ -301,11 +309,30 @@ class Engine(ABC):
         """Run to the end and return everything in one output."""
         return join_outputs(self.stream(prompt, gen_config))
 
+    def plan_trace(
+        self, prompt: Prompt, taps: Iterable[str] = TAPS, positions: slice | Sequence[int] = slice(None)
+    ) -> TracePlan:
+        """What `trace` with the same arguments would keep; `.nbytes` says how much that is. Nothing runs.
+
+        Raises:
+            ValueError: a tap this engine does not have, or a position outside the prompt.
+        """
+        chosen = select_taps(self.capabilities.taps, taps, self.capabilities.name)
+        kept = _choose(positions, len(prompt))
+        config = self.model.text_config
+        widths = {"logits": config.vocab_size}
+        return TracePlan(
+            {tap: (len(kept), widths.get(tap, config.hidden_size)) for tap in chosen}, kept, self.dtype
+        )
+
     def trace(
         self,
         prompt: Prompt,
-        taps: Iterable[str] = ("embed", "layers.*", "norm", "logits"),
+        taps: Iterable[str] = TAPS,
         positions: slice | Sequence[int] = slice(None),
+        *,
+        path: str | Path | None = None,
+        max_bytes: int | None = None,
     ) -> Trace:
         """Run the prompt once and keep named hidden states.
 
@@ -313,22 +340,33 @@ class Engine(ABC):
             taps: names or patterns; `*` stands for one part of a name, so `layers.*` is the residual stream after every
                 layer and `layers.*.*` what attention and MLP add.
             positions: which tokens to keep.
+            path: write the states to this file while the engine runs, instead of holding them in memory, and open it.
+            max_bytes: refuse to keep more. Without it, more than half of the free memory (of the free disk with `path`) is refused.
 
         Raises:
             ValueError: a tap this engine does not have, or a position outside the prompt.
+            TraceError: more states than there is room for, or a file that cannot be written.
         """
         self.check(prompt)
-        chosen = select_taps(self.capabilities.taps, taps, self.capabilities.name)
-        kept = _choose(positions, len(prompt))
-        return Trace(
-            {tap: tensor.cpu() for tap, tensor in self._trace(prompt, chosen, kept).items()},
-            positions=kept,
-            prompt=prompt,
-            engine=self.capabilities.name,
-            model=self.model.name,
-            dtype=str(self.dtype).removeprefix("torch."),
-            device=str(self.device),
-        )
+        plan = self.plan_trace(prompt, taps, positions)
+        if max_bytes is not None:
+            plan.check_room(max_bytes, "into max_bytes", "")
+        elif path is None:
+            plan.check_room(psutil.virtual_memory().available // 2, "into half of the free memory", ", or give path=")
+        else:
+            plan.check_room(_free_disk(Path(path)), "into half of the free disk", "")
+        provenance = provenance_of(
+            prompt, engine=self.capabilities.name, model=self.model, dtype=self.dtype, device=self.device,
+            words=path is not None,
+        )  # fmt: skip
+        chosen = list(plan.shapes)
+        if path is not None:
+            with TraceWriter(path, plan.shapes, plan.dtype, plan.positions, provenance) as writer:
+                self._trace(prompt, chosen, plan.positions, writer.write)
+            return Trace.load(path)
+        states: dict[str, torch.Tensor] = {}
+        self._trace(prompt, chosen, plan.positions, lambda tap, state: states.update({tap: state.cpu()}))
+        return Trace({tap: states[tap] for tap in chosen}, plan.positions, provenance)
 
 
 def _one_of(ranges: Any, theirs: Any) -> Any:
@@ -381,3 +419,10 @@ def parse_dtype(name: str | torch.dtype, allowed: Sequence[str], engine: str) ->
     if short not in allowed:
         raise ValueError(f"dtype={short!r}: the {engine} engine runs in {', '.join(allowed)}")
     return getattr(torch, short)
+
+
+def _free_disk(path: Path) -> int:
+    try:
+        return shutil.disk_usage(path.resolve().parent).free // 2
+    except OSError as error:
+        raise TraceError(f"the trace cannot be written to {path}: {error}") from error

@@ -19,7 +19,7 @@ from ..prompt import Prompt
 from ..quiet import quiet_transformers
 from ..taps import decoder_taps
 from ..trace import Trace
-from .api import Cancellation, Engine, parse_device, parse_dtype
+from .api import Cancellation, Engine, Keep, parse_device, parse_dtype
 from .float64 import KeepFloat64, widen
 from .messages import Capabilities, EngineOutput, GenerationConfig
 from .sampling import generate, stop_tokens
@@ -85,24 +85,23 @@ class TransformersReference(Engine):
         return traces
 
     @torch.no_grad()
-    def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor) -> dict[str, torch.Tensor]:
-        kept: dict[str, torch.Tensor] = {}
+    def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, keep: Keep) -> None:
         rows = positions.to(self.device)
 
-        def keep(name: str, state) -> None:
+        def read(name: str, state) -> None:
             state = state[0] if isinstance(state, tuple) else state
             if name in wanted:
-                kept[name] = state.reshape(-1, state.shape[-1])[rows].clone()
+                keep(name, state.reshape(-1, state.shape[-1])[rows])
 
         def after(module: torch.nn.Module, name: str) -> None:
-            hooks.append(module.register_forward_hook(lambda module, args, output: keep(name, output)))
+            hooks.append(module.register_forward_hook(lambda module, args, output: read(name, output)))
 
         wanted, hooks = set(taps), []
         with self._lock:
             try:
                 hooks.append(
                     self.decoder.layers[0].register_forward_pre_hook(
-                        lambda module, args, kwargs: keep("embed", args[0] if args else kwargs["hidden_states"]),
+                        lambda module, args, kwargs: read("embed", args[0] if args else kwargs["hidden_states"]),
                         with_kwargs=True,
                     )
                 )
@@ -115,10 +114,9 @@ class TransformersReference(Engine):
             finally:
                 for hook in hooks:
                     hook.remove()
-        keep("norm", hidden)
+        read("norm", hidden)
         if "logits" in wanted:
-            kept["logits"] = self.head(hidden[rows])
-        return {name: kept[name] for name in taps}
+            keep("logits", self.head(hidden[rows]))
 
     def hidden(self, prompt: Prompt, cache=None) -> torch.Tensor:
         """Run the whole prompt; `[seq, hidden]` after the final norm."""

@@ -15,7 +15,7 @@ from ...errors import ModelError, PromptError
 from ...models import Model
 from ...prompt import Prompt
 from ...taps import decoder_taps
-from ..api import Cancellation, Engine, parse_device, parse_dtype
+from ..api import Cancellation, Engine, Keep, parse_device, parse_dtype
 from ..messages import Capabilities, EngineOutput, GenerationConfig, ResponseType
 from ..sampling import Answer, stop_tokens
 from . import sequence as requests
@@ -179,19 +179,16 @@ class NumbaEngine(Engine):
         finally:
             self._loop.abort(request)
 
-    def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor) -> dict[str, torch.Tensor]:
-        kept: dict[str, torch.Tensor] = {}
-        rows = positions.to(self.device)
+    def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, keep: Keep) -> None:
+        wanted, rows = set(taps), positions.to(self.device)
 
         def tap(name: str, state: torch.Tensor) -> None:
             if name in wanted:
-                kept[name] = state[rows]
+                keep(name, state[rows])
 
-        wanted = set(taps)
         hidden = self._run([requests.Sequence(prompt)], [[(0, 0, len(prompt))]], tap)[0]
         if "logits" in wanted:
-            kept["logits"] = self.decoder.logits(hidden[rows])
-        return {name: kept[name] for name in taps}
+            keep("logits", self.decoder.logits(hidden[rows]))
 
     def prefill_packed(self, prompts: Sequence[Prompt], max_tokens: int = 2048) -> list[torch.Tensor]:
         """Run several prompts packed end to end, no padding, by `plan_batch(prompts, max_tokens)`.

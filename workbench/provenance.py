@@ -1,0 +1,86 @@
+"""Provenance: what a recorded run came from, so that two runs are compared only where that means something."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from .errors import TraceError
+from .models import Model
+from .prompt import Prompt
+from .version import __version__
+
+
+def provenance_of(
+    prompt: Prompt, *, engine: str, model: Model, dtype: torch.dtype, device: torch.device, words: bool = False
+) -> dict[str, Any]:
+    """The record as plain JSON values.
+
+    Args:
+        words: also keep each token as text, for a machine that does not have the model.
+    """
+    record: dict[str, Any] = {
+        "engine": engine,
+        "model": model.name,
+        "model_digest": model.digest,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": _device(device),
+        "prompt": prompt.digest,
+        "tokens": len(prompt),
+        "ranges": [list(pair) for pair in prompt.embedding_ranges],
+        "modalities": [span.modality for span in prompt.spans],
+        "versions": _versions(),
+    }
+    if words:
+        record["words"] = model.tokens(prompt.input_ids)
+    return record
+
+
+def check_provenance(record: Any, path: object) -> dict[str, Any]:
+    """Refuse what is no provenance: files come from other machines and may hold anything.
+
+    Raises:
+        TraceError: what is wrong, with the file's name.
+    """
+    if not isinstance(record, dict):
+        raise TraceError(f"{path}: its provenance is no JSON object")
+    strings = ("engine", "model", "model_digest", "dtype", "device", "prompt")
+    lacking = sorted({*strings, "tokens", "ranges", "modalities", "versions"} - set(record))
+    if lacking:
+        raise TraceError(f"{path}: its provenance lacks {', '.join(lacking)}")
+    for name in strings:
+        if not isinstance(record[name], str):
+            raise TraceError(f"{path}: {name} in its provenance is {record[name]!r}, not a string")
+    if type(record["tokens"]) is not int or record["tokens"] < 1:
+        raise TraceError(f"{path}: its provenance says {record['tokens']!r} tokens")
+    pairs = record["ranges"]
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair) for pair in pairs
+    ):
+        raise TraceError(f"{path}: ranges in its provenance are no pairs of integers")
+    for name in ("modalities", "words"):
+        values = record.get(name, [])
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise TraceError(f"{path}: {name} in its provenance are no strings")
+    if len(record.get("words", [])) not in (0, record["tokens"]):
+        raise TraceError(f"{path}: {len(record['words'])} words in its provenance for {record['tokens']} tokens")
+    return record
+
+
+def _device(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _versions() -> dict[str, str]:
+    import numba
+    import transformers
+
+    return {
+        "workbench": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numba": numba.__version__,
+        "python": platform.python_version(),
+    }
