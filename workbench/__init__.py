@@ -12,7 +12,7 @@ from .engines.api import Engine
 from .engines.messages import EngineOutput, GenerationConfig, ResponseType
 from .errors import EmbeddingRangeError, ModelError, PromptError, TraceError
 from .findings import Finding
-from .lint import effective_prompt, lint
+from .linting import effective_prompt, lint
 from .models import Model, load_model
 from .prompt import MultimodalPrompt, Prompt, Span
 from .trace import Trace

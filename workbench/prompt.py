@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -67,7 +68,8 @@ class Prompt:
         ids = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else None
         if ids is None or any(isinstance(token, list) for token in ids):
             raise PromptError(f"input_ids must be one list of token ids; got {self.input_ids!r}")
-        object.__setattr__(self, "input_ids", tuple(_integer(token) for token in ids))
+        plain = all(type(token) is int for token in ids)
+        object.__setattr__(self, "input_ids", tuple(ids if plain else map(_integer, ids)))
         object.__setattr__(
             self, "input_embeddings", () if self.input_embeddings is None else tuple(self.input_embeddings)
         )
@@ -89,6 +91,23 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file that can be read and edited, with the rows in a safetensors file beside it."""
+        from .prompt_files import save_prompt
+
+        save_prompt(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Prompt:
+        """Read what `save` wrote.
+
+        Raises:
+            PromptError: a file that is none, damaged, or holds what a prompt does not.
+        """
+        from .prompt_files import load_prompt
+
+        return load_prompt(path)
 
     def replace(self, **changes) -> Prompt:
         """A copy with some fields changed."""
@@ -113,17 +132,7 @@ class Prompt:
         if not self.input_ids:
             yield Finding("prompt-empty", "error", "the prompt has no tokens: give at least one id in input_ids")
             return
-        inside = {p for start, stop in self.embedding_ranges for p in range(max(start, 0), min(stop, len(self)))}
-        for position, token in enumerate(self.input_ids):
-            whole = isinstance(token, int) and not isinstance(token, bool)
-            # An id inside a range is never looked up: engines put placeholders of any value there.
-            if not whole or (vocab_size is not None and position not in inside and not 0 <= token < vocab_size):
-                size = f"a vocabulary of {vocab_size}" if vocab_size is not None else "any vocabulary"
-                yield Finding(
-                    "id-vocabulary",
-                    "error",
-                    f"input_ids[{position}] is {token!r}, which is not an id of {size}: tokenize with this model's tokenizer",
-                )
+        yield from self._id_faults(vocab_size)
         rows = []
         for item, rows_of in enumerate(self.input_embeddings):
             name = f"input_embeddings[{item}]"
@@ -186,6 +195,27 @@ class Prompt:
                 "error",
                 f"position_ids is {tuple(self.position_ids.shape)} for {len(self)} tokens: give [{len(self)}], or "
                 f"[3, {len(self)}] for M-RoPE",
+            )
+
+    def _id_faults(self, vocab_size: int | None) -> Iterator[Finding]:
+        if vocab_size is None:
+            bad = [position for position, token in enumerate(self.input_ids) if type(token) is not int]
+        else:
+            bad = [
+                position
+                for position, token in enumerate(self.input_ids)
+                if type(token) is not int or not 0 <= token < vocab_size
+            ]
+        for position in bad:
+            token = self.input_ids[position]
+            # An id inside a range is never looked up: engines put placeholders of any value there.
+            if type(token) is int and any(start <= position < stop for start, stop in self.embedding_ranges):
+                continue
+            size = f"a vocabulary of {vocab_size}" if vocab_size is not None else "any vocabulary"
+            yield Finding(
+                "id-vocabulary",
+                "error",
+                f"input_ids[{position}] is {token!r}, which is not an id of {size}: tokenize with this model's tokenizer",
             )
 
     def _deepstack_faults(self) -> Iterator[Finding]:

@@ -94,7 +94,7 @@ def test_a_wrong_answer_is_explained_by_the_effective_prompt(model, engine, japa
     assert model.tokenizer.decode(answer.token_ids) == "The capital of France is Paris."
 
 
-@pytest.mark.parametrize("target", ["vllm", "turbomind==abc", "", "turbomind=0.18"])
+@pytest.mark.parametrize("target", ["llama.cpp", "turbomind==abc", "", "turbomind=0.18"])
 def test_unknown_targets_are_named(japan, target):
     with pytest.raises(ValueError, match=r"no rules for target|is not a version"):
         lint(japan[0], target=target)

@@ -95,7 +95,9 @@ class NoiseFloor:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise TraceError(f"{path} is not a noise floor of this version ({FORMAT}): record the reference again")
+                    raise TraceError(
+                        f"{path} is not a noise floor of this version ({FORMAT}): record the reference again"
+                    )
                 provenance = check_provenance(json.loads(metadata["provenance"]), path)
                 digests, kept = json.loads(metadata["digests"]), json.loads(metadata["positions"])
                 errors = {tap: file.get_tensor(tap) for tap in digests}

@@ -55,7 +55,9 @@ def compare_logits(
         ValueError: shapes that differ. NaN in the candidate gives NaN and the last rank, never agreement.
     """
     if reference.shape != candidate.shape or reference.ndim != 2:
-        raise ValueError(f"logits of shapes {tuple(reference.shape)} and {tuple(candidate.shape)}: give [positions, vocab] twice")
+        raise ValueError(
+            f"logits of shapes {tuple(reference.shape)} and {tuple(candidate.shape)}: give [positions, vocab] twice"
+        )
     truth, other = reference.double(), candidate.double()
     log_p, log_q = truth.log_softmax(dim=-1), other.log_softmax(dim=-1)
     chance = log_p.exp()
@@ -119,7 +121,9 @@ def compare_text(reference: EngineOutput, candidate: EngineOutput) -> TextCompar
         known = (theirs in reference.logprobs[at], mine in candidate.logprobs[at])  # type: ignore[index]
         close = all(known)
         words = "each is among the other's likeliest" if close else "not both are among the other's likeliest"
-        return TextComparison(close, at, (mine, theirs), f"the answers part at new token {at} ({mine}, {theirs}): {words}")
+        return TextComparison(
+            close, at, (mine, theirs), f"the answers part at new token {at} ({mine}, {theirs}): {words}"
+        )
     lengths = len(reference.token_ids), len(candidate.token_ids)
     if lengths[0] == lengths[1]:
         return TextComparison(True, None, (None, None), f"the same {lengths[0]} tokens")
@@ -127,5 +131,8 @@ def compare_text(reference: EngineOutput, candidate: EngineOutput) -> TextCompar
     longer = reference if lengths[0] > at else candidate
     tokens = (longer.token_ids[at], None) if longer is reference else (None, longer.token_ids[at])
     return TextComparison(
-        False, at, tokens, f"one answer ends after {at} tokens, the other goes on: different max_new_tokens, or a stop token"
+        False,
+        at,
+        tokens,
+        f"one answer ends after {at} tokens, the other goes on: different max_new_tokens, or a stop token",
     )

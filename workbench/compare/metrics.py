@@ -33,7 +33,9 @@ def ulp_distance(state: torch.Tensor, truth: torch.Tensor, dtype: str) -> torch.
     """
     info = torch.finfo(getattr(torch, dtype))
     truth = truth.double()
-    exponent = torch.frexp(truth.abs().clamp_min(info.smallest_normal)).exponent - 1  # frexp's mantissa lies in [0.5, 1)
+    exponent = (
+        torch.frexp(truth.abs().clamp_min(info.smallest_normal)).exponent - 1
+    )  # frexp's mantissa lies in [0.5, 1)
     return (state.double() - truth).abs() / torch.ldexp(torch.full_like(truth, info.eps), exponent)
 
 

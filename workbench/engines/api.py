@@ -321,9 +321,7 @@ class Engine(ABC):
         kept = _choose(positions, len(prompt))
         config = self.model.text_config
         widths = {"logits": config.vocab_size}
-        return TracePlan(
-            {tap: (len(kept), widths.get(tap, config.hidden_size)) for tap in chosen}, kept, self.dtype
-        )
+        return TracePlan({tap: (len(kept), widths.get(tap, config.hidden_size)) for tap in chosen}, kept, self.dtype)
 
     def trace(
         self,

@@ -308,6 +308,12 @@ _KINDS = {
 SUPPORTED = tuple(_KINDS)
 
 
+def picture_attention(config: Any) -> Literal["causal", "bidirectional"]:
+    """How the tokens of a picture see each other; causal where the architecture is not known here."""
+    kind = _KINDS.get(config.model_type)
+    return kind.attention if kind else "causal"
+
+
 def family_of(config: Any, tokenizer: Any) -> Family:
     """The family of a model's configuration.
 

@@ -1,0 +1,136 @@
+"""The first divergence: layer, part, token and span where an engine leaves the reference, and what changed there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..engines.api import Engine
+from ..models import Model
+from ..prompt import Prompt
+from ..taps import EVERY_TAP
+from ..trace import Trace
+from .explain import Explanation, explain_splice, explain_tap
+from .run import reference
+from .verdict import FACTOR, Comparison, Divergence, compare
+
+ROOM = 1 << 30
+"""Bytes that traces may take at a time; where all taps together take more, layers are bisected."""
+
+
+@dataclass(frozen=True)
+class FirstDivergence:
+    """Where it starts and why.
+
+    Attributes:
+        divergence: tap, token, span, error and floor; None where everything is within rounding.
+        last_good: the tap before, None where the first one is wrong already.
+        explanation: what a wrong state is instead.
+        comparison: of the taps that were looked at last.
+        runs: how often the engine ran.
+    """
+
+    divergence: Divergence | None
+    last_good: str | None
+    explanation: Explanation | None
+    comparison: Comparison
+    runs: int
+
+    def __str__(self) -> str:
+        if self.divergence is None:
+            return f"no divergence: {self.comparison}"
+        before = f"{self.last_good} is right; " if self.last_good else ""
+        return f"diverges first at {self.divergence}\n{before}{self.explanation}"
+
+
+def first_divergence(
+    engine: Engine, prompt: Prompt, *, factor: float = FACTOR, max_bytes: int = ROOM
+) -> FirstDivergence:
+    """Find the first tap, token and span where `engine` is wrong.
+
+    Where all taps fit into `max_bytes` one run finds it. Else the residual stream is bisected, one tap a run, and then the
+    parts of the layer found are looked at: a fault stays visible in the residual stream from its layer on.
+    """
+    taps = list(engine.plan_trace(prompt, [tap for tap in EVERY_TAP if _matches(engine, tap)]).shapes)
+    search = _Search(engine, prompt, factor)
+    # The reference keeps float64, and each of a few runs in the engine's dtype besides.
+    whole = engine.plan_trace(prompt, taps).nbytes * (1 + 8 // engine.dtype.itemsize + 4)
+    if whole <= max_bytes:
+        return search.result(search.look(taps), taps)
+    stream = [tap for tap in taps if tap in ("embed", "norm", "logits") or tap.count(".") == 1]
+    bad = _bisect(stream, lambda tap: search.look([tap]).verdict == "bug")
+    if bad is None:
+        return search.result(search.look([stream[-1]]), [stream[-1]])
+    before = stream[bad - 1 : bad]
+    parts = [tap for tap in taps if tap.startswith(f"{stream[bad]}.")]
+    group = [*before, *parts, stream[bad]]
+    return search.result(search.look(group), group)
+
+
+def _bisect(taps: Sequence[str], wrong: Callable[[str], bool]) -> int | None:
+    """Index of the first wrong tap, where all after it are wrong, too; None where the last is right."""
+    if not wrong(taps[-1]):
+        return None
+    low, high = 0, len(taps) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if wrong(taps[middle]) else (middle + 1, high)
+    return low
+
+
+def _matches(engine: Engine, pattern: str) -> bool:
+    taps = engine.capabilities.taps
+    depth = pattern.count(".")
+    return any(tap == pattern or (depth and tap.startswith("layers.") and tap.count(".") == depth) for tap in taps)
+
+
+class _Search:
+    """Runs engine and reference over chosen taps, and keeps the states of the last look for the explanation."""
+
+    def __init__(self, engine: Engine, prompt: Prompt, factor: float) -> None:
+        self.engine, self.prompt, self.factor, self.runs = engine, prompt, factor, 0
+
+    def look(self, taps: Sequence[str]) -> Comparison:
+        dtype = str(self.engine.dtype).removeprefix("torch.")
+        truth = reference(self.engine.model, "float64").trace(self.prompt, taps)
+        floor = reference(self.engine.model, dtype).noise_floor(self.prompt, taps)
+        self.truth, self.state = truth, self.engine.trace(self.prompt, taps)
+        self.runs += 1
+        return compare(truth, self.state, floor=floor, factor=self.factor)
+
+    def result(self, comparison: Comparison, taps: Sequence[str]) -> FirstDivergence:
+        found = comparison.first_divergence
+        if found is None:
+            return FirstDivergence(None, taps[-1], None, comparison, self.runs)
+        at = comparison.taps.index(found.tap)
+        last_good = comparison.taps[at - 1] if at else None
+        explanation = explain(comparison, self.truth, self.state, self.prompt, self.engine.model)
+        return FirstDivergence(found, last_good, explanation, comparison, self.runs)
+
+
+def explain(comparison: Comparison, truth: Trace, state: Trace, prompt: Prompt, model: Model) -> Explanation | None:
+    """What the first wrong tap of a comparison says about the cause; None where nothing is wrong."""
+    found = comparison.first_divergence
+    if found is None:
+        return None
+    at = comparison.taps.index(found.tap)
+    wrong, positions = comparison.wrong[at], comparison.positions
+    expected, given = truth[found.tap], state[found.tap]
+    if found.tap == "embed" and len(positions) == len(prompt) and prompt.input_embeddings:
+        own = model.token_rows(prompt.lookup_ids if _placeholders_unknown(prompt, model) else prompt.input_ids)
+        return explain_splice(prompt, expected, given, wrong, own.to(expected), comparison.dtype)
+    return explain_tap(found.tap, expected, given, wrong, positions, comparison.spans)
+
+
+def _placeholders_unknown(prompt: Prompt, model: Model) -> bool:
+    """Whether some id under a range is no id of the model, so that it has no row of its own."""
+    size = len(model.embedding_table)
+    return any(not 0 <= token < size for token in prompt.input_ids)
+
+
+def wrong_tokens(comparison: Comparison, tap: str) -> list[int]:
+    """Prompt positions where a tap is more than rounding away from the truth."""
+    wrong: torch.Tensor = comparison.wrong[comparison.taps.index(tap)]
+    return [int(position) for position in comparison.positions[wrong]]

@@ -1,0 +1,353 @@
+"""Proofs that an engine used the embeddings it was given: each asks one yes-or-no question through the public interface.
+
+No reference is needed. What counts as a change is measured on the engine itself: the same prompt, its rows off by one rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from .compare.metrics import relative_error, unit_roundoff
+from .compare.verdict import FACTOR
+from .engines.api import Engine
+from .engines.messages import EngineOutput, GenerationConfig
+from .errors import PromptError
+from .injections import noise_like
+from .prompt import Prompt, Range
+
+_NEW_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """One answer.
+
+    Attributes:
+        passed: None where the question cannot be put to this prompt or engine; `evidence` says why.
+        evidence: what was seen, with numbers.
+    """
+
+    name: str
+    question: str
+    passed: bool | None
+    evidence: str
+
+    def __str__(self) -> str:
+        mark = {True: "yes", False: "NO", None: "not asked"}[self.passed]
+        return f"{self.name}: {self.question} {mark}. {self.evidence}"
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """All answers about one engine and prompt."""
+
+    engine: str
+    results: tuple[ProbeResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no question was answered with no."""
+        return all(result.passed is not False for result in self.results)
+
+    def __getitem__(self, name: str) -> ProbeResult:
+        for result in self.results:
+            if result.name == name:
+                return result
+        raise KeyError(f"{name!r} was not probed; there are {', '.join(result.name for result in self.results)}")
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.results))
+
+
+def probe(
+    engine: Engine, prompt: Prompt, *, only: Sequence[str] | None = None, chunked: Engine | None = None
+) -> ProbeReport:
+    """Put the questions of `PROBES` to an engine.
+
+    Args:
+        prompt: with at least one item; text before and after it makes more questions possible.
+        only: names of some probes.
+        chunked: the same engine opened with small prefill chunks, for the question whether chunks change anything.
+
+    Raises:
+        PromptError: a prompt without items, or one that the engine refuses. ValueError: an unknown name.
+    """
+    if not prompt.input_embeddings:
+        raise PromptError(
+            "the prompt has no input_embeddings: there is nothing to prove; give at least one item and range"
+        )
+    unknown = sorted(set(only or ()) - set(PROBES))
+    if unknown:
+        raise ValueError(f"no probe {unknown[0]!r}: there are {', '.join(PROBES)}")
+    engine.check(prompt, _NEW_TOKENS)
+    subject = _Subject(engine, prompt, chunked)
+    results = []
+    for name, (question, ask) in PROBES.items():
+        if only is None or name in only:
+            passed, evidence = ask(subject)
+            results.append(ProbeResult(name, question, passed, evidence))
+    return ProbeReport(engine.capabilities.name, tuple(results))
+
+
+class _Subject:
+    """An engine and a prompt under test: states by prompt, and how large a change is more than rounding."""
+
+    def __init__(self, engine: Engine, prompt: Prompt, chunked: Engine | None) -> None:
+        self.engine, self.prompt, self.chunked = engine, prompt, chunked
+        self.dtype = str(engine.dtype).removeprefix("torch.")
+        self.generator = torch.Generator().manual_seed(0)
+        # Out of range where placeholders are not in the table; what stands under rows must not matter.
+        self.vocab = min(engine.model.text_config.vocab_size, len(engine.model.embedding_table))
+        self.base = self.state(prompt)
+        self.limits = self._limits()
+
+    def state(self, prompt: Prompt, engine: Engine | None = None) -> torch.Tensor:
+        """Hidden states after the final norm, `[seq, hidden]`."""
+        return (engine or self.engine).trace(prompt, ["norm"])["norm"]
+
+    def _limits(self) -> torch.Tensor:
+        """`[seq]`: relative changes up to this are rounding."""
+        roundoff = unit_roundoff(self.dtype)
+        errors = []
+        for _ in range(2):
+            items = [
+                (item.double() * (1 + roundoff * torch.randn(item.shape, generator=self.generator))).to(item.dtype)
+                for item in self.prompt.input_embeddings
+            ]
+            errors.append(relative_error(self.state(self.prompt.replace(input_embeddings=items)), self.base))
+        worst = torch.stack(errors).amax(dim=0)
+        first = min(start for start, _ in self.prompt.embedding_ranges)
+        typical = float(worst[first:].median())
+        return FACTOR * worst.clamp_min(max(typical, 4 * roundoff))
+
+    def changed(self, state: torch.Tensor) -> torch.Tensor:
+        """bool `[seq]`: where a state is another one than the prompt's own."""
+        return ~(relative_error(state, self.base) <= self.limits)
+
+    def largest(self, state: torch.Tensor) -> str:
+        """The largest change beside its limit, in words."""
+        error = relative_error(state, self.base)
+        if torch.equal(state, self.base):
+            return "bit for bit the same"
+        at = int((error / self.limits).argmax())
+        return f"largest change {float(error[at]):.1e} at token {at}, rounding explains {float(self.limits[at]):.1e}"
+
+    def with_item(self, number: int, item: torch.Tensor) -> Prompt:
+        """The prompt with one item replaced."""
+        items = list(self.prompt.input_embeddings)
+        items[number] = item
+        return self.prompt.replace(input_embeddings=items)
+
+    def block(self, number: int) -> Range | None:
+        """The tokens that see each other both ways around item `number`, None where attention is causal."""
+        start, stop = self.prompt.embedding_ranges[number]
+        return next((block for block in self.prompt.bidirectional if block[0] <= start and stop <= block[1]), None)
+
+    def generate(self, prompt: Prompt) -> EngineOutput:
+        """A few tokens, with the states they were chosen from."""
+        return self.engine.generate(prompt, _CONFIG)
+
+
+_CONFIG = GenerationConfig(max_new_tokens=_NEW_TOKENS, ignore_eos=True, output_last_hidden_state="generation")
+_Answer = tuple[bool | None, str]
+
+
+def _determinism(subject: _Subject) -> _Answer:
+    again = subject.state(subject.prompt)
+    if torch.equal(again, subject.base):
+        return True, "bit for bit the same"
+    return not subject.changed(again).any(), f"not bit for bit; {subject.largest(again)}"
+
+
+def _used(subject: _Subject) -> _Answer:
+    silent = []
+    for number, item in enumerate(subject.prompt.input_embeddings):
+        other = subject.state(subject.with_item(number, noise_like(item.float(), subject.generator).to(item.dtype)))
+        start, stop = subject.prompt.embedding_ranges[number]
+        if not subject.changed(other)[start:stop].all():
+            silent.append(number)
+    count = len(subject.prompt.input_embeddings)
+    if silent:
+        return (
+            False,
+            f"other rows in item {silent[0]} do not change the states in its range ({len(silent)} of {count} items)",
+        )
+    return True, f"other rows change every token of the range, for each of {count} items"
+
+
+def _identity(subject: _Subject) -> _Answer:
+    model, prompt = subject.engine.model, subject.prompt
+    ids = list(prompt.input_ids)
+    for start, stop in prompt.embedding_ranges:
+        for position in range(start, stop):
+            if not 0 <= ids[position] < subject.vocab:
+                ids[position] = position % subject.vocab
+    plain = Prompt(ids, position_ids=prompt.position_ids)
+    own = plain.replace(
+        input_embeddings=[model.token_rows(ids[start:stop]) for start, stop in prompt.embedding_ranges],
+        embedding_ranges=prompt.embedding_ranges,
+    )
+    text, injected = subject.state(plain), subject.state(own)
+    if torch.equal(text, injected):
+        return True, "the tokens' own rows give the text's states bit for bit"
+    error = relative_error(injected, text)
+    limit = float(subject.limits.median())
+    at = int(error.argmax())
+    return bool(
+        (error <= subject.limits).all()
+    ), f"largest difference {float(error[at]):.1e} at token {at}, rounding explains {limit:.1e}"
+
+
+def _placeholders(subject: _Subject) -> _Answer:
+    ids = list(subject.prompt.input_ids)
+    for start, stop in subject.prompt.embedding_ranges:
+        for position in range(start, stop):
+            ids[position] = (7 * position + 3) % subject.vocab
+    other = subject.state(subject.prompt.replace(input_ids=ids))
+    return not subject.changed(other).any(), subject.largest(other)
+
+
+def _position(subject: _Subject) -> _Answer:
+    for number, item in enumerate(subject.prompt.input_embeddings):
+        start, _ = subject.prompt.embedding_ranges[number]
+        pair = next((i for i in range(len(item) - 1) if not torch.equal(item[i], item[i + 1])), None)
+        if pair is None:
+            continue
+        swapped = item.clone()
+        swapped[[pair, pair + 1]] = item[[pair + 1, pair]]
+        changed = subject.changed(subject.state(subject.with_item(number, swapped)))
+        block = subject.block(number)
+        first = block[0] if block else start + pair
+        before = int(changed[:first].sum())
+        there = bool(changed[start + pair : start + pair + 2].all())
+        evidence = f"rows {pair} and {pair + 1} of item {number} exchanged: {before} tokens before {first} change"
+        return not before and there, evidence + (
+            "" if there else f", and tokens {start + pair}, {start + pair + 1} do not"
+        )
+    return None, "no item has two rows that differ"
+
+
+def _causality(subject: _Subject) -> _Answer:
+    number = max(range(len(subject.prompt.embedding_ranges)), key=lambda i: subject.prompt.embedding_ranges[i])
+    block = subject.block(number)
+    first = block[0] if block else subject.prompt.embedding_ranges[number][0]
+    if first == 0:
+        return None, "the range begins with the prompt: nothing stands before it"
+    item = subject.prompt.input_embeddings[number]
+    other = subject.state(subject.with_item(number, noise_like(item.float(), subject.generator).to(item.dtype)))
+    changed = subject.changed(other)[:first]
+    return not changed.any(), f"{int(changed.sum())} of {first} tokens before item {number} change with its rows"
+
+
+def _canary(subject: _Subject) -> _Answer:
+    seen, wrong = 0, []
+    for number, item in enumerate(subject.prompt.input_embeddings):
+        start, _ = subject.prompt.embedding_ranges[number]
+        block = subject.block(number)
+        for row in sorted({0, len(item) // 2, len(item) - 1}):
+            marked = item.clone()
+            marked[row] = noise_like(item[row : row + 1].float(), subject.generator)[0].to(item.dtype)
+            state = subject.state(subject.with_item(number, marked))
+            seen += 1
+            error = relative_error(state, subject.base)
+            changed = ~(error <= subject.limits)
+            if not changed.any():
+                wrong.append(f"row {row} of item {number} shows nowhere, it belongs at token {start + row}")
+                continue
+            # Where tokens see each other both ways all of them change; the one that holds the row changes most.
+            found = int(error.argmax()) if block else int(changed.nonzero()[0])
+            if found != start + row:
+                wrong.append(f"row {row} of item {number} shows at token {found}, it belongs at {start + row}")
+    if wrong:
+        return False, f"{wrong[0]} ({len(wrong)} of {seen} rows are elsewhere)"
+    return True, f"each of {seen} marked rows shows first at its own token"
+
+
+def _batch(subject: _Subject) -> _Answer:
+    prompt = subject.prompt
+    others = [
+        prompt.replace(
+            input_embeddings=[
+                noise_like(item.float(), subject.generator).to(item.dtype) for item in prompt.input_embeddings
+            ]
+        )
+        for _ in range(2)
+    ] + [Prompt([token % subject.vocab for token in range(3, 3 + max(len(prompt) // 2, 1))])]
+    alone = subject.generate(prompt)
+    crowd = [prompt, *others, prompt]
+    with ThreadPoolExecutor(len(crowd)) as pool:
+        outputs = list(pool.map(subject.generate, crowd))
+    return _same_answer(subject, alone, [outputs[0], outputs[-1]], f"among {len(crowd)} at once")
+
+
+def _chunks(subject: _Subject) -> _Answer:
+    if subject.chunked is None:
+        return None, "give chunked=, the same engine opened with small prefill chunks"
+    alone = subject.generate(subject.prompt)
+    return _same_answer(subject, alone, [subject.chunked.generate(subject.prompt, _CONFIG)], "in small chunks")
+
+
+def _same_answer(subject: _Subject, alone: EngineOutput, others: Sequence[EngineOutput], how: str) -> _Answer:
+    limit = float(subject.limits[-1])
+    worst = 0.0
+    for output in others:
+        # Each token's state depends on the tokens before it: after the first that differs there is nothing to compare.
+        same = len(
+            list(
+                itertools.takewhile(
+                    lambda pair: pair[0] == pair[1], zip(alone.token_ids, output.token_ids, strict=False)
+                )
+            )
+        )
+        assert alone.last_hidden_state is not None and output.last_hidden_state is not None
+        rows = min(same + 1, len(alone.last_hidden_state), len(output.last_hidden_state))
+        error = relative_error(output.last_hidden_state[:rows].cpu(), alone.last_hidden_state[:rows].cpu())
+        worst = max(worst, float(torch.where(torch.isnan(error), torch.inf, error).max()))
+    if worst == 0.0:
+        return True, f"{how}: {_NEW_TOKENS} new tokens and their states bit for bit the same"
+    return worst <= limit, f"{how}: states differ by {worst:.1e} at most, rounding explains {limit:.1e}"
+
+
+def _prefix_cache(subject: _Subject) -> _Answer:
+    prompt = subject.prompt
+    other = prompt.replace(
+        input_embeddings=[
+            noise_like(item.float(), subject.generator).to(item.dtype) for item in prompt.input_embeddings
+        ]
+    )
+    truth = subject.state(other)[-1:]  # every state is asked for: nothing can come from a cache of states
+    subject.generate(prompt)
+    subject.generate(prompt)
+    after = subject.generate(other).last_hidden_state
+    assert after is not None
+    error = float(relative_error(after[:1].cpu(), truth)[0])
+    stale = float(relative_error(after[:1].cpu(), subject.base[-1:])[0])
+    limit = float(subject.limits[-1])
+    if error <= limit:
+        return True, f"the same ids with other rows: {error:.1e} off its own state, rounding explains {limit:.1e}"
+    what = "the first rows' state is served" if stale <= limit else "neither rows' state comes out"
+    return False, f"the same ids with other rows: {what} ({error:.1e} off its own state, {stale:.1e} off the first's)"
+
+
+PROBES: dict[str, tuple[str, Callable[[_Subject], _Answer]]] = {
+    "determinism": ("Does the same prompt give the same states?", _determinism),
+    "used": ("Do the rows matter?", _used),
+    "identity": ("Do the tokens' own rows give what the text gives?", _identity),
+    "placeholders": ("Are the ids under a range without effect?", _placeholders),
+    "position": ("Do exchanged rows change their own tokens and none before?", _position),
+    "causality": ("Is everything before a range untouched by it?", _causality),
+    "canary": ("Does every row stand in its own slot?", _canary),
+    "batch": ("Is a request untouched by the others?", _batch),
+    "chunks": ("Is a prefill in chunks the same as in one piece?", _chunks),
+    "prefix cache": ("Are the same ids with other rows told apart?", _prefix_cache),
+}
+
+
+def each_probe() -> Iterator[tuple[str, str]]:
+    """Names and questions."""
+    return ((name, question) for name, (question, _) in PROBES.items())

@@ -1,0 +1,33 @@
+"""SGLang's `input_embeds`, 0.4 to 0.5.23; read from its published packages."""
+
+from __future__ import annotations
+
+import torch
+
+from ..models import Model
+from ..prompt import Prompt
+from .target import Changes, Effect, Target, unsplicable
+
+
+def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
+    """Nested lists of floats for the whole prompt, always rounded to bfloat16."""
+    reason = unsplicable(prompt, model)
+    if reason:
+        return Effect.rejects(
+            f"it takes rows for the whole prompt, and they cannot be put together: {reason}", "your own splice fails"
+        )
+    changes = Changes(prompt)
+    changes.causal()
+    rounded = [item.bfloat16() for item in prompt.input_embeddings]
+    pairs = list(zip(rounded, prompt.input_embeddings, strict=True))
+    lossy = sum(int((ours.double() != item.double()).any(dim=1).sum()) for ours, item in pairs)
+    if lossy and all(bool(torch.isfinite(item).all()) for item in rounded):
+        changes.drop(
+            f"rows are rounded to bfloat16 whatever the model's dtype is: {lossy} of {sum(map(len, rounded))} rows change",
+            input_embeddings=rounded,
+        )
+    if prompt.deepstack:
+        changes.drop("deepstack features cannot be handed over", deepstack=())
+    if prompt.position_ids is not None:
+        changes.drop("positions cannot be handed over: plain 0, 1, 2, ... are used", position_ids=None)
+    return changes.effect()
