@@ -304,7 +304,8 @@ def _same_answer(subject: _Subject, alone: EngineOutput, others: Sequence[Engine
                 )
             )
         )
-        assert alone.last_hidden_state is not None and output.last_hidden_state is not None
+        assert alone.last_hidden_state is not None
+        assert output.last_hidden_state is not None
         rows = min(same + 1, len(alone.last_hidden_state), len(output.last_hidden_state))
         error = relative_error(output.last_hidden_state[:rows].cpu(), alone.last_hidden_state[:rows].cpu())
         worst = max(worst, float(torch.where(torch.isnan(error), torch.inf, error).max()))

@@ -88,13 +88,13 @@ class TraceWriter:
             raise TraceError(
                 f"tap {tap!r} is {state.dtype} {tuple(state.shape)}; the file was planned for {self.dtype} {self.shapes[tap]}"
             )
-        bytes_ = state.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
+        content = raw_bytes(state.detach().cpu())
         try:
             self._file.seek(self._begin + self._offsets[tap])
-            self._file.write(memoryview(bytes_))
+            self._file.write(content)
         except OSError as error:
             raise TraceError(f"the trace cannot be written to {self.path}: {error}") from error
-        self._sums[tap] = f"{zlib.crc32(memoryview(bytes_)):08x}"
+        self._sums[tap] = f"{zlib.crc32(content):08x}"
         self._missing.discard(tap)
 
     def _header(self) -> bytes:
@@ -168,7 +168,7 @@ class StoredStates(Mapping[str, torch.Tensor]):
         except (SafetensorError, OSError, RuntimeError) as error:
             raise TraceError(f"tap {tap!r} of {self.path} cannot be read: {error}") from error
         if tap not in self._checked:
-            found = f"{zlib.crc32(memoryview(state.view(torch.uint8).numpy().reshape(-1))):08x}"
+            found = f"{zlib.crc32(raw_bytes(state)):08x}"
             if found != self._sums[tap]:
                 raise TraceError(
                     f"tap {tap!r} of {self.path} has checksum {found}, not the recorded {str(self._sums[tap])[:8]}: the file was "
@@ -193,3 +193,9 @@ class StoredStates(Mapping[str, torch.Tensor]):
 def readable(taps: Sequence[str], most: int = 6) -> str:
     """A list of taps for an error, not longer than a line."""
     return ", ".join(taps) if len(taps) <= most else f"{', '.join(taps[: most - 1])}, ... {taps[-1]}"
+
+
+def raw_bytes(state: torch.Tensor) -> memoryview:
+    """The bytes of a state in memory, without a copy where it is contiguous."""
+    flat: Any = state.contiguous().view(torch.uint8).numpy().reshape(-1)
+    return memoryview(flat)

@@ -68,13 +68,13 @@ def _hypotheses(prompt: Prompt, truth: torch.Tensor, own: torch.Tensor) -> Itera
     """Hidden states 0 of engines that go wrong in a known way."""
     ranges, length = prompt.embedding_ranges, len(prompt)
     items = [item.to(truth.dtype) for item in prompt.input_embeddings]
-    for item, (start, stop) in enumerate(ranges):
+    for number, (start, stop) in enumerate(ranges):
         bare = truth.clone()
         bare[start:stop] = own[start:stop]
         yield (
             bare,
             Explanation(
-                "placeholders", f"the rows of item {item} were not used: the placeholder tokens' own stand there"
+                "placeholders", f"the rows of item {number} were not used: the placeholder tokens' own stand there"
             ),
         )
     yield own, Explanation("placeholders", "no injected row was used: the placeholder tokens' own stand there")

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from ..errors import TraceError
 from ..provenance import check_provenance
 from ..trace import Trace
+from ..trace_files import raw_bytes
 from .metrics import relative_error
 
 FORMAT = "workbench-floor-1"
@@ -107,8 +108,8 @@ class NoiseFloor:
             raise TraceError(f"{path} cannot be read as a noise floor: {error}") from error
         if not isinstance(kept, list) or not all(type(position) is int for position in kept):
             raise TraceError(f"{path}: its positions are no list of integers")
-        for tap, error in errors.items():
-            if error.shape != (len(kept),) or error.dtype != torch.float64 or not (error >= 0).all():
+        for tap, sizes in errors.items():
+            if sizes.shape != (len(kept),) or sizes.dtype != torch.float64 or not (sizes >= 0).all():
                 raise TraceError(f"{path}: the floor of tap {tap!r} is not one number of at least 0 for each position")
         return cls(errors, digests, torch.tensor(kept, dtype=torch.int64), provenance)
 
@@ -135,4 +136,4 @@ def check_shape(tap: str, truth: torch.Tensor, state: torch.Tensor, name: str) -
 
 def state_digest(state: torch.Tensor) -> str:
     """SHA-256 of a state's bytes."""
-    return hashlib.sha256(memoryview(state.contiguous().view(torch.uint8).numpy().reshape(-1))).hexdigest()
+    return hashlib.sha256(raw_bytes(state)).hexdigest()

@@ -186,15 +186,15 @@ def compare(
     divergence = None
     spans = reference.spans
     if wrong.any():
-        tap = int(wrong.any(dim=1).nonzero()[0])
-        at = int(wrong[tap].nonzero()[0])
+        depth = int(wrong.any(dim=1).nonzero()[0])
+        at = int(wrong[depth].nonzero()[0])
         span = int(spans[at])
         divergence = Divergence(
-            taps[tap],
+            taps[depth],
             int(reference.positions[at]),
             None if span < 0 else span,
-            float(errors[tap, at]),
-            float(floors[tap, at]),
+            float(errors[depth, at]),
+            float(floors[depth, at]),
         )
     same = divergence is None and all(state_digest(candidate[tap]) == floor.digests[tap] for tap in taps)
     return Comparison(
