@@ -157,7 +157,9 @@ def _span(record: Any, number: int, path: Path) -> Span:
             raise PromptError(f"{where}.{name} must be a list of integers")
     if record.get("block") is not None and len(record["block"]) != 2:
         raise PromptError(f"{where}.block must be [start, stop]")
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+    }
     return Span(**values)
 
 

@@ -14,7 +14,8 @@ def decoder_taps(layers: int) -> tuple[str, ...]:
 
     `embed` is hidden state 0, after the splice; `layers.{i}.attention` and `layers.{i}.mlp` what each adds to the residual
     stream; `layers.{i}` the stream after layer i, before any final norm and before what deepstack adds
-    between layers; `norm` after the final norm; `logits`.
+    between layers; `norm` after the final norm; `logits`. Engines that show no layers may have `depth.{k}`: the state after the
+    final norm of the same checkpoint cut to its first k layers.
     """
     inner = [f"layers.{i}{part}" for i in range(layers) for part in (".attention", ".mlp", "")]
     return ("embed", *inner, "norm", "logits")

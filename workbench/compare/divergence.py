@@ -13,7 +13,7 @@ from ..prompt import Prompt
 from ..taps import EVERY_TAP
 from ..trace import Trace
 from .explain import Explanation, explain_splice, explain_tap
-from .run import reference
+from .run import reference, shared_taps
 from .verdict import FACTOR, Comparison, Divergence, compare
 
 ROOM = 1 << 30
@@ -46,20 +46,24 @@ class FirstDivergence:
 
 
 def first_divergence(
-    engine: Engine, prompt: Prompt, *, factor: float = FACTOR, max_bytes: int = ROOM
+    engine: Engine, prompt: Prompt, *, factor: float = FACTOR, max_bytes: int = ROOM, device: str = "cpu"
 ) -> FirstDivergence:
     """Find the first tap, token and span where `engine` is wrong.
 
     Where all taps fit into `max_bytes` one run finds it. Else the residual stream is bisected, one tap a run, and then the
-    parts of the layer found are looked at: a fault stays visible in the residual stream from its layer on.
+    parts of the layer found are looked at: a fault stays visible in the residual stream from its layer on. Engines that show no
+    layers are bisected by depth where they have `depth.k`.
+
+    Args:
+        device: where the reference runs.
     """
-    taps = list(engine.plan_trace(prompt, [tap for tap in EVERY_TAP if _matches(engine, tap)]).shapes)
-    search = _Search(engine, prompt, factor)
+    taps = shared_taps(engine, [*EVERY_TAP, "depth.*"] if "embed" not in engine.capabilities.taps else EVERY_TAP)
+    search = _Search(engine, prompt, factor, device)
     # The reference keeps float64, and each of a few runs in the engine's dtype besides.
     whole = engine.plan_trace(prompt, taps).nbytes * (1 + 8 // engine.dtype.itemsize + 4)
     if whole <= max_bytes:
         return search.result(search.look(taps), taps)
-    stream = [tap for tap in taps if tap in ("embed", "norm", "logits") or tap.count(".") == 1]
+    stream = [tap for tap in taps if tap.count(".") < 2]
     bad = _bisect(stream, lambda tap: search.look([tap]).verdict == "bug")
     if bad is None:
         return search.result(search.look([stream[-1]]), [stream[-1]])
@@ -80,22 +84,16 @@ def _bisect(taps: Sequence[str], wrong: Callable[[str], bool]) -> int | None:
     return low
 
 
-def _matches(engine: Engine, pattern: str) -> bool:
-    taps = engine.capabilities.taps
-    depth = pattern.count(".")
-    return any(tap == pattern or (depth and tap.startswith("layers.") and tap.count(".") == depth) for tap in taps)
-
-
 class _Search:
     """Runs engine and reference over chosen taps, and keeps the states of the last look for the explanation."""
 
-    def __init__(self, engine: Engine, prompt: Prompt, factor: float) -> None:
-        self.engine, self.prompt, self.factor, self.runs = engine, prompt, factor, 0
+    def __init__(self, engine: Engine, prompt: Prompt, factor: float, device: str) -> None:
+        self.engine, self.prompt, self.factor, self.device, self.runs = engine, prompt, factor, device, 0
 
     def look(self, taps: Sequence[str]) -> Comparison:
         dtype = str(self.engine.dtype).removeprefix("torch.")
-        truth = reference(self.engine.model, "float64").trace(self.prompt, taps)
-        floor = reference(self.engine.model, dtype).noise_floor(self.prompt, taps)
+        truth = reference(self.engine.model, "float64", self.device).trace(self.prompt, taps)
+        floor = reference(self.engine.model, dtype, self.device).noise_floor(self.prompt, taps)
         self.truth, self.state = truth, self.engine.trace(self.prompt, taps)
         self.runs += 1
         return compare(truth, self.state, floor=floor, factor=self.factor)

@@ -47,13 +47,26 @@ class TransformersReference(Engine):
         if not plain:  # a layer without these parts has no such taps
             taps = tuple(tap for tap in taps if not tap.endswith((".attention", ".mlp")))
         config = self.decoder.config
+        depths = tuple(f"depth.{k}" for k in range(1, len(self.decoder.layers) + 1)) if self._norm is not None else ()
         return Capabilities(
             "transformers",
-            taps,
+            (*taps[:-2], *depths, *taps[-2:]),
             DTYPES,
             ("cpu", "cuda"),
             mrope="mrope_section" in (getattr(config, "rope_parameters", None) or {}),
             deepstack=hasattr(self.decoder, "_deepstack_process"),
+        )
+
+    @property
+    def _norm(self) -> Any:
+        """The norm after the last layer, by the names it has in Transformers; None where it has another."""
+        return next(
+            (
+                getattr(self.decoder, name)
+                for name in ("norm", "final_layernorm", "ln_f")
+                if hasattr(self.decoder, name)
+            ),
+            None,
         )
 
     def precision(self) -> contextlib.AbstractContextManager:
@@ -92,6 +105,9 @@ class TransformersReference(Engine):
             state = state[0] if isinstance(state, tuple) else state
             if name in wanted:
                 keep(name, state.reshape(-1, state.shape[-1])[rows])
+            kind, _, number = name.partition(".")
+            if kind == "layers" and number.isdecimal() and (depth := f"depth.{int(number) + 1}") in wanted:
+                keep(depth, self._norm(state.reshape(-1, state.shape[-1]))[rows])
 
         def after(module: torch.nn.Module, name: str) -> None:
             hooks.append(module.register_forward_hook(lambda module, args, output: read(name, output)))

@@ -1,0 +1,108 @@
+"""LMDeploy as it is installed: what its calls are named in this version, and what its answers mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from packaging.version import InvalidVersion, Version
+
+from ..errors import ModelError
+from .messages import GenerationConfig
+
+OLDEST, NEWEST = "0.5.0", "0.18"
+"""Versions whose calls were read; a newer one is taken where its calls still have the parameters that are needed."""
+
+_STATUS = {
+    "SESSION_NOT_EXIST": "it rejected the request's embeddings or ranges (TurboMind reports that by this status)",
+    "SESSION_REPEAT": "another request holds this session number",
+    "INPUT_LENGTH_ERROR": "prompt and new tokens are longer than session_len: open the engine with a larger one",
+    "NO_QUEUE": "its queue is full or closed",
+    "OUT_OF_MEMORY": "the request does not fit into its KV cache: raise cache_max_entry_count, or lower max_new_tokens",
+    "PREFIX_CACHE_CONFLICT": "the request asks for states that a cached prefix cannot give: open with enable_prefix_caching=False",
+    "INTERNAL_ENGINE_ERROR": "an error inside the engine; its log has more",
+    "ENGINE_STOP_ERROR": "the engine has stopped: open it again",
+}
+
+
+def installed_version() -> Version:
+    """The version of LMDeploy here.
+
+    Raises:
+        ModelError: it is not installed, cannot be imported, or is too old.
+    """
+    try:
+        import lmdeploy
+    except ModuleNotFoundError as error:
+        if error.name != "lmdeploy":
+            raise ModelError(f"lmdeploy is installed but lacks {error.name}: pip install {error.name}") from error
+        raise ModelError(
+            "lmdeploy is not installed: pip install -c constraints.txt -e '.[turbomind]' on a Linux machine with an NVIDIA GPU; "
+            "runs that were recorded elsewhere need neither (workbench.Trace.load)"
+        ) from error
+    except Exception as error:  # a wheel for another CUDA fails with whatever its loader says
+        raise ModelError(f"lmdeploy is installed and cannot be imported: {type(error).__name__}: {error}") from error
+    try:
+        version = Version(str(lmdeploy.__version__))
+    except InvalidVersion as error:
+        raise ModelError(
+            f"lmdeploy says it is version {lmdeploy.__version__!r}, which is none: install a release"
+        ) from error
+    if version < Version(OLDEST):
+        raise ModelError(
+            f"lmdeploy {version} is older than {OLDEST}, from which on its calls are known here: upgrade it"
+        )
+    return version
+
+
+def infer_arguments(call: Any, version: Version, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments for `stream_infer` or `async_stream_infer` as this version has them.
+
+    Sessions had a beginning, an end and a step up to 0.14; each request here is a session of its own.
+
+    Raises:
+        ModelError: a version that takes no embeddings under the names that are known.
+    """
+    taken = inspect.signature(call).parameters
+    lacking = [name for name in wanted if name not in taken]
+    if lacking:
+        raise ModelError(
+            f"lmdeploy {version} takes no {', '.join(lacking)} in {call.__name__}: it is newer than {NEWEST}, the last that is known here"
+        )
+    whole = {"sequence_start": True, "sequence_end": True, "step": 0, "stream_output": True}
+    return {**wanted, **{name: value for name, value in whole.items() if name in taken}}
+
+
+def embeddings_for(version: Version, items: Sequence[torch.Tensor]) -> list[Any]:
+    """Items in the type that this version copies from: torch tensors since 0.12, NumPy before."""
+    plain = [item.detach().cpu() for item in items]
+    if version >= Version("0.12"):
+        return plain
+    return [item.float().numpy() for item in plain]
+
+
+def generation_config(config: GenerationConfig, stops: frozenset[int]) -> Any:
+    """LMDeploy's own GenerationConfig; TurboMind samples unless top_k is 1."""
+    from lmdeploy import GenerationConfig as Theirs
+
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values["stop_token_ids"] = sorted(stops) or None
+    values["bad_token_ids"] = list(config.bad_token_ids) if config.bad_token_ids else None
+    if not config.do_sample:
+        values |= {"top_k": 1, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0}
+    known = {field.name for field in dataclasses.fields(Theirs)}
+    lost = [
+        name for name in ("output_logits", "output_last_hidden_state", "min_p") if name not in known and values[name]
+    ]
+    if lost:
+        raise ModelError(f"this version of lmdeploy has no {', '.join(lost)}: upgrade it, or leave it out")
+    return Theirs(**{name: value for name, value in values.items() if name in known})
+
+
+def explain_status(status: Any, version: Version) -> str:
+    """A sentence about a status that is no success."""
+    name = getattr(status, "name", str(status))
+    return f"lmdeploy {version} answered {name}: {_STATUS.get(name, 'nothing more is known about it')}"

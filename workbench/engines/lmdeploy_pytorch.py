@@ -1,0 +1,142 @@
+"""LMDeploy's PyTorch engine: vision runs inside it, and embeddings are refused instead of swallowed."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Generator
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from ..errors import EmbeddingRangeError, ModelError
+from ..models import Model
+from ..prompt import Prompt
+from .api import Cancellation, Engine, Keep, parse_dtype
+from .lmdeploy_calls import explain_status, generation_config, installed_version
+from .messages import Capabilities, EngineOutput, GenerationConfig, ResponseType
+from .sampling import stop_tokens
+
+DTYPES = ("bfloat16", "float16")
+_END = object()
+
+
+class LMDeployPyTorch(Engine):
+    """The PyTorch engine over the installed lmdeploy: token ids here, pictures through `ask`. It has no taps.
+
+    Since 0.6.5 it swallows `input_embeddings` without a word and answers from the placeholders; here they are refused.
+
+    Args:
+        config: fields of lmdeploy's PytorchEngineConfig.
+
+    Raises:
+        ModelError: no lmdeploy, or one that cannot open this model.
+    """
+
+    def __init__(
+        self, model: Model, *, dtype: str | torch.dtype | None = None, device: str = "cuda", **config: Any
+    ) -> None:
+        super().__init__()
+        self.version = installed_version()
+        if not torch.cuda.is_available():
+            raise ModelError("LMDeploy's PyTorch engine needs a GPU here, and PyTorch sees none: use the numba engine")
+        self.model = model
+        stored = model.embedding_table.dtype
+        self.dtype = parse_dtype(
+            dtype or ("bfloat16" if stored is torch.bfloat16 else "float16"), DTYPES, "lmdeploy-pytorch"
+        )
+        self.device = torch.device(device)
+        try:
+            from lmdeploy import PytorchEngineConfig, pipeline
+
+            settings = PytorchEngineConfig(dtype=str(self.dtype).removeprefix("torch."), **config)
+            self.pipeline = pipeline(str(model.path), backend_config=settings, log_level="ERROR")
+        except ModuleNotFoundError as error:
+            raise ModelError(f"LMDeploy's PyTorch engine lacks {error.name}: pip install {error.name}") from error
+        except Exception as error:
+            raise ModelError(
+                f"LMDeploy's PyTorch engine cannot open {model.name!r}: {type(error).__name__}: {error}"
+            ) from error
+        self._numbers = itertools.count(1)
+        self._events = asyncio.new_event_loop()
+        threading.Thread(target=self._events.run_forever, name="workbench-lmdeploy-pytorch", daemon=True).start()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            "lmdeploy-pytorch",
+            (),
+            DTYPES,
+            ("cuda",),
+            accepts_embeddings=False,
+            bidirectional_spans=False,
+            vision_inside=True,
+        )
+
+    def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
+        """See `Engine.check`; also embeddings, with what LMDeploy itself would have done."""
+        if prompt.input_embeddings:
+            if self.version >= Version("0.6.5"):
+                does = "would swallow them without a word and answer from the placeholders"
+            else:
+                does = (
+                    "would take them, in a version whose vision runs outside; this workbench opens it for pictures only"
+                )
+            raise EmbeddingRangeError(
+                f"lmdeploy-pytorch {self.version} takes no input_embeddings here: the engine {does}. Hand it pictures "
+                "(engine.ask(question, images)), or use 'turbomind' for embeddings"
+            )
+        super().check(prompt, new_tokens)
+
+    def ask(self, question: str, images: list[Any], gen_config: GenerationConfig | None = None) -> str:
+        """Ask about pictures; LMDeploy's own processor and vision model see them.
+
+        Args:
+            images: PIL images, or paths and URLs that LMDeploy opens.
+        """
+        config = gen_config or GenerationConfig()
+        request = generation_config(config, stop_tokens(self.model, config))
+        answer = self.pipeline((question, images), gen_config=request)
+        return str(answer.text)
+
+    def _generate(
+        self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
+    ) -> Generator[EngineOutput, None, None]:
+        channel: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        future = asyncio.run_coroutine_threadsafe(self._run(prompt, config, channel.put), self._events)
+        cancelled.tell(lambda: bool(future.cancel()))
+        try:
+            while (output := channel.get()) is not _END:
+                if isinstance(output, BaseException):
+                    raise ModelError(f"LMDeploy's PyTorch engine failed: {output}") from output
+                yield output
+        finally:
+            future.cancel()
+
+    async def _run(self, prompt: Prompt, config: GenerationConfig, deliver: Callable[[Any], None]) -> None:
+        made = 0
+        try:
+            instance = self.pipeline.async_engine.engine.create_instance()
+            request = generation_config(config, stop_tokens(self.model, config))
+            async for output in instance.async_stream_infer(
+                next(self._numbers), list(prompt.input_ids), gen_config=request
+            ):
+                name = output.status.name
+                if name not in ("SUCCESS", "FINISH", "CANCEL"):
+                    raise ModelError(explain_status(output.status, self.version))
+                made += len(output.token_ids)
+                deliver(EngineOutput(ResponseType[name], list(output.token_ids), made))
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            deliver(error)
+        finally:
+            deliver(_END)
+
+    def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, keep: Keep) -> None:
+        raise ModelError(
+            "lmdeploy-pytorch gives no hidden states: compare its answers (compare_text), or use 'turbomind'"
+        )

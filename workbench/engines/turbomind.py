@@ -1,0 +1,352 @@
+"""LMDeploy's TurboMind, the real one, behind the workbench's engine interface."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import queue
+import shutil
+import tempfile
+import threading
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from ..errors import ModelError, PromptError
+from ..models import Model
+from ..prompt import Prompt
+from .api import Cancellation, Engine, Keep, parse_dtype
+from .lmdeploy_calls import embeddings_for, explain_status, generation_config, infer_arguments, installed_version
+from .messages import Capabilities, EngineOutput, GenerationConfig, ResponseType
+from .sampling import stop_tokens
+
+DTYPES = ("bfloat16", "float16")
+_END = object()
+
+
+class TurboMindEngine(Engine):
+    """TurboMind over the installed lmdeploy.
+
+    Its taps are `norm` and `logits`. With `depth_sweep=True` there is also `depth.k` for every k: the state after the final norm of
+    the checkpoint cut to its first k layers, for which the engine is opened once a depth.
+
+    Args:
+        dtype: "bfloat16" or "float16"; None takes the checkpoint's, float16 for float32 as LMDeploy does.
+        check: look at prompts before they are handed over. Without it whatever is wrong reaches TurboMind as it is; rows of a wrong
+            width make it read beside its buffers, so do that in a process of its own (`isolated=True` in `open_engine`).
+        depth_sweep: see above.
+        config: fields of lmdeploy's TurbomindEngineConfig: `tp`, `session_len`, `cache_max_entry_count`, `max_prefill_token_num`, ...
+
+    Raises:
+        ModelError: no lmdeploy, no GPU, a model that TurboMind does not run, or too little memory.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str = "cuda",
+        check: bool = True,
+        depth_sweep: bool = False,
+        **config: Any,
+    ) -> None:
+        super().__init__()
+        if not str(device).startswith("cuda"):
+            raise ModelError(f"device={device!r}: TurboMind runs on an NVIDIA GPU only, device='cuda'")
+        self.version = installed_version()
+        if not torch.cuda.is_available():
+            raise ModelError(
+                f"TurboMind needs an NVIDIA GPU, and PyTorch {torch.__version__} sees none: use the numba engine here, or open runs "
+                "that were recorded on a machine with one"
+            )
+        self.model, self.checks, self.depth_sweep = model, check, depth_sweep
+        self.dtype = parse_dtype(dtype or _auto_dtype(model), DTYPES, "turbomind")
+        self.device = torch.device("cuda")
+        _check_supported(model)
+        self.config = {"session_len": model.context, "cache_max_entry_count": 0.2, "max_batch_size": 64, **config}
+        self._engine: Any = self._open(model.path)
+        self._instances: list[Any] = []
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self._events = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._events.run_forever, name="workbench-turbomind", daemon=True)
+        self._thread.start()
+
+    def _open(self, path: Path, **changes: Any) -> Any:
+        from lmdeploy import TurbomindEngineConfig
+        from lmdeploy.turbomind import TurboMind
+
+        known = {field.name for field in dataclasses.fields(TurbomindEngineConfig)}
+        unknown = sorted(set(self.config) - known)
+        if unknown:
+            raise TypeError(f"lmdeploy {self.version}'s TurbomindEngineConfig has no {', '.join(unknown)}")
+        settings = TurbomindEngineConfig(dtype=str(self.dtype).removeprefix("torch."), **{**self.config, **changes})
+        take = {"engine_config": settings, "trust_remote_code": self.model.trust_remote_code}
+        try:
+            if hasattr(TurboMind, "from_pretrained") and self.version < Version("0.15"):
+                return TurboMind.from_pretrained(str(path), **take)
+            return TurboMind(str(path), **take)
+        except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+            raise ModelError(
+                f"TurboMind has too little GPU memory for {self.model.name!r} ({_free_gpu()}): lower cache_max_entry_count, raise tp, or "
+                "free the GPU"
+            ) from error
+        except Exception as error:
+            hint = f" ({_free_gpu()}: lower cache_max_entry_count)" if "memory" in str(error).lower() else ""
+            raise ModelError(
+                f"TurboMind cannot open {self.model.name!r}: {type(error).__name__}: {error}{hint}"
+            ) from error
+
+    @property
+    def capabilities(self) -> Capabilities:
+        layers = self.model.text_config.num_hidden_layers
+        depths = tuple(f"depth.{k}" for k in range(1, layers + 1)) if self.depth_sweep else ()
+        return Capabilities(
+            "turbomind", (*depths, "norm", "logits"), DTYPES, ("cuda",), bidirectional_spans=False, mrope=False
+        )
+
+    def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
+        """See `Engine.check`; with `check=False` nothing is looked at."""
+        if not self.checks:
+            return
+        super().check(prompt, new_tokens)
+        if prompt.position_ids is not None and not torch.equal(prompt.position_ids, torch.arange(len(prompt))):
+            raise PromptError(
+                f"lmdeploy {self.version} takes no positions with embeddings and would use 0, 1, 2, ...: leave position_ids out, or "
+                "run effective_prompt(prompt, 'turbomind') on the reference to see what that means"
+            )
+        needed = len(prompt) + new_tokens
+        if needed > self.config["session_len"]:
+            raise PromptError(
+                f"{len(prompt)} prompt tokens and {new_tokens} new ones exceed session_len={self.config['session_len']}: open the "
+                "engine with a larger one"
+            )
+
+    def close(self) -> None:
+        """Give the GPU memory back; the engine cannot be used again."""
+        if self._engine is None:
+            return
+        self._events.call_soon_threadsafe(self._events.stop)
+        self._thread.join(10)
+        self._instances.clear()
+        with contextlib.suppress(Exception):  # an engine that died has nothing left to close
+            self._engine.close()
+        self._engine = None
+        torch.cuda.empty_cache()
+
+    def __enter__(self) -> TurboMindEngine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _instance(self) -> Iterator[Any]:
+        """LMDeploy's handle of one request at a time."""
+        if self._engine is None:
+            raise ModelError("this engine was closed: open it again")
+        with self._lock:
+            instance = self._instances.pop() if self._instances else None
+        if instance is None:
+            instance = self._engine.create_instance()
+        yield instance
+        with self._lock:  # after an error it is not used again
+            self._instances.append(instance)
+
+    def _start(
+        self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation, deliver: Callable[[Any], object]
+    ) -> Callable[[], object]:
+        """Run a request on the engine's event loop; returns what ends it early."""
+
+        async def run() -> None:
+            try:
+                with self._instance() as instance:
+                    stop = asyncio.run_coroutine_threadsafe  # from whatever thread cancels
+                    cancelled.tell(lambda: stop(instance.async_cancel(0), self._events))
+                    async for output in _outputs(self, instance, prompt, config):
+                        deliver(output)
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:
+                deliver(error)
+            finally:
+                deliver(_END)
+
+        future = asyncio.run_coroutine_threadsafe(run(), self._events)
+        return future.cancel
+
+    def _generate(
+        self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
+    ) -> Generator[EngineOutput, None, None]:
+        channel: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        stop = self._start(prompt, config, cancelled, channel.put)
+        try:
+            while (output := _opened(channel.get())) is not None:
+                yield output
+        finally:
+            stop()
+
+    async def _async_generate(
+        self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
+    ) -> AsyncGenerator[EngineOutput, None]:
+        events = asyncio.get_running_loop()
+        channel: asyncio.Queue[Any] = asyncio.Queue()
+        stop = self._start(
+            prompt, config, cancelled, lambda output: events.call_soon_threadsafe(channel.put_nowait, output)
+        )
+        try:
+            while (output := _opened(await channel.get())) is not None:
+                yield output
+        finally:
+            stop()
+
+    def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, keep: Keep) -> None:
+        for tap in taps:
+            if tap.startswith("depth."):
+                keep(tap, self._at_depth(prompt, int(tap.removeprefix("depth.")))[positions])
+        if "norm" in taps or "logits" in taps:
+            output = self.generate(prompt, _whole("logits" in taps))
+            if "norm" in taps:
+                keep("norm", _rows(output.last_hidden_state, len(prompt))[positions].to(self.dtype))
+            if "logits" in taps:
+                keep("logits", _rows(output.logits, len(prompt))[positions].to(self.dtype))
+
+    def _at_depth(self, prompt: Prompt, depth: int) -> torch.Tensor:
+        """`[seq, hidden]` after the final norm of the checkpoint's first `depth` layers."""
+        with tempfile.TemporaryDirectory(prefix="workbench-depth-") as folder:
+            cut = cut_checkpoint(self.model.path, Path(folder), depth)
+            engine = self._open(cut, cache_max_entry_count=0.05, max_batch_size=1)
+            try:
+                instance = engine.create_instance()
+                outputs: list[EngineOutput] = []
+
+                async def run() -> None:
+                    async for output in _outputs(self, instance, prompt, _whole(False)):
+                        outputs.append(output)
+
+                asyncio.run_coroutine_threadsafe(run(), self._events).result()
+                states = [output.last_hidden_state for output in outputs if output.last_hidden_state is not None]
+                return _rows(torch.cat(states) if states else None, len(prompt)).to(self.dtype)
+            finally:
+                engine.close()
+
+
+async def _outputs(
+    engine: TurboMindEngine, instance: Any, prompt: Prompt, config: GenerationConfig
+) -> AsyncGenerator[EngineOutput, None]:
+    """One request: LMDeploy's outputs as the workbench's, each new token and each state once."""
+    wanted: dict[str, Any] = {
+        "session_id": next(engine._numbers),
+        "input_ids": list(prompt.input_ids),
+        "gen_config": generation_config(config, stop_tokens(engine.model, config)),
+    }
+    if prompt.input_embeddings:
+        wanted["input_embeddings"] = embeddings_for(engine.version, prompt.input_embeddings)
+        wanted["input_embedding_ranges"] = [list(pair) for pair in prompt.embedding_ranges]
+    call = instance.async_stream_infer
+    made = shown = 0
+    stream = call(**infer_arguments(call, engine.version, wanted))
+    try:
+        async for output in stream:
+            name = output.status.name
+            if name not in ("SUCCESS", "FINISH", "CANCEL"):
+                raise ModelError(explain_status(output.status, engine.version))
+            tokens = list(output.token_ids)
+            total = getattr(output, "num_token", None)
+            if total is not None and total == len(tokens) and made:  # early versions hand out all tokens again
+                tokens = tokens[made:]
+            logprobs = output.logprobs
+            made += len(tokens)
+            states = {}
+            for field in ("logits", "last_hidden_state"):
+                whole = getattr(output, field, None)
+                states[field] = None if whole is None else whole[shown:].detach().clone().cpu()
+            rows = next((getattr(output, f) for f in states if getattr(output, f, None) is not None), None)
+            shown = len(rows) if rows is not None else shown
+            logits = states["logits"]
+            yield EngineOutput(
+                ResponseType[name],
+                tokens,
+                made,
+                None if logprobs is None else list(logprobs)[-len(tokens) :] if tokens else [],
+                None if logits is None else logits.float(),
+                states["last_hidden_state"],
+            )
+    finally:
+        await stream.aclose()
+
+
+def cut_checkpoint(source: Path, target: Path, layers: int) -> Path:
+    """A folder that loads as the first `layers` layers of a checkpoint: weights are linked, the configuration is changed."""
+    for file in source.iterdir():
+        if file.name != "config.json" and file.is_file():
+            with contextlib.suppress(FileExistsError):
+                try:
+                    os.symlink(file.resolve(), target / file.name)
+                except OSError:  # a file system without links
+                    shutil.copy(file, target / file.name)
+    config = json.loads((source / "config.json").read_text())
+    for part in (config, config.get("text_config"), config.get("llm_config")):
+        if isinstance(part, dict) and "num_hidden_layers" in part:
+            part["num_hidden_layers"] = layers
+            if isinstance(part.get("layer_types"), list):
+                part["layer_types"] = part["layer_types"][:layers]
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def _whole(logits: bool) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=1, ignore_eos=True, output_last_hidden_state="all", output_logits="all" if logits else None
+    )
+
+
+def _rows(states: torch.Tensor | None, length: int) -> torch.Tensor:
+    if states is None or len(states) < length:
+        got = "none" if states is None else str(len(states))
+        raise ModelError(f"TurboMind gave {got} of {length} states: open it with enable_prefix_caching=False")
+    return states[:length]
+
+
+def _opened(delivered: Any) -> EngineOutput | None:
+    if delivered is _END:
+        return None
+    if isinstance(delivered, ModelError):
+        raise delivered
+    if isinstance(delivered, BaseException):
+        raise ModelError(f"TurboMind failed in this request: {type(delivered).__name__}: {delivered}") from delivered
+    output: EngineOutput = delivered
+    return output
+
+
+def _auto_dtype(model: Model) -> str:
+    return "bfloat16" if model.embedding_table.dtype is torch.bfloat16 else "float16"
+
+
+def _check_supported(model: Model) -> None:
+    try:
+        from lmdeploy.turbomind.supported_models import SUPPORTED_ARCHS, is_supported
+    except ImportError:  # moved in another version: opening will tell
+        return
+    try:
+        good = is_supported(str(model.path), trust_remote_code=model.trust_remote_code)
+    except TypeError:
+        good = is_supported(str(model.path))
+    if not good:
+        names = model.config.architectures or [model.config.model_type]
+        raise ModelError(
+            f"TurboMind does not run {names[0]}: it runs {', '.join(sorted(SUPPORTED_ARCHS))}. Use the numba or transformers engine"
+        )
+
+
+def _free_gpu() -> str:
+    free, total = torch.cuda.mem_get_info()
+    return f"{free / 2**30:.1f} of {total / 2**30:.0f} GiB are free"
