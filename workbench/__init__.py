@@ -6,7 +6,7 @@ prompt = workbench.Prompt(ids, [rows], [(12, 14)])
 print(workbench.check_engine(engine, prompt))
 """
 
-from .compare import Comparison, check_engine, compare
+from .compare import Comparison, check_engine, compare, first_divergence
 from .engines import open_engine
 from .engines.api import Engine
 from .engines.messages import EngineOutput, GenerationConfig, ResponseType
@@ -14,6 +14,7 @@ from .errors import EmbeddingRangeError, ModelError, PromptError, TraceError
 from .findings import Finding
 from .linting import effective_prompt, lint
 from .models import Model, load_model
+from .probes import probe
 from .prompt import MultimodalPrompt, Prompt, Span
 from .trace import Trace
 from .version import __version__
@@ -41,8 +42,10 @@ __all__ = [
     "check_engine",
     "compare",
     "effective_prompt",
+    "first_divergence",
     "lint",
     "load_model",
     "load_vision_tower",
     "open_engine",
+    "probe",
 ]

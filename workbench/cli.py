@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from .errors import ModelError, PromptError
+from .cli_prompts import add_commands
+from .errors import ModelError, PromptError, TraceError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 good, 1 an engine with a bug or pictures that failed, 2 bad input."""
+    """Run one command; returns the exit status: 0 good, 1 a bug, a wrong prompt or pictures that failed, 2 bad input."""
     parser = argparse.ArgumentParser(prog="workbench", description="See where embeddings land, and judge engines.")
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="fetch a model once and say where it is")
@@ -26,6 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument(
         "--batches", action="store_true", help="many requests at once beside Transformers' generate instead"
     )
+    bench.add_argument(
+        "--engines", nargs="+", help="engines side by side on spliced prompts instead (on a GPU: --device cuda)"
+    )
+    bench.add_argument("--dtype", default="bfloat16", help="with --engines")
+    bench.add_argument("--device", default="cpu", help="with --engines")
     features = commands.add_parser("features", help="run a vision tower over pictures, ahead of time, into a store")
     features.add_argument("images", nargs="+", help="pictures, or folders of them")
     features.add_argument("--store", required=True, help="a folder, or an fsspec URL such as s3://bucket/features")
@@ -33,10 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
     features.add_argument("--workers", type=int, default=0, help="Ray workers; 0 (the default) runs in this process")
     features.add_argument("--device", default="cpu")
     features.add_argument("--max-bytes", type=int, help="hold the store under this size")
+    run = {"fetch": _fetch, "check": _check, "bench": _bench, "features": _features, **add_commands(commands)}
     options = parser.parse_args(arguments)
     try:
-        return {"fetch": _fetch, "check": _check, "bench": _bench, "features": _features}[options.command](options)
-    except (ModelError, PromptError, ValueError) as error:
+        return run[options.command](options)
+    except (ModelError, PromptError, TraceError, ValueError, TypeError) as error:
         print(f"workbench: {error}", file=sys.stderr)
         return 2
 
@@ -83,8 +90,11 @@ def _features(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from . import bench, bench_engine
+    from . import bench, bench_engine, bench_serving
 
+    if options.engines:
+        bench_serving.run(options.engines, options.model, options.dtype, options.device, options.rounds)
+        return 0
     (bench_engine if options.batches else bench).run(options.model, options.rounds)
     return 0
 

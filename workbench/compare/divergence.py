@@ -108,15 +108,26 @@ class _Search:
         return FirstDivergence(found, last_good, explanation, comparison, self.runs)
 
 
-def explain(comparison: Comparison, truth: Trace, state: Trace, prompt: Prompt, model: Model) -> Explanation | None:
-    """What the first wrong tap of a comparison says about the cause; None where nothing is wrong."""
+def explain(
+    comparison: Comparison, truth: Trace, state: Trace, prompt: Prompt | None = None, model: Model | None = None
+) -> Explanation | None:
+    """What the first wrong tap of a comparison says about the cause; None where nothing is wrong.
+
+    With prompt and model, rows that stand in the wrong place in hidden state 0 are named.
+    """
     found = comparison.first_divergence
     if found is None:
         return None
     at = comparison.taps.index(found.tap)
     wrong, positions = comparison.wrong[at], comparison.positions
     expected, given = truth[found.tap], state[found.tap]
-    if found.tap == "embed" and len(positions) == len(prompt) and prompt.input_embeddings:
+    whole = prompt is not None and len(positions) == len(prompt) and bool(prompt.input_embeddings)
+    if found.tap == "embed":
+        if not whole or prompt is None or model is None:
+            return Explanation(
+                "unknown",
+                "hidden state 0 is wrong already: the splice. Compare whole prompts, with prompt and model, to see what stands there",
+            )
         own = model.token_rows(prompt.lookup_ids if _placeholders_unknown(prompt, model) else prompt.input_ids)
         return explain_splice(prompt, expected, given, wrong, own.to(expected), comparison.dtype)
     return explain_tap(found.tap, expected, given, wrong, positions, comparison.spans)

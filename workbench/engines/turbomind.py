@@ -20,6 +20,7 @@ import torch
 from packaging.version import Version
 
 from ..errors import ModelError, PromptError
+from ..language_part import language_part
 from ..models import Model
 from ..prompt import Prompt
 from .api import Cancellation, Engine, Keep, parse_dtype
@@ -29,6 +30,7 @@ from .sampling import stop_tokens
 
 DTYPES = ("bfloat16", "float16")
 _END = object()
+_STATES = ("logits", "last_hidden_state")
 
 
 class TurboMindEngine(Engine):
@@ -70,9 +72,9 @@ class TurboMindEngine(Engine):
         self.model, self.checks, self.depth_sweep = model, check, depth_sweep
         self.dtype = parse_dtype(dtype or _auto_dtype(model), DTYPES, "turbomind")
         self.device = torch.device("cuda")
-        _check_supported(model)
+        self._path = _supported_folder(model)
         self.config = {"session_len": model.context, "cache_max_entry_count": 0.2, "max_batch_size": 64, **config}
-        self._engine: Any = self._open(model.path)
+        self._engine: Any = self._open(self._path)
         self._instances: list[Any] = []
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -222,7 +224,7 @@ class TurboMindEngine(Engine):
     def _at_depth(self, prompt: Prompt, depth: int) -> torch.Tensor:
         """`[seq, hidden]` after the final norm of the checkpoint's first `depth` layers."""
         with tempfile.TemporaryDirectory(prefix="workbench-depth-") as folder:
-            cut = cut_checkpoint(self.model.path, Path(folder), depth)
+            cut = cut_checkpoint(self._path, Path(folder), depth)
             engine = self._open(cut, cache_max_entry_count=0.05, max_batch_size=1)
             try:
                 instance = engine.create_instance()
@@ -243,16 +245,21 @@ async def _outputs(
     engine: TurboMindEngine, instance: Any, prompt: Prompt, config: GenerationConfig
 ) -> AsyncGenerator[EngineOutput, None]:
     """One request: LMDeploy's outputs as the workbench's, each new token and each state once."""
+    # Greedy is top_k=1 there, after which only the chosen token has a probability: they are computed from logits.
+    own_logprobs = config.logprobs is not None and not config.do_sample
+    asked = config
+    if own_logprobs:
+        asked = dataclasses.replace(config, logprobs=None, output_logits=config.output_logits or "generation")
     wanted: dict[str, Any] = {
         "session_id": next(engine._numbers),
         "input_ids": list(prompt.input_ids),
-        "gen_config": generation_config(config, stop_tokens(engine.model, config)),
+        "gen_config": generation_config(asked, stop_tokens(engine.model, config)),
     }
     if prompt.input_embeddings:
         wanted["input_embeddings"] = embeddings_for(engine.version, prompt.input_embeddings)
         wanted["input_embedding_ranges"] = [list(pair) for pair in prompt.embedding_ranges]
     call = instance.async_stream_infer
-    made = shown = 0
+    made, shown = 0, dict.fromkeys(_STATES, 0)
     stream = call(**infer_arguments(call, engine.version, wanted))
     try:
         async for output in stream:
@@ -263,25 +270,39 @@ async def _outputs(
             total = getattr(output, "num_token", None)
             if total is not None and total == len(tokens) and made:  # early versions hand out all tokens again
                 tokens = tokens[made:]
-            logprobs = output.logprobs
             made += len(tokens)
-            states = {}
-            for field in ("logits", "last_hidden_state"):
+            states: dict[str, torch.Tensor | None] = {}
+            for field in _STATES:
                 whole = getattr(output, field, None)
-                states[field] = None if whole is None else whole[shown:].detach().clone().cpu()
-            rows = next((getattr(output, f) for f in states if getattr(output, f, None) is not None), None)
-            shown = len(rows) if rows is not None else shown
-            logits = states["logits"]
+                states[field] = None if whole is None else whole[shown[field] :].detach().clone().cpu()
+                shown[field] = 0 if whole is None else len(whole)
+            logits = None if states["logits"] is None else states["logits"].float()
+            given = list(output.logprobs)[-len(tokens) :] if output.logprobs and tokens else []
             yield EngineOutput(
                 ResponseType[name],
                 tokens,
                 made,
-                None if logprobs is None else list(logprobs)[-len(tokens) :] if tokens else [],
-                None if logits is None else logits.float(),
+                None
+                if config.logprobs is None
+                else _logprobs(logits, tokens, config.logprobs)
+                if own_logprobs
+                else given,
+                logits if config.output_logits else None,
                 states["last_hidden_state"],
             )
     finally:
         await stream.aclose()
+
+
+def _logprobs(logits: torch.Tensor | None, tokens: list[int], count: int) -> list[dict[int, float]]:
+    """Of each new token, from the logits that it was chosen from (the last rows)."""
+    if logits is None or not tokens:
+        return []
+    report = []
+    for token, row in zip(tokens, logits[-len(tokens) :].log_softmax(dim=-1), strict=True):
+        best = row.topk(min(count, len(row)))
+        report.append({**dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)), token: float(row[token])})
+    return report
 
 
 def cut_checkpoint(source: Path, target: Path, layers: int) -> Path:
@@ -331,20 +352,31 @@ def _auto_dtype(model: Model) -> str:
     return "bfloat16" if model.embedding_table.dtype is torch.bfloat16 else "float16"
 
 
-def _check_supported(model: Model) -> None:
+def _supported_folder(model: Model) -> Path:
+    """The folder that TurboMind opens: the model's own, or that of its language part.
+
+    Raises:
+        ModelError: TurboMind runs neither.
+    """
     try:
         from lmdeploy.turbomind.supported_models import SUPPORTED_ARCHS, is_supported
     except ImportError:  # moved in another version: opening will tell
-        return
-    try:
-        good = is_supported(str(model.path), trust_remote_code=model.trust_remote_code)
-    except TypeError:
-        good = is_supported(str(model.path))
-    if not good:
-        names = model.config.architectures or [model.config.model_type]
-        raise ModelError(
-            f"TurboMind does not run {names[0]}: it runs {', '.join(sorted(SUPPORTED_ARCHS))}. Use the numba or transformers engine"
-        )
+        return model.path
+
+    def runs(folder: Path) -> bool:
+        try:
+            return bool(is_supported(str(folder), trust_remote_code=model.trust_remote_code))
+        except TypeError:  # before it had that parameter
+            return bool(is_supported(str(folder)))
+
+    if runs(model.path):
+        return model.path
+    if model.config is not model.text_config and runs(part := language_part(model)):
+        return part
+    name = (model.config.architectures or [model.config.model_type])[0]
+    raise ModelError(
+        f"TurboMind does not run {name}: it runs {', '.join(sorted(SUPPORTED_ARCHS))}. Use the numba or transformers engine"
+    )
 
 
 def _free_gpu() -> str:

@@ -41,7 +41,7 @@ def placeholder_findings(prompt: Prompt, model: Model) -> Iterator[Finding]:
         yield Finding(
             "range-over-control",
             "warning",
-            f"{len(at)} control tokens lie under ranges ({_listed(model, ids, at)}): the model no longer sees them; move the range, "
+            f"{len(at)} control token{'s' * (len(at) > 1)} under ranges ({_listed(model, ids, at)}): the model no longer sees them; move the range, "
             "unless that is what you want",
             _item_at(prompt, int(at[0])),
         )
@@ -51,21 +51,20 @@ def _against_placeholders(
     prompt: Prompt, model: Model, ids: np.ndarray, inside: np.ndarray, placeholder: int
 ) -> Iterator[Finding]:
     covered, bare = inside & (ids != placeholder), ~inside & (ids == placeholder)
-    runs = _runs(ids == placeholder)
-    lengths = [stop - start for start, stop in prompt.embedding_ranges]
-    fits = [stop - start for start, stop in runs] == lengths
-    moved = [run[0] - start for run, (start, _) in zip(runs, prompt.embedding_ranges, strict=False)] if fits else []
+    homes = _homes(ids == placeholder, [stop - start for start, stop in prompt.embedding_ranges])
+    moved = [home[0] - start for home, (start, _) in zip(homes, prompt.embedding_ranges, strict=False)]
     if covered.any():
         at = covered.nonzero()[0]
         mend = "move the ranges over the placeholders"
         if moved and len(set(moved)) == 1:
             mend = f"move every range by {moved[0]:+d}, and each lies over its placeholders exactly"
         elif moved:
-            mend = f"the placeholders stand at {', '.join(f'[{a}, {b})' for a, b in runs[:_TOLD])}"
+            mend = f"their placeholders stand at {', '.join(f'[{a}, {b})' for a, b in homes[:_TOLD])}"
         yield Finding(
             "range-over-text",
             "warning",
-            f"{len(at)} tokens that are no placeholders lie under ranges ({_listed(model, ids, at)}) and are lost: {mend}",
+            f"{_tokens(len(at))} that should be read {'lies' if len(at) == 1 else 'lie'} under ranges and {'is' if len(at) == 1 else 'are'} "
+            f"lost ({_listed(model, ids, at)}): {mend}",
             _item_at(prompt, int(at[0])),
         )
     if bare.any():
@@ -131,9 +130,23 @@ def _item_at(prompt: Prompt, position: int) -> int | None:
     return next((item for item, _ in clip(prompt.embedding_ranges, position, position + 1)), None)
 
 
-def _runs(mask: np.ndarray) -> list[Range]:
-    edges = np.flatnonzero(np.diff(np.concatenate(([0], mask.view(np.int8), [0]))))
-    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+def _homes(placeholders: np.ndarray, lengths: Sequence[int]) -> list[Range]:
+    """Where each range would cover placeholders exactly, taken in order; empty where they cannot be shared out so."""
+    places = placeholders.nonzero()[0]
+    if len(places) != sum(lengths):
+        return []
+    homes, at = [], 0
+    for length in lengths:
+        first, last = int(places[at]), int(places[at + length - 1])
+        if length < 1 or last - first != length - 1:
+            return []
+        homes.append((first, last + 1))
+        at += length
+    return homes
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' * (count != 1)}"
 
 
 def _named(model: Model, token: int) -> str:

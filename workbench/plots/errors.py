@@ -69,11 +69,19 @@ def ratio_map(comparison: Comparison, tokens: Sequence[str], ranges: Sequence[tu
         interpolation="nearest",
     )
     axes.set_title(f"error in noise floors (up to {comparison.factor:g} is noise)", fontsize=9, loc="left")
-    mark_spans(axes, ranges)
+    columns = [(int(at[0]), int(at[-1]) + 1) for at in _columns(comparison, ranges)]
+    mark_spans(axes, columns)
     tap_axis(axes, comparison.taps)
     shown = [tokens[int(position)] for position in comparison.positions]
     token_axis(axes, shown)
-    mark_tokens(axes, shown, ranges)
+    mark_tokens(axes, shown, columns)
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
     bar.ax.tick_params(labelsize=7)
     return figure
+
+
+def _columns(comparison: Comparison, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """The columns of each range: a trace may hold some positions only."""
+    positions = comparison.positions.numpy()
+    inside = [((positions >= start) & (positions < stop)).nonzero()[0] for start, stop in ranges]
+    return [at for at in inside if len(at)]

@@ -1,0 +1,138 @@
+"""Speed of engines on spliced prompts, side by side: time to first token, and decoding many at once.
+
+workbench bench --engines turbomind transformers numba --device cuda --model PATH
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+
+from .engines import open_engine
+from .engines.api import Engine
+from .engines.messages import GenerationConfig
+from .engines.transformers_reference import TransformersReference
+from .injections import noise_like
+from .models import Model, load_model
+from .prompt import Prompt
+
+PROMPTS = ((1024, 1), (4096, 4))
+"""Tokens of a prompt, and pictures of 576 rows in it."""
+ROWS = 576
+BATCHES = (1, 16, 64)
+NEW_TOKENS = 64
+
+
+def spliced_prompt(model: Model, tokens: int, pictures: int, seed: int = 0) -> Prompt:
+    """Random ids with pictures of noise as long as the table's rows, spread evenly."""
+    generator = torch.Generator().manual_seed(seed)
+    vocab = model.text_config.vocab_size
+    ids = torch.randint(10, vocab - 10, (tokens,), generator=generator).tolist()
+    room = tokens // pictures
+    starts = [number * room + (room - ROWS) // 2 for number in range(pictures)]
+    own = model.token_rows(torch.randint(10, vocab - 10, (ROWS,), generator=generator).tolist())
+    return Prompt(ids, [noise_like(own, generator) for _ in starts], [(start, start + ROWS) for start in starts])
+
+
+def run(kinds: Sequence[str], model_name: str, dtype: str, device: str, rounds: int = 3) -> dict[str, Any]:
+    """Measure every engine in this process, one after the other, and print a table; returns all figures.
+
+    An engine that cannot do something is left out there, with its reason.
+    """
+    model = load_model(model_name)
+    figures: dict[str, Any] = {"model": model_name, "dtype": dtype, "rounds": rounds, "engines": {}}
+    if device == "cuda":
+        figures["device"] = torch.cuda.get_device_name()
+    for kind in kinds:
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        if kind != "transformers":
+            options |= {"max_batch_size": max(BATCHES), "cache_max_entry_count": 0.5, "enable_prefix_caching": False}
+        if kind == "numba":
+            options["max_prefill_token_num"] = 8192
+        engine = open_engine(kind, model, **options)
+        figures["engines"][kind] = _measure(engine, model, rounds)
+        close = getattr(engine, "close", None)
+        if close is not None:
+            close()
+        del engine
+        torch.cuda.empty_cache()
+    print(_table(figures))
+    print(json.dumps(figures))
+    return figures
+
+
+def _measure(engine: Engine, model: Model, rounds: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for tokens, pictures in PROMPTS:
+        prompt = spliced_prompt(model, tokens, pictures)
+        one = GenerationConfig(max_new_tokens=1, ignore_eos=True)
+        engine.generate(prompt, one)  # compiles, fills caches
+        figures[f"first token, {tokens}"] = median(
+            _seconds(lambda p=prompt: engine.generate(p, one)) for _ in range(max(rounds, 5))
+        )
+    for batch in BATCHES:
+        prompts = [spliced_prompt(model, *PROMPTS[0], seed=seed) for seed in range(batch)]
+        together = _generate_batch if isinstance(engine, TransformersReference) else _generate_together
+        try:
+            together(engine, prompts, 4)
+            rates = []
+            for _ in range(1 if batch > 16 else min(rounds, 2)):
+                few, many = (_seconds(lambda n=n: together(engine, prompts, n)) for n in (4, 4 + NEW_TOKENS))
+                rates.append(batch * NEW_TOKENS / (many - few))
+            figures[f"decode, {batch} at once"] = median(rates)
+        except torch.cuda.OutOfMemoryError:
+            figures[f"decode, {batch} at once"] = None
+    return figures
+
+
+def _seconds(job: Callable[[], object]) -> float:
+    torch.cuda.synchronize() if torch.cuda.is_available() else None
+    start = time.perf_counter()
+    job()
+    torch.cuda.synchronize() if torch.cuda.is_available() else None
+    return time.perf_counter() - start
+
+
+def _generate_together(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> None:
+    config = GenerationConfig(max_new_tokens=tokens, ignore_eos=True)
+    threads = [threading.Thread(target=engine.generate, args=(prompt, config)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@torch.no_grad()
+def _generate_batch(engine: TransformersReference, prompts: Sequence[Prompt], tokens: int) -> None:
+    """Transformers' own batched generate; the prompts are of one length, so there is no padding."""
+    states = torch.stack([engine.splice(prompt) for prompt in prompts])
+    engine.network.generate(
+        inputs_embeds=states,
+        attention_mask=torch.ones(states.shape[:2], dtype=torch.long, device=states.device),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+
+
+def _table(figures: dict[str, Any]) -> str:
+    names = list(figures["engines"])
+    rows = list(next(iter(figures["engines"].values())))
+    lines = [f"{'':24s}" + "".join(f"{name:>16s}" for name in names)]
+    for row in rows:
+        cells = []
+        for name in names:
+            value = figures["engines"][name].get(row)
+            unit = (
+                f"{1e3 * value:.1f} ms" if value and "first" in row else f"{value:.0f} tok/s" if value else "no memory"
+            )
+            cells.append(f"{unit:>16s}")
+        lines.append(f"{row:24s}" + "".join(cells))
+    return "\n".join(lines)

@@ -1,0 +1,269 @@
+"""`workbench lint|trace|compare|probe|record`: prompts and traces in files, for servers and for CI."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from .errors import PromptError
+from .prompt import Prompt
+
+
+def add_commands(commands: Any) -> dict[str, Any]:
+    """Add the parsers; returns what runs each command."""
+    lint = commands.add_parser("lint", help="say what is wrong with a prompt, and what an engine would do with it")
+    lint.add_argument("prompt", help="a file that Prompt.save wrote")
+    lint.add_argument("--model", help="check ids, widths, norms and placeholders against it")
+    lint.add_argument("--target", help="such as turbomind==0.18.0, lmdeploy-pytorch, vllm, sglang, transformers")
+    lint.add_argument("--dtype", help="what the engine computes in")
+    lint.add_argument("--max-prefill-token-num", type=int, help="tokens of a prefill chunk")
+    lint.add_argument("--strict", action="store_true", help="warnings count as errors")
+    _json(lint)
+
+    trace = commands.add_parser("trace", help="run an engine on a prompt and keep its hidden states in a file")
+    trace.add_argument("prompt")
+    _engine(trace)
+    trace.add_argument("--out", required=True, help="file.safetensors")
+    trace.add_argument("--taps", nargs="+", default=["embed", "layers.*", "norm", "logits"], help="names or patterns")
+    trace.add_argument("--positions", help="such as 0:40 or 3,17,-1; all without it")
+    trace.add_argument("--max-bytes", type=int, help="refuse to write more")
+    trace.add_argument(
+        "--reference",
+        metavar="DTYPE",
+        help="record Transformers in float64 instead, and beside it what rounding in DTYPE does (file.floor-DTYPE.safetensors)",
+    )
+
+    compare = commands.add_parser("compare", help="judge a recorded run by a recorded reference")
+    compare.add_argument("reference", help="what `workbench trace --reference` wrote")
+    compare.add_argument("run")
+    compare.add_argument("--floor", help="the noise floor, where it does not lie beside the reference")
+    compare.add_argument("--factor", type=float, help="noise floors that an error may be")
+    compare.add_argument("--prompt", help="the prompt's file, to say what stands in the wrong place (needs --model)")
+    compare.add_argument("--model")
+    compare.add_argument("--html", help="write a report with pictures to this file")
+    _json(compare)
+
+    probe = commands.add_parser("probe", help="prove that an engine uses the embeddings it is given")
+    probe.add_argument("prompt")
+    _engine(probe)
+    probe.add_argument("--only", nargs="+", help="names of some probes")
+    _json(probe)
+
+    record = commands.add_parser("record", help="run an engine beside the reference and keep both in a folder")
+    record.add_argument("prompt", help="a file that Prompt.save wrote")
+    _engine(record, default="turbomind")
+    record.add_argument("--out", required=True, help="a folder, such as data/runs/my-model")
+    record.add_argument("--taps", nargs="+", default=["depth.*", "layers.*", "norm"])
+    record.add_argument("--positions", help="such as 0:40 or 3,17,-1; at most 24 telling ones without it")
+    record.add_argument("--reference-device", default="cpu", help="where Transformers runs")
+    record.add_argument("--no-misuses", action="store_true", help="do not hand the engine prompts that are wrong")
+    return {"lint": _lint, "trace": _trace, "compare": _compare, "probe": _probe, "record": _record}
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of words")
+
+
+def _engine(parser: argparse.ArgumentParser, default: str = "numba") -> None:
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--engine", default=default)
+    parser.add_argument("--dtype")
+    parser.add_argument("--device")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="the engine's own options, such as tp=2 max_batch_size=8",
+    )
+
+
+def _options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `open_engine` gets: dtype, device, and --set with numbers and booleans read as such."""
+    chosen: dict[str, Any] = {name: getattr(options, name) for name in ("dtype", "device") if getattr(options, name)}
+    for each in options.set:
+        name, equals, value = each.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--set {each}: write NAME=VALUE")
+        try:
+            chosen[name] = json.loads(value)
+        except ValueError:
+            chosen[name] = value
+    return chosen
+
+
+def _open(options: argparse.Namespace) -> Any:
+    from .engines import open_engine
+    from .models import load_model
+
+    return open_engine(options.engine, load_model(options.model), **_options(options))
+
+
+def _lint(options: argparse.Namespace) -> int:
+    """0 clean, 1 the prompt is wrong or the target computes another one."""
+    from .linting import lint
+    from .models import load_model
+
+    findings = lint(
+        Prompt.load(options.prompt),
+        load_model(options.model) if options.model else None,
+        options.target,
+        dtype=options.dtype,
+        max_prefill_token_num=options.max_prefill_token_num,
+    )
+    changes = {"target-rejects", "target-ignores", "target-differs"}
+    bad = [
+        each
+        for each in findings
+        if each.severity == "error" or each.code in changes or (options.strict and each.severity == "warning")
+    ]
+    if options.json:
+        _print({"findings": [dataclasses.asdict(each) for each in findings], "passed": not bad})
+    else:
+        print("\n".join(map(str, findings)) or "nothing found")
+    return int(bool(bad))
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from .compare.floor import NoiseFloor
+    from .engines import open_engine
+    from .models import load_model
+
+    prompt = Prompt.load(options.prompt)
+    positions = parse_positions(options.positions)
+    if options.reference is None:
+        engine = _open(options)
+        print(engine.plan_trace(prompt, options.taps, positions))
+        print(engine.trace(prompt, options.taps, positions, path=options.out, max_bytes=options.max_bytes))
+        return 0
+    model, place = load_model(options.model), {"device": options.device} if options.device else {}
+    truth_engine = open_engine("transformers", model, dtype="float64", **place)
+    floor_engine: Any = open_engine("transformers", model, dtype=options.reference, **place)
+    print(truth_engine.plan_trace(prompt, options.taps, positions))
+    truth = truth_engine.trace(prompt, options.taps, positions, path=options.out, max_bytes=options.max_bytes)
+    floor = NoiseFloor.measure(truth, floor_engine.noise_floor(prompt, options.taps, positions))
+    floor.save(floor_path(options.out, options.reference))
+    print(f"{truth}\nnoise floor in {options.reference}: {floor_path(options.out, options.reference)}")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """0 same or noise, 1 a bug."""
+    from .compare import FACTOR, compare
+    from .compare.divergence import explain
+    from .compare.floor import NoiseFloor, check_comparable
+    from .models import load_model
+    from .report import write_report
+    from .trace import Trace
+
+    truth, run = Trace.load(options.reference), Trace.load(options.run)
+    check_comparable(truth, run, "run")
+    floor = NoiseFloor.load(options.floor or floor_path(options.reference, run.provenance["dtype"]))
+    comparison = compare(truth, run, floor=floor, factor=FACTOR if options.factor is None else options.factor)
+    explanation = ""
+    if comparison.first_divergence is not None:
+        prompt = Prompt.load(options.prompt) if options.prompt else None
+        model = load_model(options.model) if options.model else None
+        if prompt is not None and prompt.digest != run.provenance["prompt"]:
+            raise PromptError(f"{options.prompt} is another prompt than the one of {options.run}")
+        explanation = str(explain(comparison, truth, run, prompt, model))
+    if options.html:
+        write_report(options.html, comparison, truth, run, explanation)
+    if options.json:
+        first = comparison.first_divergence
+        _print(
+            {
+                "verdict": comparison.verdict,
+                "first_divergence": dataclasses.asdict(first) if first else None,
+                "explanation": explanation or None,
+                "taps": comparison.table(),
+                "spans": comparison.by_span(),
+            }
+        )
+    else:
+        print(comparison)
+        if explanation:
+            print(explanation)
+    return int(comparison.verdict == "bug")
+
+
+def _probe(options: argparse.Namespace) -> int:
+    """0 every question is answered with yes, 1 one is not."""
+    from .engines import open_engine
+    from .models import load_model
+    from .probes import probe
+
+    prompt = Prompt.load(options.prompt)
+    chunked = None
+    if options.engine == "numba":
+        extra = {**_options(options), "max_prefill_token_num": max(len(prompt) // 4, 1)}
+        chunked = open_engine("numba", load_model(options.model), **extra)
+    report = probe(_open(options), prompt, only=options.only, chunked=chunked)
+    if options.json:
+        _print({"passed": report.passed, "results": [dataclasses.asdict(each) for each in report.results]})
+    else:
+        print(report)
+    return int(not report.passed)
+
+
+def _record(options: argparse.Namespace) -> int:
+    from .models import load_model
+    from .recording import record
+
+    prompt, positions = Prompt.load(options.prompt), parse_positions(options.positions)
+    kept = list(range(len(prompt)))[positions] if isinstance(positions, slice) and options.positions else None
+    recording = record(
+        options.engine,
+        load_model(options.model),
+        prompt,
+        options.out,
+        taps=options.taps,
+        positions=kept if isinstance(positions, slice) else positions,
+        reference_device=options.reference_device,
+        misuses=not options.no_misuses,
+        **_options(options),
+    )
+    print(f"recorded in {recording.folder}")
+    return int(recording.compare().verdict == "bug")
+
+
+def parse_positions(text: str | None) -> slice | list[int]:
+    """`"0:40"` or `"3,17,-1"`; None is all.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text is None:
+        return slice(None)
+    try:
+        if ":" in text:
+            start, stop = text.split(":")
+            return slice(int(start) if start else None, int(stop) if stop else None)
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--positions {text}: write a slice such as 0:40, or a list such as 3,17,-1") from error
+
+
+def floor_path(reference: str | Path, dtype: str) -> Path:
+    """Where the noise floor of a recorded reference lies."""
+    path = Path(reference)
+    return path.with_name(f"{path.stem}.floor-{dtype}.safetensors")
+
+
+def _print(value: Any) -> None:
+    json.dump(_plain(value), sys.stdout, indent=1, ensure_ascii=False, allow_nan=False)
+    print()
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become strings."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else value
