@@ -69,21 +69,21 @@ def run(kinds: Sequence[str], model_name: str, dtype: str, device: str, rounds: 
 
 def _measure(engine: Engine, model: Model, rounds: int) -> dict[str, Any]:
     figures: dict[str, Any] = {}
+    one = GenerationConfig(max_new_tokens=1, ignore_eos=True)
     for tokens, pictures in PROMPTS:
         prompt = spliced_prompt(model, tokens, pictures)
-        one = GenerationConfig(max_new_tokens=1, ignore_eos=True)
         engine.generate(prompt, one)  # compiles, fills caches
-        figures[f"first token, {tokens}"] = median(
-            _seconds(lambda p=prompt: engine.generate(p, one)) for _ in range(max(rounds, 5))
-        )
+        times = [_seconds(engine.generate, prompt, one) for _ in range(max(rounds, 5))]
+        figures[f"first token, {tokens}"] = median(times)
     for batch in BATCHES:
         prompts = [spliced_prompt(model, *PROMPTS[0], seed=seed) for seed in range(batch)]
+        together: Callable[..., None]
         together = _generate_batch if isinstance(engine, TransformersReference) else _generate_together
         try:
             together(engine, prompts, 4)
             rates = []
             for _ in range(1 if batch > 16 else min(rounds, 2)):
-                few, many = (_seconds(lambda n=n: together(engine, prompts, n)) for n in (4, 4 + NEW_TOKENS))
+                few, many = (_seconds(together, engine, prompts, tokens) for tokens in (4, 4 + NEW_TOKENS))
                 rates.append(batch * NEW_TOKENS / (many - few))
             figures[f"decode, {batch} at once"] = median(rates)
         except torch.cuda.OutOfMemoryError:
@@ -91,12 +91,17 @@ def _measure(engine: Engine, model: Model, rounds: int) -> dict[str, Any]:
     return figures
 
 
-def _seconds(job: Callable[[], object]) -> float:
-    torch.cuda.synchronize() if torch.cuda.is_available() else None
+def _seconds(job: Callable[..., object], *arguments: object) -> float:
+    _wait()
     start = time.perf_counter()
-    job()
-    torch.cuda.synchronize() if torch.cuda.is_available() else None
+    job(*arguments)
+    _wait()
     return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _generate_together(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> None:
