@@ -114,7 +114,7 @@ def _generate_together(engine: Engine, prompts: Sequence[Prompt], tokens: int) -
 
 
 @torch.no_grad()
-def _generate_batch(engine: TransformersReference, prompts: Sequence[Prompt], tokens: int) -> None:
+def _generate_batch(engine: Any, prompts: Sequence[Prompt], tokens: int) -> None:
     """Transformers' own batched generate; the prompts are of one length, so there is no padding."""
     states = torch.stack([engine.splice(prompt) for prompt in prompts])
     engine.network.generate(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import workbench
 
@@ -101,4 +104,38 @@ def save(name: str, folder: Path) -> workbench.Model:
         centre = 1.0 if "norm" in at and not name.startswith("gemma") else 0.0
         torch.nn.init.normal_(parameter, centre, 0.1 if small else 0.08)
     network.save_pretrained(folder)
+    return workbench.load_model(folder)
+
+
+def internlm2_of(llama: workbench.Model, folder: Path) -> workbench.Model:
+    """The same weights as InternLM2 stores them: a KV head at a time, under other names."""
+    tensors = load_file(llama.path / "model.safetensors")
+    settings = json.loads((llama.path / "config.json").read_text())
+    kv_heads = settings["num_key_value_heads"]
+    head_dim = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+    names = {
+        "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+        "embed_tokens": "tok_embeddings", "lm_head": "output",
+    }  # fmt: skip
+    renamed = {}
+    for name, tensor in tensors.items():
+        if "self_attn.k_proj" in name or "self_attn.v_proj" in name:
+            continue
+        if "self_attn.q_proj" in name:
+            q, k, v = (tensors[name.replace("q_proj", f"{x}_proj")] for x in "qkv")
+            grouped = [x.view(kv_heads, -1, head_dim, *x.shape[1:]) for x in (q, k, v)]
+            whole = torch.cat(grouped, dim=1).reshape(-1, *q.shape[1:])
+            renamed[name.replace("self_attn.q_proj", "attention.wqkv")] = whole.contiguous()
+            continue
+        for old, new in names.items():
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    folder.mkdir(exist_ok=True)
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    bias = any(name.endswith("q_proj.bias") for name in tensors)
+    settings |= {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": bias}
+    (folder / "config.json").write_text(json.dumps(settings))
+    for file in llama.path.glob("tokenizer*"):
+        shutil.copy(file, folder / file.name)
     return workbench.load_model(folder)

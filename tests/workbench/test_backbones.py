@@ -1,16 +1,13 @@
 """Every family of decoders against Transformers: all states of a spliced prompt, greedy tokens, chunks of a prefill."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import workbench
 from workbench import GenerationConfig, ModelError, Prompt, Span
 from workbench.compare.metrics import relative_error
 
-from .families import FAMILIES, WITH_PICTURES, save
+from .families import FAMILIES, WITH_PICTURES, internlm2_of, save
 from .small import random_prompt, save_llama
 
 TAPS = ["embed", "layers.*", "layers.*.*", "norm", "logits"]
@@ -80,31 +77,7 @@ def test_chunks_and_company_change_no_bit(pair, budget):
 def test_internlm2_is_a_llama_in_another_layout(tmp_path):
     """InternLM2's weights are stored a KV head at a time under other names; Transformers has no class of its own for it."""
     llama = save_llama(tmp_path / "llama", attention_bias=True)
-    tensors = load_file(llama.path / "model.safetensors")
-    names = {
-        "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
-        "mlp.down_proj": "feed_forward.w2", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
-        "embed_tokens": "tok_embeddings", "lm_head": "output",
-    }  # fmt: skip
-    renamed = {}
-    for name, tensor in tensors.items():
-        if "self_attn.k_proj" in name or "self_attn.v_proj" in name:
-            continue
-        if "self_attn.q_proj" in name:
-            q, k, v = (tensors[name.replace("q_proj", f"{x}_proj")] for x in "qkv")
-            grouped = [x.view(2, -1, 8, *x.shape[1:]) for x in (q, k, v)]
-            whole = torch.cat(grouped, dim=1).reshape(-1, *q.shape[1:])
-            renamed[name.replace("self_attn.q_proj", "attention.wqkv")] = whole.contiguous()
-            continue
-        for old, new in names.items():
-            name = name.replace(old, new)
-        renamed[name] = tensor
-    (tmp_path / "internlm2").mkdir()
-    save_file(renamed, tmp_path / "internlm2" / "model.safetensors")
-    config = json.loads((llama.path / "config.json").read_text())
-    config |= {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": True}
-    (tmp_path / "internlm2" / "config.json").write_text(json.dumps(config))
-    internlm2 = workbench.load_model(tmp_path / "internlm2")
+    internlm2 = internlm2_of(llama, tmp_path / "internlm2")
     prompt = random_prompt()
     ours = workbench.open_engine("numba", internlm2).trace(prompt, TAPS)
     theirs = workbench.open_engine("transformers", llama).trace(prompt, TAPS)

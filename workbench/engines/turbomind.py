@@ -246,6 +246,7 @@ async def _outputs(
 ) -> AsyncGenerator[EngineOutput, None]:
     """One request: LMDeploy's outputs as the workbench's, each new token and each state once."""
     # Greedy is top_k=1 there, after which only the chosen token has a probability: they are computed from logits.
+    stops = stop_tokens(engine.model, config)
     own_logprobs = config.logprobs is not None and not config.do_sample
     asked = config
     if own_logprobs:
@@ -253,7 +254,7 @@ async def _outputs(
     wanted: dict[str, Any] = {
         "session_id": next(engine._numbers),
         "input_ids": list(prompt.input_ids),
-        "gen_config": generation_config(asked, stop_tokens(engine.model, config)),
+        "gen_config": generation_config(asked, stops),
     }
     if prompt.input_embeddings:
         wanted["input_embeddings"] = embeddings_for(engine.version, prompt.input_embeddings)
@@ -270,6 +271,11 @@ async def _outputs(
             total = getattr(output, "num_token", None)
             if total is not None and total == len(tokens) and made:  # early versions hand out all tokens again
                 tokens = tokens[made:]
+            chosen_from = len(tokens)
+            if (
+                name == "FINISH" and tokens and tokens[-1] in stops
+            ):  # it hands the stop token out, the workbench does not
+                tokens.pop()
             made += len(tokens)
             states: dict[str, torch.Tensor | None] = {}
             for field in _STATES:
@@ -284,7 +290,7 @@ async def _outputs(
                 made,
                 None
                 if config.logprobs is None
-                else _logprobs(logits, tokens, config.logprobs)
+                else _logprobs(logits, chosen_from, tokens, config.logprobs)
                 if own_logprobs
                 else given,
                 logits if config.output_logits else None,
@@ -294,12 +300,12 @@ async def _outputs(
         await stream.aclose()
 
 
-def _logprobs(logits: torch.Tensor | None, tokens: list[int], count: int) -> list[dict[int, float]]:
-    """Of each new token, from the logits that it was chosen from (the last rows)."""
+def _logprobs(logits: torch.Tensor | None, chosen_from: int, tokens: list[int], count: int) -> list[dict[int, float]]:
+    """Of each new token, from the logits that it was chosen from: the last `chosen_from` rows."""
     if logits is None or not tokens:
         return []
     report = []
-    for token, row in zip(tokens, logits[-len(tokens) :].log_softmax(dim=-1), strict=True):
+    for token, row in zip(tokens, logits[-chosen_from:].log_softmax(dim=-1), strict=False):
         best = row.topk(min(count, len(row)))
         report.append({**dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)), token: float(row[token])})
     return report

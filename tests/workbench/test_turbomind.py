@@ -1,0 +1,183 @@
+"""The real TurboMind beside Transformers: needs an NVIDIA GPU and lmdeploy, run by `make test-gpu` where both are."""
+
+import importlib.util
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import workbench
+from workbench import GenerationConfig, ModelError, Prompt, PromptError, ResponseType, Span
+from workbench.bench_serving import spliced_prompt
+from workbench.compare import compare, first_divergence
+from workbench.compare.run import reference
+from workbench.misuse import MISUSES, observe
+from workbench.trace import Trace
+
+from .families import internlm2_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
+    pytest.mark.skipif(importlib.util.find_spec("lmdeploy") is None, reason="lmdeploy is not installed"),
+]
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 1024,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SMALL = {"max_batch_size": 8, "cache_max_entry_count": 0.03}
+CONFIG = GenerationConfig(max_new_tokens=16, ignore_eos=True, logprobs=5)
+
+
+def save(folder, kind="LlamaConfig", **changes):
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**{**SHAPE, **changes})
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="w0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2").save_pretrained(folder)
+    return workbench.load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def engine(llama):
+    with workbench.open_engine("turbomind", llama, **SMALL) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def prompt(llama):
+    long = spliced_prompt(llama, 1300, 2)
+    items = [item[:40] for item in long.input_embeddings]
+    return Prompt(long.input_ids[:160], items, [(10, 50), (80, 120)])
+
+
+@pytest.mark.parametrize("kind", ["LlamaConfig", "Qwen2Config", "Qwen3Config"])
+def test_it_is_noise_at_every_depth(tmp_path, kind):
+    model = save(tmp_path, kind)
+    prompt = spliced_prompt(model, 1300, 2)
+    with workbench.open_engine("turbomind", model, depth_sweep=True, **SMALL) as engine:
+        found = first_divergence(engine, prompt, device="cuda")
+        assert found.divergence is None, str(found)
+        assert found.comparison.taps == ("depth.1", "depth.2", "depth.3", "depth.4", "norm", "logits")
+        text = workbench.compare.compare_text(
+            reference(model, "bfloat16", "cuda").generate(prompt, CONFIG), engine.generate(prompt, CONFIG)
+        )
+        assert text.close, str(text)
+
+
+def test_internlm2_is_noise(tmp_path, llama, prompt):
+    """Transformers has no class for it: it is held against the Llama whose weights it has, in its own layout."""
+    model = internlm2_of(llama, tmp_path)
+    with workbench.open_engine("turbomind", model, **SMALL) as engine:
+        run = engine.trace(prompt, ["norm", "logits"])
+    truth = reference(llama, "float64", "cuda").trace(prompt, ["norm", "logits"])
+    floor = reference(llama, "bfloat16", "cuda").noise_floor(prompt, ["norm", "logits"])
+    comparison = compare(
+        truth, Trace(run, run.positions, {**run.provenance, "model_digest": llama.digest}), floor=floor
+    )
+    assert comparison.verdict == "noise", str(comparison)
+
+
+def test_a_planted_shift_is_a_bug_at_the_first_depth(llama, prompt):
+    """One depth after the splice is the earliest that TurboMind shows."""
+    from workbench.compare.faults import FaultyEngine, off_by_one
+
+    with workbench.open_engine("turbomind", llama, depth_sweep=True, **SMALL) as engine:
+        found = first_divergence(FaultyEngine(engine, off_by_one), prompt, device="cuda")
+    assert (found.divergence.tap, found.divergence.token, found.divergence.span) == ("depth.1", 10, 0)
+
+
+def test_all_probes(llama, engine, prompt):
+    with workbench.open_engine("turbomind", llama, max_prefill_token_num=32, **SMALL) as chunked:
+        report = workbench.probe(engine, prompt, chunked=chunked)
+    assert [result.passed for result in report.results] == [True] * 10, str(report)
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_what_it_does_with_wrong_prompts_is_what_lint_says(llama, prompt, misuse):
+    with workbench.open_engine("turbomind", llama, isolated=True, check=False, **SMALL) as engine:
+        seen = observe(engine, prompt, "turbomind", misuse, "cuda")
+    assert seen.agrees is (None if misuse == "wrong width" else True), str(seen)
+
+
+def test_our_check_comes_first(engine, prompt):
+    with pytest.raises(PromptError, match="leaves the prompt of 160 tokens"):
+        engine.generate(prompt.replace(embedding_ranges=[(10, 50), (130, 170)]), CONFIG)
+    with pytest.raises(PromptError, match="takes no positions"):
+        engine.generate(prompt.replace(position_ids=torch.arange(160) * 2), CONFIG)
+    with pytest.raises(PromptError, match="no bidirectional attention"):
+        engine.generate(prompt.replace(spans=[Span(attention="bidirectional")] * 2), CONFIG)
+
+
+def test_states_and_tokens_come_once(engine, prompt):
+    config = GenerationConfig(
+        max_new_tokens=6, ignore_eos=True, output_last_hidden_state="all", output_logits="generation", logprobs=3
+    )
+    output = engine.generate(prompt, config)
+    assert len(output.token_ids) == output.num_token == 6
+    assert output.last_hidden_state.shape == (165, 512)
+    assert output.logits.shape == (6, 1024)
+    assert output.logits.argmax(dim=1).tolist() == output.token_ids
+    assert [max(each, key=each.get) for each in output.logprobs] == output.token_ids
+    assert all(-20 < value < 0 for each in output.logprobs for value in each.values())
+
+
+def test_cancel_early_close_and_many_at_once(engine, prompt):
+    long = GenerationConfig(max_new_tokens=1500, ignore_eos=True)
+    stream = engine.stream(prompt, long, session_id=3)
+    next(stream)
+    assert engine.cancel(3)
+    assert list(stream)[-1].status is ResponseType.CANCEL
+    stream = engine.stream(prompt, long)
+    next(stream)
+    stream.close()
+    alone = engine.generate(prompt, CONFIG).token_ids
+    with ThreadPoolExecutor(8) as pool:
+        outputs = list(pool.map(lambda _: engine.generate(prompt, CONFIG).token_ids, range(8)))
+    assert [tokens[:1] for tokens in outputs] == [alone[:1]] * 8
+
+
+def test_what_cannot_be_opened_is_named(llama, tmp_path):
+    with pytest.raises(TypeError, match="TurbomindEngineConfig has no max_batch"):
+        workbench.open_engine("turbomind", llama, max_batch=3)
+    with pytest.raises(ValueError, match="dtype='float32'"):
+        workbench.open_engine("turbomind", llama, dtype="float32")
+    phi = save(tmp_path / "phi", "PhiConfig", head_dim=None)
+    with pytest.raises(ModelError, match="does not run PhiForCausalLM: it runs"):
+        workbench.open_engine("turbomind", phi)
+
+
+def test_a_closed_engine_says_so(llama, prompt):
+    engine = workbench.open_engine("turbomind", llama, **SMALL)
+    engine.close()
+    with pytest.raises(ModelError, match="was closed"):
+        engine.generate(prompt, CONFIG)
+
+
+def test_its_pytorch_engine_refuses_embeddings(llama, prompt):
+    try:
+        engine = workbench.open_engine("lmdeploy-pytorch", llama)
+    except ModelError as error:
+        pytest.skip(str(error))
+    with pytest.raises(workbench.EmbeddingRangeError, match="swallow them without a word"):
+        engine.generate(prompt, CONFIG)
+    config = json.loads((llama.path / "config.json").read_text())
+    assert len(engine.generate(Prompt([5] * 20), CONFIG).token_ids) == 16, config
