@@ -10,7 +10,7 @@ import torch
 import workbench
 from workbench import GenerationConfig, ModelError, Prompt, PromptError, ResponseType, Span
 from workbench.bench_serving import spliced_prompt
-from workbench.compare import compare, first_divergence
+from workbench.compare import compare, compare_text, first_divergence
 from workbench.compare.run import reference
 from workbench.misuse import MISUSES, observe
 from workbench.trace import Trace
@@ -44,7 +44,7 @@ def save(folder, kind="LlamaConfig", **changes):
     from tokenizers import Tokenizer, models
 
     torch.manual_seed(0)
-    config = getattr(transformers, kind)(**{**SHAPE, **changes})
+    config = getattr(transformers, kind)(**{name: value for name, value in {**SHAPE, **changes}.items() if value is not None})
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="w0"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2").save_pretrained(folder)
@@ -77,7 +77,7 @@ def test_it_is_noise_at_every_depth(tmp_path, kind):
         found = first_divergence(engine, prompt, device="cuda")
         assert found.divergence is None, str(found)
         assert found.comparison.taps == ("depth.1", "depth.2", "depth.3", "depth.4", "norm", "logits")
-        text = workbench.compare.compare_text(
+        text = compare_text(
             reference(model, "bfloat16", "cuda").generate(prompt, CONFIG), engine.generate(prompt, CONFIG)
         )
         assert text.close, str(text)
@@ -106,7 +106,7 @@ def test_a_planted_shift_is_a_bug_at_the_first_depth(llama, prompt):
 
 
 def test_all_probes(llama, engine, prompt):
-    with workbench.open_engine("turbomind", llama, max_prefill_token_num=32, **SMALL) as chunked:
+    with workbench.open_engine("turbomind", llama, max_prefill_token_num=64, **SMALL) as chunked:
         report = workbench.probe(engine, prompt, chunked=chunked)
     assert [result.passed for result in report.results] == [True] * 10, str(report)
 

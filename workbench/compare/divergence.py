@@ -13,7 +13,7 @@ from ..prompt import Prompt
 from ..taps import EVERY_TAP
 from ..trace import Trace
 from .explain import Explanation, explain_splice, explain_tap
-from .run import reference, shared_taps
+from .run import reference_run, shared_taps
 from .verdict import FACTOR, Comparison, Divergence, compare
 
 ROOM = 1 << 30
@@ -92,8 +92,7 @@ class _Search:
 
     def look(self, taps: Sequence[str]) -> Comparison:
         dtype = str(self.engine.dtype).removeprefix("torch.")
-        truth = reference(self.engine.model, "float64", self.device).trace(self.prompt, taps)
-        floor = reference(self.engine.model, dtype, self.device).noise_floor(self.prompt, taps)
+        truth, floor = reference_run(self.engine.model, self.prompt, dtype, taps, device=self.device)
         self.truth, self.state = truth, self.engine.trace(self.prompt, taps)
         self.runs += 1
         return compare(truth, self.state, floor=floor, factor=self.factor)

@@ -216,7 +216,7 @@ def _explain_attention(wrong: torch.Tensor, positions: torch.Tensor, spans: torc
     ):  # token 0 sees itself alone: whatever is wrong there is no mask and no angle
         return Explanation(
             "weights",
-            f"attention is wrong at {where}, the first token included, which sees only itself: values, output projection, norm or their weights",
+            f"attention is wrong at {where}, the first token included, which should see only itself: values, output projection, norm or their weights, or a mask that shows it more",
         )
     inside = spans >= 0
     if inside.any() and not (wrong & ~inside & (positions < positions[inside].min())).any():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -11,6 +13,8 @@ from ..engines.transformers_reference import TransformersReference
 from ..models import Model
 from ..prompt import Prompt
 from ..taps import EVERY_TAP, select_taps
+from ..trace import Trace
+from .floor import NoiseFloor
 from .verdict import FACTOR, Comparison, compare
 
 
@@ -23,6 +27,35 @@ def reference(model: Model, dtype: str, device: str = "cpu") -> TransformersRefe
 @lru_cache(maxsize=4)
 def _load(model: Model, dtype: str, device: str, stamps: tuple) -> TransformersReference:
     return TransformersReference(model, dtype=dtype, device=device)
+
+
+def reference_run(
+    model: Model,
+    prompt: Prompt,
+    dtype: str,
+    taps: Sequence[str],
+    positions: slice | Sequence[int] = slice(None),
+    device: str = "cpu",
+) -> tuple[Trace, NoiseFloor]:
+    """The truth and the noise floor of a prompt; the last few are kept, so that engines are compared without running it again."""
+    key = (model.digest, prompt.digest, dtype, tuple(taps), repr(positions), device)
+    with _RUNS_LOCK:
+        if key in _RUNS:
+            _RUNS.move_to_end(key)
+            return _RUNS[key]
+    truth = reference(model, "float64", device).trace(prompt, taps, positions)
+    floor = NoiseFloor.measure(truth, reference(model, dtype, device).noise_floor(prompt, taps, positions))
+    with _RUNS_LOCK:
+        _RUNS[key] = truth, floor
+        while len(_RUNS) > 1 and sum(kept.nbytes for kept, _ in _RUNS.values()) > _KEPT:
+            _RUNS.popitem(last=False)
+    return truth, floor
+
+
+_KEPT = 256 << 20
+"""Bytes of truths that are kept."""
+_RUNS: OrderedDict[tuple, tuple[Trace, NoiseFloor]] = OrderedDict()
+_RUNS_LOCK = threading.Lock()
 
 
 def shared_taps(engine: Engine, patterns: Sequence[str]) -> list[str]:
@@ -56,11 +89,6 @@ def check_engine(
         device: where the reference runs.
     """
     dtype = str(engine.dtype).removeprefix("torch.")
-    truth, floor = reference(engine.model, "float64", device), reference(engine.model, dtype, device)
     taps = shared_taps(engine, [taps] if isinstance(taps, str) else list(taps))
-    return compare(
-        truth.trace(prompt, taps, positions),
-        engine.trace(prompt, taps, positions),
-        floor=floor.noise_floor(prompt, taps, positions),
-        factor=factor,
-    )
+    truth, floor = reference_run(engine.model, prompt, dtype, taps, positions, device)
+    return compare(truth, engine.trace(prompt, taps, positions), floor=floor, factor=factor)

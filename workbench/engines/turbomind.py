@@ -153,8 +153,6 @@ class TurboMindEngine(Engine):
     @contextlib.contextmanager
     def _instance(self) -> Iterator[Any]:
         """LMDeploy's handle of one request at a time."""
-        if self._engine is None:
-            raise ModelError("this engine was closed: open it again")
         with self._lock:
             instance = self._instances.pop() if self._instances else None
         if instance is None:
@@ -167,6 +165,8 @@ class TurboMindEngine(Engine):
         self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation, deliver: Callable[[Any], object]
     ) -> Callable[[], object]:
         """Run a request on the engine's event loop; returns what ends it early."""
+        if self._engine is None:
+            raise ModelError("this engine was closed: open it again")
 
         async def run() -> None:
             try:
