@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from typing import Any
 
 import torch
 
-from .errors import TraceError
+from .errors import ModelError, TraceError
 from .models import Model
 from .prompt import Prompt
 from .version import __version__
@@ -34,7 +35,8 @@ def provenance_of(
         "versions": _versions(),
     }
     if words:
-        record["words"] = model.tokens(prompt.input_ids)
+        with contextlib.suppress(ModelError):  # a model without a tokenizer has no words
+            record["words"] = model.tokens(prompt.input_ids)
     return record
 
 

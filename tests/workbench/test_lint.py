@@ -35,7 +35,7 @@ def test_all_faults_come_at_once(model):
 
 
 def test_rows_of_another_size_are_suspect(model, japan):
-    prompt = japan[0].replace(input_embeddings=[japan[0].input_embeddings[0] * 100])
+    prompt = japan[0].replace(input_embeddings=[japan[0].input_embeddings[0] * 1000])
     (finding,) = lint(prompt, model)
     assert (finding.code, finding.severity, finding.item) == ("row-norm", "warning", 0)
 

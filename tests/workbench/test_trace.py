@@ -5,14 +5,22 @@ import zlib
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import workbench
 from workbench import Trace, TraceError
+
+from .small import random_prompt, save_llama
 
 
 @pytest.fixture(scope="module")
 def trace(engine, japan):
     return engine.trace(japan[0], ["embed", "layers.3"], positions=[2, 29])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama"))
 
 
 def test_saved_and_loaded_whole(trace, tmp_path):
@@ -70,3 +78,93 @@ def test_tampered_metadata(trace, tmp_path, change):
     save_file({"embed": trace["embed"].contiguous()}, tmp_path / "x.safetensors", metadata={**metadata, **change})
     with pytest.raises(TraceError):
         Trace.load(tmp_path / "x.safetensors")
+
+
+TAPS = ["embed", "layers.*", "layers.*.*", "norm", "logits"]
+
+
+class TestOnDisk:
+    @pytest.mark.parametrize("kind", ["numba", "transformers"])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_streamed_is_what_is_held_in_memory(self, llama, kind, dtype, tmp_path):
+        engine, prompt = workbench.open_engine(kind, llama, dtype=dtype), random_prompt()
+        held = engine.trace(prompt, TAPS, [3, 5, 39])
+        stored = engine.trace(prompt, TAPS, [3, 5, 39], path=tmp_path / "t.safetensors")
+        assert list(held) == list(stored)
+        assert all(torch.equal(held[tap], stored[tap]) for tap in held)
+        assert stored.nbytes == held.nbytes
+        plain = {key: value for key, value in stored.provenance.items() if key != "words"}
+        assert plain == held.provenance
+        assert not list(tmp_path.glob("*.part"))
+
+    def test_the_bytes_are_known_before(self, llama, tmp_path):
+        engine, prompt = workbench.open_engine("numba", llama), random_prompt()
+        plan = engine.plan_trace(prompt, TAPS, slice(0, 7))
+        assert plan.nbytes == engine.trace(prompt, TAPS, slice(0, 7)).nbytes
+        assert str(plan).startswith("12 taps x 7 positions in float32: ")
+        with pytest.raises(
+            TraceError, match=r"12 taps x 40 positions in float32: 0.1 MB do not fit into max_bytes \(0.0 MB\)"
+        ):
+            engine.trace(prompt, TAPS, max_bytes=1000)
+        with pytest.raises(TraceError, match="do not fit"):
+            engine.trace(prompt, TAPS, max_bytes=1000, path=tmp_path / "t.safetensors")
+        assert not list(tmp_path.iterdir())
+
+    def test_a_run_that_breaks_off_leaves_nothing(self, llama, tmp_path, monkeypatch):
+        engine = workbench.open_engine("numba", llama)
+        monkeypatch.setattr(engine.decoder, "logits", lambda hidden: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.trace(random_prompt(), TAPS, path=tmp_path / "t.safetensors")
+        assert not list(tmp_path.iterdir())
+
+    def test_an_engine_that_gives_too_little_is_named(self, llama, tmp_path, monkeypatch):
+        engine = workbench.open_engine("numba", llama)
+        monkeypatch.setattr(engine, "_trace", lambda prompt, taps, positions, keep: None)
+        with pytest.raises(TraceError, match="the engine gave no embed"):
+            engine.trace(random_prompt(), ["embed"], path=tmp_path / "t.safetensors")
+
+    def test_one_flipped_bit_is_found_in_its_tap(self, llama, tmp_path):
+        engine, path = workbench.open_engine("numba", llama), tmp_path / "t.safetensors"
+        engine.trace(random_prompt(), ["embed", "norm"], path=path)
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1  # in `norm`
+        path.write_bytes(content)
+        trace = Trace.load(path)
+        assert trace["embed"].shape == (40, 48)
+        with pytest.raises(TraceError, match="tap 'norm' .* has checksum .* damaged or changed"):
+            trace["norm"]
+
+    def test_words_travel_with_a_file(self, engine, japan, tmp_path):
+        trace = engine.trace(japan[0], ["embed"], path=tmp_path / "t.safetensors")
+        assert trace.provenance["words"][29] == " France"
+        assert trace.provenance["model_digest"] == engine.model.digest
+        assert trace.spans.tolist() == [-1] * 29 + [0] + [-1] * (len(japan[0]) - 30)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"tokens": 0},
+            {"tokens": "3"},
+            {"model": None},
+            {"ranges": [[1]]},
+            {"ranges": "x"},
+            {"words": [1]},
+            {"words": ["one"]},
+            {"modalities": 3},
+        ],
+    )
+    def test_hostile_provenance(self, trace, tmp_path, change):
+        spoilt = Trace(dict(trace), trace.positions, {**trace.provenance, **change})
+        spoilt.save(tmp_path / "x.safetensors")
+        with pytest.raises(TraceError, match="provenance"):
+            Trace.load(tmp_path / "x.safetensors")
+
+
+def test_models_are_told_apart_by_their_weights(tmp_path, llama):
+    """The same name and size, one number in a weight changed."""
+    other = save_llama(tmp_path / "other")
+    assert other.digest == llama.digest
+    tensors = load_file(other.path / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, other.path / "model.safetensors", metadata={"format": "pt"})
+    assert workbench.load_model(other.path).digest != llama.digest

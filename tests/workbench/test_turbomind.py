@@ -44,7 +44,9 @@ def save(folder, kind="LlamaConfig", **changes):
     from tokenizers import Tokenizer, models
 
     torch.manual_seed(0)
-    config = getattr(transformers, kind)(**{name: value for name, value in {**SHAPE, **changes}.items() if value is not None})
+    config = getattr(transformers, kind)(
+        **{name: value for name, value in {**SHAPE, **changes}.items() if value is not None}
+    )
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SHAPE["vocab_size"])}, unk_token="w0"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2").save_pretrained(folder)

@@ -1,17 +1,25 @@
-"""How often would the verdict be wrong? Clean engines over many prompts: the largest error in noise floors of each run."""
+"""How often would the verdict be wrong? Clean engines over many prompts: the largest error in noise floors of each run.
+
+python -m workbench.compare.calibrate --runs 70
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Iterator
+from statistics import median
+from typing import Any
 
 import torch
 
+from ..engines import open_engine
 from ..engines.api import Engine
 from ..injections import noise_like
-from ..models import Model
+from ..models import Model, load_model
 from ..prompt import Prompt
 from .run import check_engine
-from .verdict import Comparison
+from .verdict import FACTOR, Comparison
 
 
 def clean_runs(engine: Engine, runs: int, seed: int = 0, tokens: tuple[int, int] = (8, 160)) -> Iterator[Comparison]:
@@ -54,3 +62,31 @@ WORDS = (
     " the a of and in to is was river mountain winter letter doctor engine bread music seven green slowly bright never always"
     " between under answer question child window paper stone light old new first last went came said gave found kept . , ?"
 )
+
+
+def main() -> None:
+    """Command line: false alarms of the verdict over clean runs in three dtypes, as a line each and as JSON."""
+    parser = argparse.ArgumentParser(description="How often a clean engine would be called a bug.")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--runs", type=int, default=70, help="in each dtype")
+    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--tokens", type=int, nargs=2, default=(8, 100))
+    options = parser.parse_args()
+    model = load_model(options.model)
+    results: dict[str, Any] = {"model": options.model, "runs": options.runs, "seed": options.seed}
+    for dtype in ("float32", "bfloat16", "float16"):
+        engine = open_engine("numba", model, dtype=dtype)
+        ratios = [
+            float(each.ratios.max()) for each in clean_runs(engine, options.runs, options.seed, tuple(options.tokens))
+        ]
+        alarms = [ratio for ratio in ratios if ratio > FACTOR]
+        results[dtype] = {"median": median(ratios), "largest": max(ratios), "alarms": len(alarms)}
+        print(
+            f"{dtype}: largest ratio of a run {median(ratios):.2f} (median), {max(ratios):.2f} (worst); {len(alarms)} of {len(ratios)} above {FACTOR:g}",
+            flush=True,
+        )
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -474,3 +474,76 @@ def _slice(batch: Batch, chunk: slice) -> Batch:
         np.asarray([stop], np.int32),
         [],
     )
+
+
+def outcome(mutant: Mutant, model_name: str, found: FirstDivergence, layers: int) -> dict[str, str]:
+    """A row of the table: where it was caught, and whether that is where it was planted."""
+    tap = mutant.tap.format(last=layers - 1)
+    first = found.divergence
+    return {
+        "fault": mutant.name,
+        "what": mutant.what,
+        "model": model_name,
+        "caught": "yes" if first is not None else "NO",
+        "first divergence": first.tap if first is not None else "",
+        "right place": "yes" if first is not None and first.tap == tap else f"NO: {tap}",
+        "said to be": found.explanation.kind if found.explanation is not None else "",
+    }
+
+
+def as_markdown(rows: Sequence[dict[str, str]]) -> str:
+    """The table."""
+    names = list(rows[0])
+    lines = [" | ".join(names), " | ".join("---" for _ in names), *(" | ".join(row.values()) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+# Faults that no single run shows: probes find them.
+
+
+def stale_prefix_cache(engine: NumbaEngine) -> Engine:
+    """The prefix cache looks at token ids only, so that the same ids with other rows are answered from the first ones' states."""
+    request = engine._request
+
+    def keyed_by_ids(*arguments: Any) -> Any:
+        made = request(*arguments)
+        ids = made.prompt.input_ids
+        made._digest = lambda sha, start, stop: sha.update(repr(ids[start:stop]).encode())
+        return made
+
+    engine._request = keyed_by_ids  # type: ignore[method-assign]
+    return engine
+
+
+def placeholders_leak(engine: NumbaEngine) -> Engine:
+    """A tenth of what stands under a range is added to its rows."""
+
+    def fault(prompt: Prompt) -> Prompt:
+        rows = engine.model.token_rows([token % len(engine.model.embedding_table) for token in prompt.input_ids])
+        items = [
+            item + 0.1 * rows[start:stop].to(item)
+            for item, (start, stop) in zip(prompt.input_embeddings, prompt.embedding_ranges, strict=True)
+        ]
+        return prompt.replace(input_embeddings=items)
+
+    return FaultyEngine(engine, fault)
+
+
+def crowded_batch(engine: NumbaEngine) -> Engine:
+    """With more than one request in a step the first one's attention reaches a key too few."""
+
+    def change(batch: Batch) -> None:
+        if len(batch.lengths) > 1:
+            batch.reach = (batch.reach - 1).clamp(min=0)
+
+    return _change_batch(engine, change)
+
+
+def dice(engine: NumbaEngine) -> Engine:
+    """Hidden state 0 is a thousandth off, each time another way."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(batch: Batch) -> None:
+        batch.hidden = batch.hidden * (1 + 1e-3 * torch.randn(batch.hidden.shape, generator=generator))
+
+    return _change_batch(engine, change)

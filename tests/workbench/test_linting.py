@@ -1,0 +1,211 @@
+"""Lint beyond the faults of a prompt: casts, placeholders, spans, and what each target would do."""
+
+import pytest
+import torch
+
+import workbench
+from workbench import EmbeddingRangeError, Prompt, Span, effective_prompt, lint
+from workbench.vision import build_prompt, load_vision_tower
+
+from .families import save
+
+
+@pytest.fixture(scope="module")
+def cards():
+    return workbench.load_model("digit-cards")
+
+
+@pytest.fixture(scope="module")
+def pictures(cards):
+    return build_prompt(
+        cards, "Read the cards.", ["data/images/blue_7.png", "data/images/green_5.png"], tower=load_vision_tower(cards)
+    )
+
+
+def codes(findings, least="warning"):
+    order = ["info", "warning", "error"]
+    return [each.code for each in findings if order.index(each.severity) >= order.index(least)]
+
+
+def rows(*values, width=576):
+    return torch.tensor(values)[:, None].expand(-1, width).contiguous()
+
+
+class TestCasts:
+    def prompt(self, item):
+        return Prompt([5] * 20, [item], [(3, 3 + len(item))])
+
+    def test_exact_rows_say_nothing(self, model):
+        item = model.token_rows([7, 8]).half().float()
+        assert codes(lint(self.prompt(item), dtype="float16"), "info") == []
+
+    def test_rounding_is_counted(self):
+        item = rows(1.0, 1.0 + 2**-10)  # the second needs 11 digits: float16 has them, bfloat16 has not
+        assert codes(lint(self.prompt(item), dtype="float16"), "info") == []
+        (finding,) = lint(self.prompt(item), dtype="bfloat16")
+        assert (finding.code, finding.severity) == ("row-rounding", "info")
+        assert "1 of 2 rows change when cast to bfloat16" in finding.message
+
+    def test_overflow_is_an_error_that_names_the_row(self):
+        (finding,) = lint(self.prompt(rows(1.0, 70000.0)), dtype="float16")
+        assert (finding.code, finding.severity, finding.item) == ("row-overflow", "error", 0)
+        assert "1 of 2 rows overflow in float16, whose largest number is 65504 (row 1 holds 70000)" in finding.message
+        assert codes(lint(self.prompt(rows(1.0, 70000.0)), dtype="bfloat16")) == []
+
+    @pytest.mark.parametrize("value", [65504.0, 65519.0])
+    def test_what_still_rounds_to_the_largest_number_is_no_overflow(self, value):
+        assert "row-overflow" not in codes(lint(self.prompt(rows(value)), dtype="float16"))
+
+    def test_underflow_loses_more_than_half_a_unit(self):
+        """Below the least normal number of float16, 6.1e-5, digits are lost: 1e-7 becomes 1.2e-7."""
+        (finding, _) = lint(self.prompt(rows(1.0, 1e-7)), dtype="float16")
+        assert (finding.code, finding.severity) == ("row-underflow", "warning")
+        assert "1 of 2 rows" in finding.message
+        assert "first row 1" in finding.message
+        exact = rows(2.0**-24)  # a subnormal number that float16 has
+        assert codes(lint(self.prompt(exact), dtype="float16"), "info") == []
+
+    def test_float64_rows_too(self):
+        assert codes(lint(self.prompt(torch.full((1, 576), 1e300, dtype=torch.float64)), dtype="float32")) == [
+            "row-overflow"
+        ]
+
+    @pytest.mark.parametrize("kwargs", [{"dtype": "int8"}, {"max_prefill_token_num": 0}])
+    def test_settings_that_mean_nothing(self, kwargs):
+        with pytest.raises(ValueError, match=r"dtype='int8'|max_prefill_token_num=0"):
+            lint(Prompt([1]), **kwargs)
+
+
+class TestPlaceholders:
+    def test_a_built_prompt_is_clean(self, cards, pictures):
+        assert codes(lint(pictures, cards)) == []
+
+    def test_a_shift_is_seen_and_its_mend_is_exact(self, cards, pictures):
+        moved = pictures.replace(embedding_ranges=[(start + 2, stop + 2) for start, stop in pictures.embedding_ranges])
+        over, bare = (each for each in lint(moved, cards) if each.severity == "warning")
+        assert (over.code, bare.code) == ("range-over-text", "placeholder-bare")
+        assert "move every range by -2, and each lies over its placeholders exactly" in over.message
+        assert "2 of 98 placeholders '<image>' (16) lie outside every range (first at position 3)" in bare.message
+
+    def test_uneven_moves_are_told_one_by_one(self, cards, pictures):
+        (a, b), (c, d) = pictures.embedding_ranges
+        over = next(
+            each
+            for each in lint(pictures.replace(embedding_ranges=[(a, b), (c + 3, d + 3)]), cards)
+            if each.code == "range-over-text"
+        )
+        assert f"their placeholders stand at [{a}, {b}), [{c}, {d})" in over.message
+        assert over.item == 1
+
+    def test_a_missing_item(self, cards, pictures):
+        one = pictures.replace(
+            input_embeddings=pictures.input_embeddings[:1], embedding_ranges=pictures.embedding_ranges[:1], spans=()
+        )
+        (finding,) = (each for each in lint(one, cards) if each.severity == "warning")
+        assert finding.code == "placeholder-bare"
+        assert "49 of 98" in finding.message
+
+    def test_control_tokens_are_protected(self, model, japan):
+        moved = japan[0].replace(embedding_ranges=[(0, 1)])
+        (finding,) = (each for each in lint(moved, model) if each.code == "range-over-control")
+        assert "'<|im_start|>' (1) at 0" in finding.message
+
+
+class TestSpans:
+    def test_mrope_without_positions(self, tmp_path):
+        model = save("qwen2-vl", tmp_path)
+        item = model.token_rows([5, 6, 7])
+        prompt = Prompt([5] * 10, [item], [(2, 5)])
+        assert "positions-missing" in codes(lint(prompt, model))
+        assert "positions-missing" in codes(lint(prompt.replace(position_ids=torch.arange(10)), model))
+        whole = prompt.replace(position_ids=torch.arange(10).expand(3, -1))
+        assert "positions-missing" not in codes(lint(whole, model))
+
+    def test_a_span_that_chunks_would_cut(self):
+        prompt = Prompt([5] * 100, [torch.ones(30, 4)], [(50, 80)], [Span(attention="bidirectional")])
+        (finding,) = lint(prompt, max_prefill_token_num=64)
+        assert (finding.code, finding.item) == ("span-cut", 0)
+        assert "cuts them at 64" in finding.message
+        assert lint(prompt, max_prefill_token_num=80) == []
+        assert lint(prompt.replace(spans=[Span()]), max_prefill_token_num=64) == []
+
+    def test_a_missing_embedding_scale(self, tmp_path):
+        model = save("gemma", tmp_path)
+        ready = model.token_rows([5, 6, 7])
+        bare = ready / model.text_config.hidden_size**0.5
+        assert codes(lint(Prompt([5] * 10, [ready], [(2, 5)]), model)) == []
+        (finding,) = lint(Prompt([5] * 10, [bare], [(2, 5)]), model)
+        assert finding.code == "embedding-scale"
+
+
+class TestTargets:
+    prompt = Prompt([5] * 12, [torch.ones(3, 4), torch.full((3, 4), 2.0)], [(1, 4), (6, 9)])
+
+    @pytest.mark.parametrize(
+        ("target", "changes", "code", "words"),
+        [
+            ("turbomind==0.13.0", {}, "target-accepts", "as it stands"),
+            ("turbomind", {"embedding_ranges": [(6, 9), (1, 4)]}, "target-rejects", "SESSION_NOT_EXIST"),
+            ("turbomind", {"input_embeddings": [torch.ones(3, 4), torch.ones(3, 5)]}, "target-rejects", "4, 5 wide"),
+            ("turbomind", {"position_ids": torch.arange(12) * 2}, "target-differs", "0.9.2 to 0.15 only"),
+            ("turbomind", {"input_embeddings": []}, "target-ignores", "2 ranges without input_embeddings"),
+            ("lmdeploy-pytorch==0.6.4", {}, "target-accepts", "as it stands"),
+            ("lmdeploy-pytorch==0.6.5", {}, "target-ignores", "swallowed without a word"),
+            ("vllm", {}, "target-accepts", "as it stands"),
+            ("vllm==0.8.5", {}, "target-differs", "older than these rules"),
+            (
+                "vllm==0.23.0",
+                {"position_ids": torch.zeros(3, 12, dtype=torch.long)},
+                "target-rejects",
+                "takes the engine down",
+            ),
+            (
+                "vllm==0.24.0",
+                {"position_ids": torch.zeros(3, 12, dtype=torch.long)},
+                "target-differs",
+                "positions cannot",
+            ),
+            ("vllm", {"spans": [Span(attention="bidirectional")] * 2}, "target-differs", "causal everywhere"),
+            ("vllm", {"embedding_ranges": [(1, 4), (3, 6)]}, "target-rejects", "overlaps"),
+            ("sglang", {}, "target-accepts", "as it stands"),
+            ("sglang", {"input_embeddings": [torch.full((3, 4), 0.1)] * 2}, "target-differs", "6 of 6 rows change"),
+            ("transformers", {"spans": [Span(attention="bidirectional")] * 2}, "target-accepts", "as it stands"),
+            ("transformers", {"embedding_ranges": [(1, 4), (6, 19)]}, "target-rejects", "leaves the prompt"),
+        ],
+    )
+    def test_what_it_would_do(self, target, changes, code, words):
+        findings = [
+            each for each in lint(self.prompt.replace(**changes), target=target) if each.code.startswith("target")
+        ]
+        assert code in [each.code for each in findings]
+        assert any(words in each.message for each in findings if each.code == code), findings
+
+    @pytest.mark.parametrize(
+        ("target", "code"),
+        [("turbomind==0.12.0", "prefix-cache"), ("turbomind==0.14.0", "prefix-cache"), ("vllm", "prefix-cache")],
+    )
+    def test_hazards_under_a_setting(self, target, code):
+        assert code in codes(lint(self.prompt, target=target))
+        assert code not in codes(lint(self.prompt, target="turbomind==0.15.0"))
+
+    def test_flash_attention_is_silently_causal(self):
+        spans = [Span(attention="bidirectional")] * 2
+        assert "flash-causal" in codes(lint(self.prompt.replace(spans=spans), target="transformers"))
+
+    def test_vision_models_lose_their_rows_in_early_vllm(self, cards, pictures):
+        assert "target-differs" in codes(lint(pictures, cards, "vllm==0.20.0"))
+        with pytest.raises(EmbeddingRangeError, match="computes something undefined: models with vision inside"):
+            effective_prompt(pictures, "vllm==0.20.0", cards)
+        assert effective_prompt(pictures, "vllm==0.24.0", cards).digest == pictures.digest
+
+    def test_a_wrong_width_is_undefined_in_turbomind(self, model):
+        prompt = Prompt([5] * 12, [torch.ones(3, 64)], [(1, 4)])
+        with pytest.raises(EmbeddingRangeError, match="undefined: items are 64 wide and the model 576"):
+            effective_prompt(prompt, "turbomind", model)
+
+    def test_what_a_target_computes_is_what_its_notes_say(self):
+        """SGLang rounds to bfloat16, whatever the model's dtype is."""
+        items = [torch.full((3, 4), 0.1)] * 2
+        computed = effective_prompt(self.prompt.replace(input_embeddings=items), "sglang")
+        assert computed.input_embeddings[0].dtype is torch.bfloat16
+        assert effective_prompt(self.prompt, "sglang").digest == self.prompt.digest

@@ -1,0 +1,236 @@
+"""Metrics against brute force; divergences and their words; reports."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import workbench
+from workbench import GenerationConfig, Prompt, Span, TraceError
+from workbench.compare import FaultyEngine, NoiseFloor, check_engine, compare_logits, compare_text, first_divergence
+from workbench.compare.faults import off_by_one
+from workbench.compare.metrics import measure, ulp_distance
+from workbench.compare.mutants import MUTANTS
+from workbench.compare.run import reference, reference_run, shared_taps
+from workbench.engines.messages import EngineOutput, ResponseType
+from workbench.report import html_report
+
+from .small import random_prompt, save_llama
+
+TAPS = ["embed", "layers.*", "layers.*.*", "norm", "logits"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+class TestMetrics:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    def test_against_numpy(self, dtype):
+        generator = torch.Generator().manual_seed(0)
+        truth = torch.randn(7, 33, generator=generator, dtype=torch.float64)
+        state = (truth * 1.01).to(dtype)
+        a, b = state.double().numpy(), truth.numpy()
+        expected = {
+            "relative": np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1),
+            "cosine": (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1),
+            "max_abs": np.abs(a - b).max(axis=1),
+            "mean_abs": np.abs(a - b).mean(axis=1),
+        }
+        found = measure(state, truth, "float32")
+        for name, values in expected.items():
+            assert found[name].numpy() == pytest.approx(values, rel=1e-12, abs=1e-15), name
+
+    def test_nan_and_infinity_are_never_small(self):
+        truth = torch.ones(3, 4, dtype=torch.float64)
+        state = truth.clone()
+        state[0, 1], state[1, 2] = torch.nan, torch.inf
+        found = measure(state, truth, "float32")
+        assert math.isnan(found["relative"][0])
+        assert math.isnan(found["max_abs"][0])
+        assert found["relative"][1] == found["max_abs"][1] == torch.inf
+        assert found["relative"][2] == 0
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    def test_neighbouring_numbers_are_one_unit_apart(self, dtype):
+        kind = getattr(torch, dtype)
+        numbers = torch.tensor([1.0, 1.5, 3.0, -0.3, 1e-3, 200.0]).to(kind)
+        up = torch.nextafter(numbers, torch.full_like(numbers, torch.inf))
+        assert ulp_distance(up[None], numbers[None], dtype).tolist() == [[1.0] * len(numbers)]
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    def test_rounding_is_half_a_unit_at_most(self, dtype):
+        numbers = torch.randn(1, 4000, dtype=torch.float64) * torch.logspace(-3, 3, 4000, dtype=torch.float64)
+        distance = ulp_distance(numbers.to(getattr(torch, dtype)), numbers, dtype)
+        assert 0.4 < float(distance.max()) <= 0.5
+
+    def test_subnormal_numbers_share_one_gap(self):
+        least = torch.finfo(torch.float16).smallest_normal
+        state, truth = torch.tensor([[2 * 2.0**-24]]), torch.tensor([[0.0]])
+        assert ulp_distance(state, truth, "float16").tolist() == [[2.0]]
+        assert least == 2.0**-14
+
+
+class TestLogits:
+    def test_against_torch(self):
+        generator = torch.Generator().manual_seed(1)
+        truth, other = torch.randn(6, 50, generator=generator), torch.randn(6, 50, generator=generator)
+        found = compare_logits(truth, other)
+        p, q = truth.double().log_softmax(-1), other.double().log_softmax(-1)
+        kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+        assert torch.allclose(found.kl, kl, rtol=1e-10)
+        for row in range(6):
+            order = other[row].argsort(descending=True).tolist()
+            assert found.rank[row] == order.index(int(truth[row].argmax()))
+            both = set(truth[row].topk(5).indices.tolist()) & set(other[row].topk(5).indices.tolist())
+            assert found.agreement[5][row] == len(both) / 5
+        assert found.disagreements == [row for row in range(6) if truth[row].argmax() != other[row].argmax()]
+
+    def test_the_same_is_the_same(self):
+        logits = torch.randn(4, 20)
+        found = compare_logits(logits, logits.clone(), torch.tensor([5, 6, 7, 8]))
+        assert str(found) == "the same next token everywhere; KL at most 0.00e+00 nats"
+        assert found.disagreements == []
+
+    def test_masked_logits_and_nan(self):
+        truth = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, 2.0]])
+        other = truth.clone()
+        other[1, 0] = torch.nan
+        found = compare_logits(truth, other)
+        assert found.kl[0] == 0
+        assert math.isnan(found.kl[1])
+        assert found.disagreements == [1]
+
+    def test_other_shapes_are_refused(self):
+        with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
+            compare_logits(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+class TestText:
+    @staticmethod
+    def answer(ids, logprobs=None):
+        return EngineOutput(ResponseType.FINISH, ids, len(ids), logprobs)
+
+    def test_engines_agree(self, llama):
+        config = GenerationConfig(max_new_tokens=12, ignore_eos=True, logprobs=5)
+        engines = [workbench.open_engine(kind, llama) for kind in ("transformers", "numba")]
+        found = compare_text(*(engine.generate(random_prompt(), config) for engine in engines))
+        assert (found.close, found.at, str(found)) == (True, None, "the same 12 tokens")
+
+    def test_each_among_the_others_likeliest(self):
+        mine = self.answer([1, 2, 3], [{1: 0.0}, {2: -0.7, 9: -0.8}, {3: 0.0}])
+        theirs = self.answer([1, 9, 4], [{1: 0.0}, {9: -0.6, 2: -0.9}, {4: 0.0}])
+        found = compare_text(mine, theirs)
+        assert (found.close, found.at, found.tokens) == (True, 1, (2, 9))
+        far = self.answer([1, 9, 4], [{1: 0.0}, {9: -0.1, 7: -3.0}, {4: 0.0}])
+        assert not compare_text(mine, far).close
+
+    def test_one_that_ends_early(self):
+        assert compare_text(self.answer([1, 2]), self.answer([1, 2, 3])).tokens == (None, 3)
+        assert compare_text(self.answer([1, 2, 3]), self.answer([1, 2])).tokens == (3, None)
+
+    def test_without_logprobs_it_says_so(self):
+        with pytest.raises(ValueError, match="the reference has no logprobs"):
+            compare_text(self.answer([1]), self.answer([2]))
+
+
+class TestFirstDivergence:
+    """Bisecting finds what looking at all taps finds."""
+
+    @pytest.mark.parametrize(
+        "name",
+        ["range +1", "rotary base", "gate and up exchanged", "a dead row", "final norm", "head", "positions from one"],
+    )
+    def test_bisected_or_whole(self, llama, name):
+        engine = workbench.open_engine("numba", llama)
+        engine = MUTANTS[name].plant(engine)
+        whole = first_divergence(engine, random_prompt())
+        bisected = first_divergence(engine, random_prompt(), max_bytes=1)
+        assert bisected.divergence is not None
+        assert (bisected.divergence.tap, bisected.divergence.token) == (whole.divergence.tap, whole.divergence.token)
+        assert (bisected.last_good, bisected.explanation) == (whole.last_good, whole.explanation)
+        assert whole.runs == 1
+        assert bisected.runs > 1
+
+    def test_a_clean_engine_has_none(self, llama):
+        for room in (1, 1 << 30):
+            found = first_divergence(workbench.open_engine("numba", llama), random_prompt(), max_bytes=room)
+            assert found.divergence is None
+            assert str(found).startswith("no divergence: noise")
+
+    def test_spans_are_judged_one_by_one(self, llama):
+        prompt = random_prompt().replace(spans=[Span("image"), Span("audio")])
+        spoilt = FaultyEngine(
+            workbench.open_engine("numba", llama),
+            lambda p: p.replace(input_embeddings=[p.input_embeddings[0], p.input_embeddings[1].flip(0)]),
+        )
+        rows = check_engine(spoilt, prompt, ["embed", "layers.*"]).by_span()
+        assert [(row["span"], row["kind"], row["tokens"]) for row in rows] == [
+            (None, "text", 26),
+            (0, "image", 5),
+            (1, "audio", 9),
+        ]
+        assert [row["first_wrong"] for row in rows] == ["layers.0", None, "embed"]
+
+    def test_depth_taps_are_those_of_a_cut_checkpoint(self, llama, tmp_path):
+        from workbench.engines.turbomind import cut_checkpoint
+
+        whole = reference(llama, "float32").trace(random_prompt(), ["depth.*", "norm"])
+        cut = workbench.load_model(cut_checkpoint(llama.path, tmp_path, 2))
+        short = workbench.open_engine("transformers", cut).trace(random_prompt(), ["norm"])
+        assert torch.equal(whole["depth.2"], short["norm"])
+        assert torch.equal(whole["depth.3"], whole["norm"])
+
+
+def test_a_noise_floor_comes_back_from_its_file(llama, tmp_path):
+    truth, floor = reference_run(llama, random_prompt(), "float32", TAPS)
+    floor.save(tmp_path / "f.safetensors")
+    again = NoiseFloor.load(tmp_path / "f.safetensors")
+    engine = workbench.open_engine("numba", llama)
+    trace = engine.trace(random_prompt(), TAPS)
+    assert str(workbench.compare(truth, trace, floor=again)) == str(workbench.compare(truth, trace, floor=floor))
+    plain = reference(llama, "float32").trace(random_prompt(), TAPS)
+    assert workbench.compare(truth, plain, floor=again).verdict == "same"
+    for content in (b"", b"x" * 100, (tmp_path / "f.safetensors").read_bytes()[:-9]):
+        (tmp_path / "f.safetensors").write_bytes(content)
+        with pytest.raises(TraceError, match="cannot be read as a noise floor"):
+            NoiseFloor.load(tmp_path / "f.safetensors")
+
+
+def test_a_floor_of_another_prompt_is_refused(llama):
+    truth, _ = reference_run(llama, random_prompt(), "float32", TAPS)
+    _, other = reference_run(llama, random_prompt(1), "float32", TAPS)
+    trace = workbench.open_engine("numba", llama).trace(random_prompt(), TAPS)
+    with pytest.raises(TraceError, match="different prompts"):
+        workbench.compare(truth, trace, floor=other)
+
+
+def test_taps_that_an_engine_lacks_are_left_out(llama):
+    engine = workbench.open_engine("numba", llama)
+    assert shared_taps(engine, ["depth.*", "norm"]) == ["norm"]
+    with pytest.raises(ValueError, match=r"no tap 'depth.\*'"):
+        shared_taps(engine, ["depth.*"])
+
+
+def test_a_report_holds_everything_and_loads_nothing(llama, tmp_path):
+    engine, prompt = workbench.open_engine("numba", llama), random_prompt()
+    truth, floor = reference_run(llama, prompt, "float32", TAPS)
+    run = FaultyEngine(engine, off_by_one).trace(prompt, TAPS, path=tmp_path / "run.safetensors")
+    comparison = workbench.compare(truth, run, floor=floor)
+    page = html_report(comparison, truth, run, "every row <late>")
+    assert "bug at tap embed, token 4, span 0" in page
+    assert "every row &lt;late&gt;" in page
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r"(src|href)=.(?!data:)", page)
+    assert all(tap in page for tap in comparison.taps)
+
+
+def test_words_around_the_fault_are_escaped(model, engine, japan):
+    prompt = Prompt([*japan[0].input_ids[:28], 44, *japan[0].input_ids[29:]], japan[0].input_embeddings, [(29, 30)])
+    truth, floor = reference_run(model, prompt, "float32", ["embed"])
+    run = FaultyEngine(engine, off_by_one).trace(prompt, ["embed"])
+    run.provenance["words"] = ["<script>"] * len(prompt)
+    assert "<script>" not in html_report(workbench.compare(truth, run, floor=floor), truth, run)

@@ -1,0 +1,121 @@
+"""Probes: a sound engine passes all; for each question there is a fault that is answered with no."""
+
+import pytest
+import torch
+
+import workbench
+from workbench import Prompt, PromptError, Span, probe
+from workbench.compare import mutants
+from workbench.compare.faults import FaultyEngine, off_by_one, placeholders
+from workbench.compare.mutants import MUTANTS
+from workbench.probes import PROBES, _Subject
+from workbench.ranges import shift
+
+from .small import random_prompt, save_llama
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def fresh(llama, **options):
+    return workbench.open_engine("numba", llama, **options)
+
+
+def long_prompt() -> Prompt:
+    """Over three pages long, so that prefixes can be shared and pages mixed up."""
+    prompt = random_prompt(0, 100)
+    return prompt.replace(embedding_ranges=[(4, 9), (40, 49)])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("spans", [[], [Span(), Span(attention="bidirectional")]], ids=["causal", "both ways"])
+def test_a_sound_engine_passes_all(llama, dtype, spans):
+    engine, chunked = (fresh(llama, dtype=dtype, max_prefill_token_num=number) for number in (512, 16))
+    report = probe(engine, long_prompt().replace(spans=spans), chunked=chunked)
+    assert [result.passed for result in report.results] == [True] * 10, str(report)
+    assert report.passed
+
+
+def test_the_reference_passes_too(llama):
+    report = probe(workbench.open_engine("transformers", llama), long_prompt())
+    assert report.passed, str(report)
+    assert report["chunks"].passed is None
+
+
+FAULTS = {
+    "determinism": mutants.dice,
+    "used": lambda engine: FaultyEngine(engine, placeholders),
+    "identity": MUTANTS["scale missing"].plant,
+    "placeholders": mutants.placeholders_leak,
+    "position": MUTANTS["range -1"].plant,
+    "causality": MUTANTS["sees the next token"].plant,
+    "canary": lambda engine: FaultyEngine(engine, off_by_one),
+    "batch": mutants.crowded_batch,
+    "prefix cache": mutants.stale_prefix_cache,
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_question_finds_its_fault(llama, name):
+    report = probe(FAULTS[name](fresh(llama)), long_prompt(), only=[name])
+    assert report[name].passed is False, str(report)
+    assert not report.passed
+
+
+def test_chunks_are_held_against_the_whole(llama):
+    spoilt = mutants._change_batch(
+        fresh(llama, max_prefill_token_num=16), lambda batch: setattr(batch, "reach", (batch.reach - 1).clamp(min=0))
+    )
+    report = probe(fresh(llama), long_prompt(), only=["chunks"], chunked=spoilt)
+    assert report["chunks"].passed is False, str(report)
+
+
+def test_a_stale_cache_is_named(llama):
+    report = probe(mutants.stale_prefix_cache(fresh(llama)), long_prompt(), only=["prefix cache"])
+    assert "the first rows' state is served" in report["prefix cache"].evidence
+
+
+def test_a_canary_says_where_it_was_seen(llama):
+    prompt = long_prompt()
+    moved = FaultyEngine(fresh(llama), lambda p: p.replace(embedding_ranges=shift(p.embedding_ranges, 3)))
+    assert (
+        "row 0 of item 0 shows at token 7, it belongs at 4" in probe(moved, prompt, only=["canary"])["canary"].evidence
+    )
+
+
+def test_what_cannot_be_asked_is_said(llama):
+    rows = random_prompt().input_embeddings[0]
+    start = Prompt([5] * 40, [rows], [(0, 5)])
+    report = probe(fresh(llama), start, only=["causality"])
+    assert report["causality"].passed is None
+    assert "nothing stands before it" in report["causality"].evidence
+    same = Prompt([5] * 40, [rows[:1].expand(5, -1).contiguous()], [(3, 8)])
+    assert probe(fresh(llama), same, only=["position"])["position"].passed is None
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: {"prompt": Prompt([1, 2, 3])}, "no input_embeddings"),
+        (lambda: {"prompt": random_prompt().replace(embedding_ranges=[(4, 9), (38, 47)])}, "leaves the prompt"),
+        (lambda: {"prompt": random_prompt(), "only": ["unknown"]}, "no probe 'unknown'"),
+    ],
+)
+def test_bad_input_is_named(llama, make, words):
+    with pytest.raises((PromptError, ValueError), match=words):
+        probe(fresh(llama), **make())
+
+
+def test_limits_are_the_engines_own_rounding(llama):
+    """In float32 a change of a millionth is rounding, of a thousandth is not."""
+    subject = _Subject(fresh(llama), long_prompt(), None)
+    assert 1e-7 < float(subject.limits.median()) < 1e-4
+    assert not subject.changed(subject.base * (1 + 1e-8)).any()
+    assert subject.changed(subject.base * (1 + 1e-3)).all()
+    assert subject.changed(torch.full_like(subject.base, torch.nan)).all()
+
+
+def test_every_probe_has_a_fault_that_it_finds():
+    assert set(FAULTS) | {"chunks"} == set(PROBES)

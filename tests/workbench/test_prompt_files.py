@@ -1,0 +1,115 @@
+"""Prompts on disk: everything comes back, a person can edit the ranges, and hostile files are refused by name."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from workbench import MultimodalPrompt, Prompt, PromptError, Span
+
+from .small import random_prompt
+
+
+def full_prompt() -> Prompt:
+    prompt = random_prompt()
+    spans = [Span(grid=(1, 5), label="first"), Span("audio", (9,), "bidirectional", block=(18, 30))]
+    deepstack = [torch.randn(2, len(item), 48) for item in prompt.input_embeddings]
+    return prompt.replace(spans=spans, deepstack=deepstack, position_ids=torch.arange(120).reshape(3, 40))
+
+
+@pytest.mark.parametrize("make", [full_prompt, random_prompt, lambda: Prompt([1, 2, 3])], ids=["full", "plain", "text"])
+def test_everything_comes_back(make, tmp_path):
+    prompt = make()
+    prompt.save(tmp_path / "p.json")
+    again = Prompt.load(tmp_path / "p.json")
+    assert again.digest == prompt.digest
+    assert again.spans == prompt.spans
+    assert (tmp_path / "p.safetensors").exists() == bool(prompt.input_embeddings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes_are_kept(dtype, tmp_path):
+    Prompt([1, 2, 3], [torch.randn(2, 4).to(dtype)], [(0, 2)]).save(tmp_path / "p.json")
+    assert Prompt.load(tmp_path / "p.json").input_embeddings[0].dtype is dtype
+
+
+def test_ranges_may_be_edited_even_to_wrong_ones(tmp_path):
+    random_prompt().save(tmp_path / "p.json")
+    record = json.loads((tmp_path / "p.json").read_text())
+    assert record["embedding_ranges"] == [[4, 9], [20, 29]]
+    record["embedding_ranges"][0] = [90, 95]
+    (tmp_path / "p.json").write_text(json.dumps(record))
+    wrong = Prompt.load(tmp_path / "p.json")
+    assert next(fault.code for fault in wrong.faults()) == "range-bounds"
+    wrong.save(tmp_path / "again.json")
+    assert Prompt.load(tmp_path / "again.json").digest == wrong.digest
+
+
+def test_views_of_one_tensor_can_be_saved(tmp_path):
+    rows = torch.randn(10, 4)
+    prompt = Prompt([1] * 12, [rows[:5], rows[5:]], [(0, 5), (6, 11)])
+    prompt.save(tmp_path / "p.json")
+    assert Prompt.load(tmp_path / "p.json").digest == prompt.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": "workbench-prompt-9"}, "no prompt of this version"),
+        ({"input_ids": "abc"}, "input_ids must be a list of integers"),
+        ({"input_ids": [1, 2.5]}, "input_ids must be a list of integers"),
+        ({"input_ids": [True]}, "input_ids must be a list of integers"),
+        ({"input_ids": [2**80]}, "larger than any there is"),
+        ({"embedding_ranges": [[1]]}, "pairs"),
+        ({"embedding_ranges": {"a": 1}}, "pairs"),
+        ({"embedding_ranges": [[0, 10**30]]}, "larger than any there is"),
+        ({"spans": [{"modality": 3}]}, r"spans\[0\].modality must be a string"),
+        ({"spans": [{"grid": "7x7"}]}, r"spans\[0\].grid must be a list of integers"),
+        ({"spans": [{"block": [1, 2, 3]}]}, r"spans\[0\].block must be"),
+        ({"spans": [{"colour": "red"}]}, r"spans\[0\] must be an object with some of"),
+        ({"spans": [{"attention": "sideways"}]}, "sideways"),
+        ({"spans": 3}, "spans must be a list"),
+        ({"tensors": "../p.safetensors"}, "in the same folder"),
+        ({"tensors": "/etc/passwd"}, "in the same folder"),
+        ({"tensors": "p.pkl"}, "must name a .safetensors file"),
+        ({"tensors": "gone.safetensors"}, "Copy both files"),
+        ({"pickle": "gASV"}, "unknown fields 'pickle'"),
+    ],
+)
+def test_hostile_json_is_refused(change, words, tmp_path):
+    random_prompt().save(tmp_path / "p.json")
+    record = {**json.loads((tmp_path / "p.json").read_text()), **change}
+    (tmp_path / "p.json").write_text(json.dumps(record))
+    with pytest.raises(PromptError, match=words):
+        Prompt.load(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe\x00", b"[" * 100_000, b"null", b'{"format": NaN}'])
+def test_what_is_no_prompt_at_all(content, tmp_path):
+    (tmp_path / "p.json").write_bytes(content)
+    with pytest.raises(PromptError):
+        Prompt.load(tmp_path / "p.json")
+
+
+def test_damaged_or_foreign_rows(tmp_path):
+    random_prompt().save(tmp_path / "p.json")
+    path = tmp_path / "p.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(PromptError, match="Copy both files"):
+        Prompt.load(tmp_path / "p.json")
+    save_file({"item.0": torch.zeros(2, 3), "item.2": torch.zeros(2, 3)}, path)
+    with pytest.raises(PromptError, match="not numbered from 0 without a gap"):
+        Prompt.load(tmp_path / "p.json")
+
+
+def test_what_cannot_be_saved(tmp_path):
+    with pytest.raises(PromptError, match="name the JSON file"):
+        random_prompt().save(tmp_path / "p.safetensors")
+    with pytest.raises(PromptError, match="cannot be written"):
+        random_prompt().save(tmp_path / "no" / "such" / "folder.json")
+    with pytest.raises(PromptError, match="MultimodalPrompt cannot be saved"):
+        MultimodalPrompt.of(random_prompt(), [{}]).save(tmp_path / "p.json")
+    with pytest.raises(PromptError, match="cannot be saved"):
+        Prompt([1, 2], ["no tensor"], [(0, 1)]).save(tmp_path / "p.json")
