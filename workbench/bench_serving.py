@@ -21,6 +21,7 @@ from .engines.transformers_reference import TransformersReference
 from .injections import noise_like
 from .models import Model, load_model
 from .prompt import Prompt
+from .provenance import versions
 
 PROMPTS = ((1024, 1), (4096, 4))
 """Tokens of a prompt, and pictures of 576 rows in it."""
@@ -47,6 +48,7 @@ def run(kinds: Sequence[str], model_name: str, dtype: str, device: str, rounds: 
     """
     model = load_model(model_name)
     figures: dict[str, Any] = {"model": model_name, "dtype": dtype, "rounds": rounds, "engines": {}}
+    figures["versions"] = versions()
     if device == "cuda":
         figures["device"] = torch.cuda.get_device_name()
     for kind in kinds:

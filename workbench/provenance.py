@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def provenance_of(
         "tokens": len(prompt),
         "ranges": [list(pair) for pair in prompt.embedding_ranges],
         "modalities": [span.modality for span in prompt.spans],
-        "versions": _versions(),
+        "versions": versions(),
     }
     if words:
         with contextlib.suppress(ModelError):  # a model without a tokenizer has no words
@@ -75,14 +76,18 @@ def _device(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of everything that results depend on; of lmdeploy where it is installed."""
     import numba
     import transformers
 
-    return {
+    found = {
         "workbench": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numba": numba.__version__,
         "python": platform.python_version(),
     }
+    with contextlib.suppress(PackageNotFoundError):
+        found["lmdeploy"] = version("lmdeploy")
+    return found

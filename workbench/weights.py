@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import ModelError
 
+_SAMPLE = 1 << 10
+
 
 class Weights:
     """The tensors of a checkpoint folder by name; nothing is read before it is asked for."""
@@ -51,6 +53,30 @@ class Weights:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
+
+    def fingerprints(self) -> Iterator[bytes]:
+        """Of every tensor, by name: name, type, shape, and 1 KiB of its bytes at the beginning, in the middle and at the end."""
+        found: dict[str, bytes] = {}
+        for file in sorted(set(self._file_of.values())):
+            path = self.folder / file
+            self._open(file)  # checks the header
+            try:
+                with open(path, "rb") as opened:
+                    length = int.from_bytes(opened.read(8), "little")
+                    header = json.loads(opened.read(length))
+                    for name, entry in header.items():
+                        if name == "__metadata__":
+                            continue
+                        first, last = entry["data_offsets"]
+                        size = min(_SAMPLE, last - first)
+                        samples = [repr((name, entry["dtype"], entry["shape"])).encode()]
+                        for start in (first, (first + last - size) // 2, last - size):
+                            opened.seek(8 + length + start)
+                            samples.append(opened.read(size))
+                        found[name] = b"".join(samples)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ModelError(f"{path} cannot be read ({error}): it is damaged, fetch it again") from error
+        return (found[name] for name in sorted(found))
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor of that name, in its stored dtype."""
