@@ -4,8 +4,17 @@ Torch tensors in and out; the device of the tensors selects the kernel. Nothing 
 """
 
 from .attention import attention
+from .hugging_face import register_with_transformers
 from .pages import KVPages, PagedPlan, paged_attention
 from .splice import splice
 from .visibility import visible_keys
 
-__all__ = ["KVPages", "PagedPlan", "attention", "paged_attention", "splice", "visible_keys"]
+__all__ = [
+    "KVPages",
+    "PagedPlan",
+    "attention",
+    "paged_attention",
+    "register_with_transformers",
+    "splice",
+    "visible_keys",
+]

@@ -43,3 +43,41 @@ def test_digit_cards_reads_pictures_on_the_gpu(dtype):
     said = engine.generate(prompt, workbench.GenerationConfig(max_new_tokens=12)).token_ids
     assert model.tokenizer.decode(said) == "blue 7, green 5"
     assert workbench.check_engine(engine, prompt).verdict in ("same", "noise")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("LlamaConfig", {}),
+        ("MistralConfig", {"sliding_window": 70}),
+        ("Gemma3TextConfig", {"sliding_window": 70, "query_pre_attn_scalar": 64}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_transformers_with_our_attention_errs_at_most_twice_as_much(kind, changes, dtype):
+    """Logits of a left-padded batch against float64, beside those with torch's SDPA and its dense mask."""
+    import transformers
+    from range_kernels import register_with_transformers
+
+    register_with_transformers()
+    base = {
+        "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 1000, "max_position_embeddings": 1024,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    network = (
+        transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**base, **changes)).cuda().eval()
+    )
+    ids = torch.randint(3, 1000, (2, 300), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[0, :40] = 0
+    seen = mask.bool()
+    network.set_attn_implementation("sdpa")
+    truth = network.double()(ids, attention_mask=mask).logits[seen]
+    errors = {}
+    network.to(dtype)
+    for name in ("range_kernels", "sdpa"):
+        network.set_attn_implementation(name)
+        errors[name] = float((network(ids, attention_mask=mask).logits[seen].double() - truth).norm() / truth.norm())
+    assert errors["range_kernels"] <= 2 * errors["sdpa"], errors

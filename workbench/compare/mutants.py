@@ -511,7 +511,7 @@ def stale_prefix_cache(engine: NumbaEngine) -> Engine:
         made._digest = lambda sha, start, stop: sha.update(repr(ids[start:stop]).encode())
         return made
 
-    engine._request = keyed_by_ids  # type: ignore[method-assign]
+    setattr(engine, "_request", keyed_by_ids)  # noqa: B010, a fault is planted from outside
     return engine
 
 

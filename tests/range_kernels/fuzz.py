@@ -1,0 +1,72 @@
+"""Random attention calls on a GPU against float64, packed and paged, by every path that can run them.
+
+    python -m tests.range_kernels.fuzz --cases 10000
+
+A call passes where its error is at most twice that of torch's own attention in the same dtype (float32: a few roundoffs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+
+import numpy as np
+import torch
+from range_kernels import attention
+from range_kernels.pages import PAGE_SIZES
+
+from .paging import put_in_pages, run_paged
+from .test_gpu import dense, random_call
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+
+
+def one(generator: np.random.Generator) -> str:
+    """Run one random call; returns what it was, raises AssertionError where it is wrong."""
+    dtype = [torch.bfloat16, torch.float16, torch.float32][int(generator.choice(3, p=[0.45, 0.45, 0.1]))]
+    head_dim = int(generator.choice(HEAD_DIMS)) if generator.random() < 0.9 else int(generator.choice([8, 40, 72, 192]))
+    softcap = 20.0 if generator.random() < 0.25 else 0.0
+    paged = bool(generator.random() < 0.5)
+    case = random_call(generator, head_dim, dtype, decoding=paged)
+    q, k, v, cu_q, cu_k, low, reach = case
+    truth = dense(*case, softcap, torch.float64)
+    torch.empty_like(q).fill_(torch.nan)  # freed at once: the output is likely to lie here
+    if paged:
+        page_size = int(generator.choice(PAGE_SIZES))
+        pages, table = put_in_pages(generator, k, v, cu_k, page_size)
+        out = run_paged(pages, table, q, cu_q, cu_k, low, reach, softcap=softcap)
+    else:
+        out = attention(q, k, v, cu_q, cu_k, low=low, reach=reach, softcap=softcap)
+    theirs = (dense(*case, softcap, dtype).double() - truth).norm()
+    mine = (out.double() - truth).norm()
+    # float32: torch's products may be exact to more digits than a sum in another order.
+    limit = 2 * theirs + (1e-12 if dtype is not torch.float32 else 2e-6 * truth.norm())
+    what = f"{'paged' if paged else 'packed'} {dtype} {head_dim}"
+    assert torch.isfinite(out).all(), f"{what}: not finite; {cu_q}, {cu_k}, softcap {softcap}"
+    assert mine <= limit, f"{what}: error {mine}, {theirs} by torch; {cu_q}, {cu_k}, softcap {softcap}"
+    return what
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, help="stop after so long")
+    options = parser.parse_args()
+    began, done = time.monotonic(), Counter[str]()
+    for number in range(options.cases):
+        try:
+            done[one(np.random.default_rng((options.seed, number)))] += 1
+        except AssertionError as error:
+            raise SystemExit(f"case {number} of seed {options.seed}: {error}") from error
+        if options.seconds is not None and time.monotonic() - began > options.seconds:
+            break
+    print(
+        f"{sum(done.values())} cases in {time.monotonic() - began:.0f} s, none wrong; {len(done)} kinds: {dict(done)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
