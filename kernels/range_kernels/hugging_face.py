@@ -70,11 +70,13 @@ def attend(
         reach = torch.full_like(low, keys - 1)
     else:
         window = sliding_window
-    packed = [x.transpose(1, 2).reshape(-1, x.shape[1], head_dim) for x in (query, key, value)]
+    q, k, v = (x.transpose(1, 2).reshape(-1, x.shape[1], head_dim) for x in (query, key, value))
     out = attention(
-        *packed,
-        range(0, batch * queries + 1, queries),
-        range(0, batch * keys + 1, keys),
+        q,
+        k,
+        v,
+        list(range(0, batch * queries + 1, queries)),
+        list(range(0, batch * keys + 1, keys)),
         low=low,
         reach=reach,
         window=window,

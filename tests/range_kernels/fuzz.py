@@ -8,8 +8,10 @@ A call passes where its error is at most twice that of torch's own attention in 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,13 +21,13 @@ from range_kernels.pages import PAGE_SIZES
 from .paging import put_in_pages, run_paged
 from .test_gpu import dense, random_call
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS = (64, 80, 96, 128, 256, 8, 72, 192)
 
 
-def one(generator: np.random.Generator) -> str:
+def one(generator: np.random.Generator, head_dims: Sequence[int]) -> str:
     """Run one random call; returns what it was, raises AssertionError where it is wrong."""
     dtype = [torch.bfloat16, torch.float16, torch.float32][int(generator.choice(3, p=[0.45, 0.45, 0.1]))]
-    head_dim = int(generator.choice(HEAD_DIMS)) if generator.random() < 0.9 else int(generator.choice([8, 40, 72, 192]))
+    head_dim = int(generator.choice(head_dims))
     softcap = 20.0 if generator.random() < 0.25 else 0.0
     paged = bool(generator.random() < 0.5)
     case = random_call(generator, head_dim, dtype, decoding=paged)
@@ -40,12 +42,26 @@ def one(generator: np.random.Generator) -> str:
         out = attention(q, k, v, cu_q, cu_k, low=low, reach=reach, softcap=softcap)
     theirs = (dense(*case, softcap, dtype).double() - truth).norm()
     mine = (out.double() - truth).norm()
-    # float32: torch's products may be exact to more digits than a sum in another order.
-    limit = 2 * theirs + (1e-12 if dtype is not torch.float32 else 2e-6 * truth.norm())
+    # float32 is the plain kernel's: where torch happens to round to next to nothing, a few roundoffs are no fault.
+    limit = 2 * theirs + (1e-12 if dtype is not torch.float32 else 4e-6 * truth.norm())
     what = f"{'paged' if paged else 'packed'} {dtype} {head_dim}"
     assert torch.isfinite(out).all(), f"{what}: not finite; {cu_q}, {cu_k}, softcap {softcap}"
     assert mine <= limit, f"{what}: error {mine}, {theirs} by torch; {cu_q}, {cu_k}, softcap {softcap}"
     return what
+
+
+def many(arguments: tuple[int, int, Sequence[int], float | None]) -> Counter[str]:
+    """Run cases of some head sizes; SystemExit names the first that is wrong."""
+    cases, seed, head_dims, seconds = arguments
+    began, done = time.monotonic(), Counter[str]()
+    for number in range(cases):
+        try:
+            done[one(np.random.default_rng((seed, head_dims[0], number)), head_dims)] += 1
+        except AssertionError as error:
+            raise RuntimeError(f"case {number} of seed {seed}, head sizes {head_dims}: {error}") from error
+        if seconds is not None and time.monotonic() - began > seconds:
+            break
+    return done
 
 
 def main() -> None:
@@ -54,18 +70,17 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, help="stop after so long")
-    options = parser.parse_args()
-    began, done = time.monotonic(), Counter[str]()
-    for number in range(options.cases):
-        try:
-            done[one(np.random.default_rng((options.seed, number)))] += 1
-        except AssertionError as error:
-            raise SystemExit(f"case {number} of seed {options.seed}: {error}") from error
-        if options.seconds is not None and time.monotonic() - began > options.seconds:
-            break
-    print(
-        f"{sum(done.values())} cases in {time.monotonic() - began:.0f} s, none wrong; {len(done)} kinds: {dict(done)}"
+    parser.add_argument(
+        "--workers", type=int, default=len(HEAD_DIMS), help="processes; each compiles the kernels of its head sizes"
     )
+    options = parser.parse_args()
+    began = time.monotonic()
+    workers = min(options.workers, len(HEAD_DIMS))
+    shares = [HEAD_DIMS[at::workers] for at in range(workers)]
+    jobs = [(-(-options.cases // workers), options.seed, share, options.seconds) for share in shares]
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        done = sum(pool.map(many, jobs), Counter())
+    print(f"{sum(done.values())} cases in {time.monotonic() - began:.0f} s, none wrong: {dict(sorted(done.items()))}")
 
 
 if __name__ == "__main__":

@@ -508,10 +508,10 @@ def stale_prefix_cache(engine: NumbaEngine) -> Engine:
     def keyed_by_ids(*arguments: Any) -> Any:
         made = request(*arguments)
         ids = made.prompt.input_ids
-        made._digest = lambda sha, start, stop: sha.update(repr(ids[start:stop]).encode())
+        made._digest = lambda sha, start, stop: sha.update(repr(ids[start:stop]).encode())  # type: ignore[method-assign]
         return made
 
-    setattr(engine, "_request", keyed_by_ids)  # noqa: B010, a fault is planted from outside
+    engine._request = keyed_by_ids  # type: ignore[method-assign, assignment]
     return engine
 
 
