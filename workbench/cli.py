@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="speed of engine, trace and picture on this machine")
     bench.add_argument("--model", default="smollm2-135m")
     bench.add_argument("--rounds", type=int, default=5)
+    bench.add_argument("--compare", action="store_true", help="comparing, recording and lint instead")
     bench.add_argument(
         "--batches", action="store_true", help="many requests at once beside Transformers' generate instead"
     )
@@ -90,12 +91,13 @@ def _features(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from . import bench, bench_engine, bench_serving
+    from . import bench, bench_compare, bench_engine, bench_serving
 
     if options.engines:
         bench_serving.run(options.engines, options.model, options.dtype, options.device, options.rounds)
         return 0
-    (bench_engine if options.batches else bench).run(options.model, options.rounds)
+    chosen = bench_engine if options.batches else bench_compare if options.compare else bench
+    chosen.run(options.model, options.rounds)
     return 0
 
 

@@ -153,9 +153,10 @@ def choose_positions(prompt: Prompt) -> list[int]:
     wanted = [0, length - 1, length - 2]
     for start, stop in prompt.embedding_ranges:
         wanted += [start - 1, start, start + 1, (start + stop) // 2, stop - 2, stop - 1, stop]
-    wanted += torch.linspace(0, length - 1, _MOST_POSITIONS).long().tolist()
-    chosen = list(dict.fromkeys(position for position in wanted if 0 <= position < length))
-    return sorted(chosen[:_MOST_POSITIONS])
+    chosen = list(dict.fromkeys(position for position in wanted if 0 <= position < length))[:_MOST_POSITIONS]
+    rest = sorted(set(range(length)) - set(chosen))
+    places = torch.linspace(0, len(rest) - 1, min(_MOST_POSITIONS - len(chosen), len(rest))).long().tolist()
+    return sorted([*chosen, *(rest[place] for place in places)])
 
 
 def _answer(model: Model, output: EngineOutput) -> dict[str, Any]:

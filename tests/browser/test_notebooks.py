@@ -212,3 +212,23 @@ def test_06_inside_the_engine(page, lab):
     assert picture(view).startswith("blob:")
     page.screenshot(path=ARTIFACTS / "06_live.png")
     check_quiet(page)
+
+
+def test_07_find_the_bug(page, lab):
+    open_and_run(page, lab, "07_find_the_bug.ipynb")
+    wait_idle(page)
+    find(page, "text=the range is off by one")
+    page.screenshot(path=ARTIFACTS / "07_divergence.png")
+    find(page, "text=exit status 1")
+    page.screenshot(path=ARTIFACTS / "07_shell.png")
+    check_quiet(page)
+
+
+def test_09_turbomind_vs_transformers(page, lab):
+    open_and_run(page, lab, "09_turbomind_vs_transformers.ipynb")
+    wait_idle(page)
+    find(page, "text=the recorded truth is ours")
+    page.screenshot(path=ARTIFACTS / "09_depths.png")
+    find(page, "text=row counts exchanged  differs")
+    page.screenshot(path=ARTIFACTS / "09_misuses.png")
+    check_quiet(page)

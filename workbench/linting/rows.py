@@ -64,8 +64,8 @@ def cast_findings(prompt: Prompt, dtype: str) -> Iterator[Finding]:
         if not is_item(item) or item.dtype == wanted or not len(item):
             continue
         total += len(item)
-        sizes = item.abs()
-        if float(sizes.max()) > info.max:
+        least, most = torch.aminmax(item)
+        if max(-float(least), float(most)) > info.max:
             overflows = (torch.isinf(item.to(wanted)) & ~torch.isinf(item)).any(dim=1)
             row = int(overflows.nonzero()[0]) if overflows.any() else None
             if row is not None:
@@ -73,11 +73,16 @@ def cast_findings(prompt: Prompt, dtype: str) -> Iterator[Finding]:
                     "row-overflow",
                     "error",
                     f"input_embeddings[{number}]: {int(overflows.sum())} of {len(item)} rows overflow in {dtype}, whose largest number "
-                    f"is {info.max:.5g} (row {row} holds {float(sizes[row].max()):.5g}): scale the rows, or run the engine in bfloat16",
+                    f"is {info.max:.5g} (row {row} holds {float(item[row].abs().max()):.5g}): scale the rows, or run the engine in bfloat16",
                     number,
                 )
                 continue
-        back = item.to(wanted).to(item.dtype)
+        if (
+            item.dtype is torch.float32 and wanted is torch.bfloat16
+        ):  # the same exponents: what is lost is the lower half
+            changed += int(((item.contiguous().view(torch.int32) & 0xFFFF) != 0).any(dim=1).sum())
+            continue
+        back, sizes = item.to(wanted).to(item.dtype), item.abs()
         changed += int((back != item).any(dim=1).sum())
         if float(torch.where(item == 0, info.max, sizes).min()) >= info.smallest_normal:
             continue

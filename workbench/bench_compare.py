@@ -1,0 +1,129 @@
+"""What comparing costs: traces on disk against reading them, recording against a plain prefill, lint: `workbench bench --compare`."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from range_kernels.bench import time_in_turns
+
+from .compare import NoiseFloor, compare
+from .engines import open_engine
+from .linting import lint
+from .models import load_model
+from .prompt import Prompt
+from .taps import EVERY_TAP
+from .trace import Trace
+from .trace_files import TraceWriter
+
+LAYERS, POSITIONS, WIDTH = 32, 2048, 2048
+
+
+def run(model_name: str, rounds: int) -> dict[str, float]:
+    """Print a table of medians; return `{job: seconds}`."""
+    with tempfile.TemporaryDirectory(prefix="workbench-bench-") as folder:
+        jobs = {**_traces(Path(folder)), **_recording(model_name, Path(folder))}
+        before = _anonymous()
+        peak = _Peak()
+        with peak:
+            jobs["compare two traces"]()
+        seconds = time_in_turns(jobs, rounds)
+    for name, value in seconds.items():
+        print(f"{name:52} {value * 1000:10.2f} ms")
+    reading = seconds["read two traces into memory"]
+    print(f"comparing / reading into memory: {seconds['compare two traces'] / reading:.2f} (asked: at most 1.5)")
+    print(
+        f"memory of its own while comparing: {(peak.most - before) / 2**20:.0f} MiB; one tap is {POSITIONS * WIDTH * 8 / 2**20:.0f} MiB"
+    )
+    print(f"all taps / plain prefill: {seconds['prefill, all taps'] / seconds['prefill']:.2f} (asked: at most 2)")
+    print(f"lint: {seconds['lint, 4096 tokens, 8 pictures'] * 1000:.1f} ms (asked: under 5)")
+    return seconds
+
+
+def _traces(folder: Path) -> dict[str, Callable[[], object]]:
+    """Two files of 32 taps x 2,048 x 2,048: a reference in float64 and a run in float32 that is rounded from it."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {f"layers.{number}": (POSITIONS, WIDTH) for number in range(LAYERS)}
+    positions = torch.arange(POSITIONS)
+    record: dict[str, Any] = {
+        "engine": "bench", "model": "bench", "model_digest": "", "device": "cpu", "prompt": "", "tokens": POSITIONS,
+        "ranges": [[100, 676]], "modalities": ["image"], "versions": {},
+    }  # fmt: skip
+    paths = {"float64": folder / "truth.safetensors", "float32": folder / "run.safetensors"}
+    state = torch.randn(POSITIONS, WIDTH, generator=generator, dtype=torch.float64)
+    for name, path in paths.items():
+        dtype = getattr(torch, name)
+        with TraceWriter(path, shapes, dtype, positions, {**record, "dtype": name}) as writer:
+            for tap in shapes:
+                writer.write(tap, state.to(dtype))
+    error = torch.full((POSITIONS,), 6e-8, dtype=torch.float64)
+    floor = NoiseFloor(
+        dict.fromkeys(shapes, error), dict.fromkeys(shapes, ""), positions, {**record, "dtype": "float32"}
+    )
+
+    def read() -> None:
+        for path in paths.values():
+            path.read_bytes()
+
+    def scan() -> None:
+        room = bytearray(1 << 24)
+        for path in paths.values():
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(room):
+                    pass
+
+    def both() -> None:
+        result = compare(Trace.load(paths["float64"]), Trace.load(paths["float32"]), floor=floor)
+        assert result.verdict == "noise", str(result)
+
+    return {"read two traces into memory": read, "scan two traces through 16 MiB": scan, "compare two traces": both}
+
+
+def _recording(model_name: str, folder: Path) -> dict[str, Callable[[], object]]:
+    model = load_model(model_name)
+    engine = open_engine("numba", model)
+    generator = torch.Generator().manual_seed(0)
+    vocab, hidden = model.text_config.vocab_size, model.text_config.hidden_size
+    ids = torch.randint(5, vocab, (256,), generator=generator).tolist()
+    prompt = Prompt(ids, [model.token_rows(ids[30:80])], [(30, 80)])
+    long = torch.randint(5, vocab, (4096,), generator=generator).tolist()
+    pictures = [torch.randn(256, hidden, generator=generator) * 0.1 for _ in range(8)]
+    many = Prompt(long, pictures, [(100 + 480 * number, 356 + 480 * number) for number in range(8)])
+    every = [tap for tap in EVERY_TAP if tap != "logits"]
+    return {
+        "prefill": lambda: engine.trace(prompt, ["norm"], [-1]),
+        "prefill, all taps": lambda: engine.trace(prompt, every),
+        "prefill, all taps, to disk": lambda: engine.trace(prompt, every, path=folder / "all.safetensors"),
+        "lint, 4096 tokens, 8 pictures": lambda: lint(many, model, "turbomind", dtype="bfloat16"),
+    }
+
+
+class _Peak:
+    """The most memory of its own that the process has while the block runs, looked at every millisecond."""
+
+    def __enter__(self) -> _Peak:
+        self.most, self._ended = _anonymous(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.is_set():
+            self.most = max(self.most, _anonymous())
+            time.sleep(0.001)
+
+
+def _anonymous() -> int:
+    """Bytes that are the process's own, without files that it maps (Linux; 0 elsewhere)."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
