@@ -62,3 +62,12 @@ def test_kernels_is_no_package_that_transformers_could_take_for_its_own():
     from transformers.utils import is_kernels_available
 
     assert not is_kernels_available()
+
+
+def test_every_package_is_in_the_wheel():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "workbench").rglob("__init__.py")}
+    found |= {
+        ".".join(file.parent.relative_to(ROOT / "kernels").parts) for file in (ROOT / "kernels").rglob("__init__.py")
+    }
+    assert listed == found

@@ -16,6 +16,7 @@ from .linting import effective_prompt, lint
 from .models import Model, load_model
 from .probes import probe
 from .prompt import MultimodalPrompt, Prompt, Span
+from .recording import Recording, record
 from .trace import Trace
 from .version import __version__
 from .vision import build_multimodal, build_prompt, load_vision_tower
@@ -32,6 +33,7 @@ __all__ = [
     "MultimodalPrompt",
     "Prompt",
     "PromptError",
+    "Recording",
     "ResponseType",
     "Span",
     "Trace",
@@ -48,4 +50,5 @@ __all__ = [
     "load_vision_tower",
     "open_engine",
     "probe",
+    "record",
 ]

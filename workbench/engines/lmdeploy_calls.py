@@ -40,8 +40,8 @@ def installed_version() -> Version:
         if error.name != "lmdeploy":
             raise ModelError(f"lmdeploy is installed but lacks {error.name}: pip install {error.name}") from error
         raise ModelError(
-            "lmdeploy is not installed: pip install -c constraints.txt -e '.[turbomind]' on a Linux machine with an NVIDIA GPU; "
-            "runs that were recorded elsewhere need neither (workbench.Trace.load)"
+            "lmdeploy is not installed: on a Linux machine with an NVIDIA GPU, pip install -e '.[turbomind]' in an environment of its own "
+            "(it needs an older torch than the pins here); runs that were recorded elsewhere need neither (workbench.Recording.load)"
         ) from error
     except Exception as error:  # a wheel for another CUDA fails with whatever its loader says
         raise ModelError(f"lmdeploy is installed and cannot be imported: {type(error).__name__}: {error}") from error

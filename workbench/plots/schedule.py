@@ -27,8 +27,9 @@ def schedule_figure(steps: Sequence[Step], labels: Sequence[str] = ()) -> Figure
     """
     requests = sorted({piece.request for step in steps for piece in step.pieces})
     lanes = {request: lane for lane, request in enumerate(requests)}
-    figure = Figure(figsize=(11, 1.9 + 0.26 * len(lanes)), dpi=100, layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[max(len(lanes), 2) * 0.26 + 0.3, 1.2])
+    height = min(max(len(lanes), 2) * 0.26, 6.0)  # many requests get thin lanes, not a tall picture
+    figure = Figure(figsize=(11, 1.9 + height), dpi=100, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[height + 0.3, 1.2])
     most = max((len(piece) for step in steps for piece in step.pieces if not piece.decoding), default=1)
     seen: set[int] = set()
     for column, step in enumerate(steps):
@@ -43,7 +44,8 @@ def schedule_figure(steps: Sequence[Step], labels: Sequence[str] = ()) -> Figure
             seen.add(piece.request)
     above.set_ylim(len(lanes), 0)
     names = [labels[request] if request < len(labels) else str(request) for request in requests]
-    above.set_yticks([lane + 0.5 for lane in range(len(lanes))], names, fontsize=7)
+    every = -(-len(lanes) // 32)
+    above.set_yticks([lane + 0.5 for lane in range(0, len(lanes), every)], names[::every], fontsize=7)
     above.set_ylabel("request", fontsize=8)
     above.set_facecolor(PAPER)
     above.legend(
