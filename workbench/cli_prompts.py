@@ -154,7 +154,7 @@ def _trace(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     """0 same or noise, 1 a bug."""
-    from .compare import FACTOR, compare
+    from .compare import FACTOR, compare, compare_logits
     from .compare.divergence import explain
     from .compare.floor import NoiseFloor, check_comparable
     from .models import load_model
@@ -172,6 +172,9 @@ def _compare(options: argparse.Namespace) -> int:
         if prompt is not None and prompt.digest != run.provenance["prompt"]:
             raise PromptError(f"{options.prompt} is another prompt than the one of {options.run}")
         explanation = str(explain(comparison, truth, run, prompt, model))
+    logits = None
+    if "logits" in truth and "logits" in run:
+        logits = compare_logits(truth["logits"], run["logits"], truth.positions)
     if options.html:
         write_report(options.html, comparison, truth, run, explanation)
     if options.json:
@@ -181,6 +184,8 @@ def _compare(options: argparse.Namespace) -> int:
                 "verdict": comparison.verdict,
                 "first_divergence": dataclasses.asdict(first) if first else None,
                 "explanation": explanation or None,
+                "first_divergence_metrics": _metrics(comparison, truth, run),
+                "logits": logits.summary() if logits is not None else None,
                 "taps": comparison.table(),
                 "spans": comparison.by_span(),
             }
@@ -189,7 +194,21 @@ def _compare(options: argparse.Namespace) -> int:
         print(comparison)
         if explanation:
             print(explanation)
+        if logits is not None:
+            print(f"next tokens: {logits}")
     return int(comparison.verdict == "bug")
+
+
+def _metrics(comparison: Any, truth: Any, run: Any) -> dict[str, float] | None:
+    """Every metric of the first wrong state, units in the last place among them."""
+    from .compare.metrics import measure
+
+    first = comparison.first_divergence
+    if first is None:
+        return None
+    at = int((comparison.positions == first.token).nonzero()[0])
+    found = measure(run[first.tap][at : at + 1], truth[first.tap][at : at + 1], comparison.dtype)
+    return {name: float(value[0]) for name, value in found.items()}
 
 
 def _probe(options: argparse.Namespace) -> int:

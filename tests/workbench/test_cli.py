@@ -38,7 +38,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     model = save_llama(folder / "llama")
     random_prompt().save(folder / "p.json")
-    arguments = ["--model", str(model.path), "--taps", "embed", "layers.*", "norm"]
+    arguments = ["--model", str(model.path), "--taps", "embed", "layers.*", "norm", "logits"]
     assert (
         main(
             [
@@ -55,7 +55,7 @@ def files(tmp_path_factory):
     )
     assert main(["trace", str(folder / "p.json"), *arguments, "--out", str(folder / "run.safetensors")]) == 0
     faulty = FaultyEngine(workbench.open_engine("numba", model), off_by_one)
-    faulty.trace(random_prompt(), ["embed", "layers.*", "norm"], path=folder / "bad.safetensors")
+    faulty.trace(random_prompt(), ["embed", "layers.*", "norm", "logits"], path=folder / "bad.safetensors")
     return folder
 
 
@@ -101,6 +101,9 @@ def test_compare_judges_and_explains(files, capsys):
     assert run(files, "compare", "ref.safetensors", "bad.safetensors", "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert found["first_divergence"]["tap"] == "embed"
+    assert found["first_divergence_metrics"]["ulp"] > 1000
+    assert found["logits"]["disagreements"]
+    assert found["logits"]["agreement"]["1"] < 1
     assert {row["kind"] for row in found["spans"]} == {"text", "embeddings"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -32,6 +33,16 @@ class LogitComparison:
     def disagreements(self) -> list[int]:
         """Positions after which the two would say different tokens."""
         return [int(position) for position in self.positions[self.rank > 0]]
+
+    def summary(self) -> dict[str, Any]:
+        """The worst and the mean over positions, and where the next token differs."""
+        return {
+            "kl_max": float(self.kl.max()),
+            "kl_mean": float(self.kl.mean()),
+            "agreement": {str(k): float(share.mean()) for k, share in self.agreement.items()},
+            "rank_max": int(self.rank.max()),
+            "disagreements": self.disagreements,
+        }
 
     def __str__(self) -> str:
         wrong = self.disagreements
