@@ -54,6 +54,8 @@ def lab(tmp_path_factory):
     """The address of a JupyterLab that serves a copy of the notebooks beside the data, started as `make lab` starts it."""
     home = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "notebooks", home / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for notebook in Path(__file__).parent.glob("*.ipynb"):
+        shutil.copy(notebook, home / "notebooks" / notebook.name)
     (home / "data").symlink_to(ROOT / "data")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

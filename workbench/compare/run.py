@@ -20,8 +20,12 @@ from .verdict import FACTOR, Comparison, compare
 
 def reference(model: Model, dtype: str, device: str = "cpu") -> TransformersReference:
     """The reference in a dtype, loaded once while the model's files stay as they are."""
-    stamps = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(model.path.glob("*.*")))
-    return _load(model, dtype, device, stamps)
+    return _load(model, dtype, device, _stamps(model))
+
+
+def _stamps(model: Model) -> tuple:
+    """What changes when somebody changes the model's files."""
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(model.path.glob("*.*")))
 
 
 @lru_cache(maxsize=4)
@@ -38,7 +42,7 @@ def reference_run(
     device: str = "cpu",
 ) -> tuple[Trace, NoiseFloor]:
     """The truth and the noise floor of a prompt; the last few are kept, so that engines are compared without running it again."""
-    key = (model.digest, prompt.digest, dtype, tuple(taps), repr(positions), device)
+    key = (model.path, _stamps(model), prompt.digest, dtype, tuple(taps), repr(positions), device)
     with _RUNS_LOCK:
         if key in _RUNS:
             _RUNS.move_to_end(key)

@@ -17,7 +17,7 @@ def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
     """What TurboMind computes: rows of all items end to end, consumed by the ranges in order."""
     reason = _python_refuses(prompt)
     if reason:
-        return Effect.rejects(reason, "a RuntimeError or TypeError at the call")
+        return Effect.rejects(reason, "an AssertionError, RuntimeError or TypeError at the call")
     reason = _engine_rejects(prompt)
     if reason and target.before("0.12"):
         note = f'{reason}: before 0.12 that is only logged ("Skip invalid input embeddings"), and the placeholder tokens are used'
@@ -78,6 +78,9 @@ def _python_refuses(prompt: Prompt) -> str | None:
     for number, item in enumerate(prompt.input_embeddings):
         if not is_item(item):
             return f"input_embeddings[{number}] is no dense tensor [rows, hidden]"
+    items, ranges = len(prompt.input_embeddings), len(prompt.embedding_ranges)
+    if items != ranges:
+        return f"{items} input_embeddings and {ranges} ranges"
     widths = {item.shape[1] for item in prompt.input_embeddings}
     if len(widths) > 1:
         return f"items are {', '.join(map(str, sorted(widths)))} wide and cannot be copied into one buffer"

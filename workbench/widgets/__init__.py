@@ -5,5 +5,6 @@ from .comparison import ComparisonBench
 from .engine import EngineView
 from .landing import LandingBench
 from .pictures import PictureBench
+from .range_editor import RangeEditor
 
-__all__ = ["ComparisonBench", "EngineView", "LandingBench", "PictureBench", "PlanBench"]
+__all__ = ["ComparisonBench", "EngineView", "LandingBench", "PictureBench", "PlanBench", "RangeEditor"]

@@ -1,0 +1,156 @@
+"""The range editor under a hand: mouse, keyboard, undo, code from Python, a long prompt, light and dark."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+from .conftest import ARTIFACTS
+from .test_notebooks import SECOND, check_quiet, find, open_and_run, wait_idle
+
+pytestmark = pytest.mark.browser
+NOTEBOOK = "range_editor.ipynb"
+
+
+def ranges(page):
+    text = page.locator(".seen").first.inner_text()
+    return [[int(number) for number in pair] for pair in re.findall(r"\[(\d+), (\d+)\]", text)]
+
+
+def wait_ranges(page, wanted):
+    page.wait_for_function(
+        "wanted => document.querySelector('.seen').textContent.includes(wanted)",
+        arg=f"python has {wanted}",
+        timeout=20 * SECOND,
+    )
+
+
+def drag(page, node, dx, dy=0, steps=8):
+    box = node.bounding_box()
+    x, y = box["x"] + min(box["width"] / 2, 30), box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + dx, y + dy, steps=steps)
+    page.mouse.up()
+
+
+def test_a_hand_moves_ranges_and_python_follows(page, lab, capsys):
+    open_and_run(page, lab, NOTEBOOK)
+    wait_idle(page)
+    editor = find(page, ".short-editor")
+    wait_ranges(page, [[3, 52], [52, 101]])
+    assert editor.locator(".wb-finding.wb-error").count() == 0
+    page.screenshot(path=ARTIFACTS / "editor_light.png")
+
+    # By keyboard: the first range one token to the right lies over the second.
+    first = editor.locator("[data-key='0-both']")
+    first.focus()
+    start = time.perf_counter()
+    first.press("ArrowRight")
+    editor.locator("text=overlaps embedding_ranges[0]").wait_for(timeout=20 * SECOND)
+    feedback = time.perf_counter() - start
+    wait_ranges(page, [[4, 53], [52, 101]])
+    editor.locator("text=lie outside every range").wait_for(timeout=20 * SECOND)
+    page.screenshot(path=ARTIFACTS / "editor_overlap.png")
+    editor.locator("[data-key='0-both']").press("Control+z")
+    wait_ranges(page, [[3, 52], [52, 101]])
+    editor.locator("[data-key='0-both']").press("Control+y")
+    wait_ranges(page, [[4, 53], [52, 101]])
+    editor.locator("button", has_text="Undo").click()
+    wait_ranges(page, [[3, 52], [52, 101]])
+
+    # By mouse: an end, then the whole range; neither leaves the prompt or becomes empty.
+    drag(page, editor.locator("[data-key='1-stop']"), -150)
+    page.wait_for_function(
+        "() => !document.querySelector('.seen').textContent.includes('52, 101')", timeout=20 * SECOND
+    )
+    (_, (a, b)) = ranges(page)
+    assert a == 52
+    assert 52 < b < 101
+    editor.locator("text=holds").first.wait_for(timeout=20 * SECOND)
+    page.locator("button", has_text="back from python").click()
+    wait_ranges(page, [[3, 52], [52, 101]])
+    drag(page, editor.locator("[data-key='0-start']"), 4000, 60)
+    page.wait_for_function(
+        "() => !document.querySelector('.seen').textContent.includes('[3, 52]')", timeout=20 * SECOND
+    )
+    assert ranges(page)[0] == [51, 52]
+
+    # Added, removed, put back from Python.
+    editor.locator("button", has_text="Add range").click()
+    page.wait_for_function(
+        "() => (document.querySelector('.seen').textContent.match(/\\[\\d/g) || []).length === 3", timeout=20 * SECOND
+    )
+    editor.locator("text=2 input_embeddings but 3 embedding_ranges").wait_for(timeout=20 * SECOND)
+    editor.locator("[data-key='2-both']").press("Delete")
+    page.locator("button", has_text="back from python").click()
+    wait_ranges(page, [[3, 52], [52, 101]])
+    editor.locator("button", has_text="Copy for LMDeploy").click()
+    editor.locator("text=input_embedding_ranges=[[3, 52], [52, 101]]").wait_for(timeout=20 * SECOND)
+    with capsys.disabled():
+        print(f"\nkey to lint feedback in the page: {feedback * 1000:.0f} ms")
+    check_quiet(page)
+
+
+def test_a_long_prompt_scrolls_with_few_nodes(page, lab, capsys):
+    open_and_run(page, lab, NOTEBOOK)
+    wait_idle(page)
+    editor = find(page, ".long-editor")
+    strip = editor.locator(".wb-strip")
+    assert editor.locator(".wb-token").count() < 1500
+    frames = strip.evaluate(
+        """async strip => {
+            const times = [];
+            let last = performance.now();
+            for (let step = 0; step < 120; step++) {
+                strip.scrollTop += 60;
+                await new Promise(requestAnimationFrame);
+                const now = performance.now();
+                times.push(now - last);
+                last = now;
+            }
+            return times.sort((a, b) => a - b);
+        }"""
+    )
+    strip.evaluate("strip => { strip.scrollTop = strip.scrollHeight; }")
+    handle = editor.locator("[data-key='1-stop']")
+    handle.wait_for(timeout=20 * SECOND)
+    handle.press("PageUp")
+    editor.locator("text=holds 110 tokens").first.wait_for(timeout=20 * SECOND)
+    page.screenshot(path=ARTIFACTS / "editor_long.png")
+    with capsys.disabled():
+        print(f"\nscrolling 8,192 tokens: median frame {frames[60]:.1f} ms, 95 % within {frames[114]:.1f} ms")
+    check_quiet(page)
+
+
+def test_dark(page, lab):
+    open_and_run(page, lab, NOTEBOOK)
+    wait_idle(page)
+    page.evaluate("() => document.body.dataset.jpThemeLight")
+    page.get_by_role("menuitem", name="Settings", exact=True).click()
+    page.get_by_text("Theme", exact=True).first.hover()
+    page.get_by_text("JupyterLab Dark", exact=True).first.click()
+    page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'", timeout=20 * SECOND)
+    editor = find(page, ".short-editor")
+    # Text and what lies behind it are as far apart as WCAG asks for (4.5).
+    contrast = (
+        editor.locator(".wb-token")
+        .nth(1)
+        .evaluate(
+            """node => {
+            const parse = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
+            const light = rgb => {
+                const [r, g, b] = rgb.map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+                return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+            };
+            const ink = light(parse(getComputedStyle(node).color));
+            const paper = light(parse(getComputedStyle(node.closest('.wb-strip')).backgroundColor));
+            return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+        }"""
+        )
+    )
+    assert contrast > 4.5
+    page.screenshot(path=ARTIFACTS / "editor_dark.png")
+    check_quiet(page)

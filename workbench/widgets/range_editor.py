@@ -1,0 +1,103 @@
+"""The range editor: a prompt as a strip of tokens, its ranges dragged over them, lint as you drag."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets
+from matplotlib.figure import Figure
+
+from ..errors import ModelError
+from ..linting import lint
+from ..models import Model
+from ..plots.tokens import token_strip
+from ..prompt import Prompt
+
+_HERE = Path(__file__).parent
+_MOST_FINDINGS = 20
+
+
+class RangeEditor(anywidget.AnyWidget):
+    """Drag, resize, add and remove ranges; `editor.prompt` and `editor.embedding_ranges` follow the hand, and the other way round.
+
+    Mouse and touch: drag a range to move it, its ends to resize it. Keyboard: Tab to a range or an end, arrow keys move it (with
+    Shift, or Page Up and Down, by ten), Delete removes it, Ctrl+Z and Ctrl+Y undo and redo.
+
+    Args:
+        prompt: may be wrong; findings say how.
+        model: for the tokens' words and for lint.
+        target: an engine whose view of the prompt lint adds, such as "turbomind==0.18.0".
+        dtype: what the engine computes in, for lint.
+        height: of the strip in pixels; a longer prompt scrolls.
+    """
+
+    _esm = _HERE / "range_editor.js"
+    _css = _HERE / "range_editor.css"
+
+    tokens = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    special = traitlets.List(traitlets.Int()).tag(sync=True)
+    labels = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    embedding_ranges = traitlets.List(traitlets.List(traitlets.Int(), minlen=2, maxlen=2)).tag(sync=True)
+    findings = traitlets.List(traitlets.Dict()).tag(sync=True)
+    height = traitlets.Int(180).tag(sync=True)
+
+    def __init__(
+        self, prompt: Prompt, model: Model, target: str | None = None, dtype: str | None = None, height: int = 180
+    ) -> None:
+        lint(prompt, None, target, dtype=dtype)  # an unknown target or dtype is an error here, not at the first drag
+        self._prompt, self.model, self.target, self.dtype = prompt, model, target, dtype
+        super().__init__(
+            tokens=model.tokens(prompt.input_ids),
+            special=_special(prompt, model),
+            labels=[span.label or f"{span.modality} {number}" for number, span in enumerate(prompt.spans)],
+            embedding_ranges=[list(pair) for pair in prompt.embedding_ranges],
+            height=height,
+        )
+        self._lint()
+        self.observe(lambda change: self._lint(), "embedding_ranges")
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt with the ranges as they are now; spans stay with their items as long as there are as many ranges."""
+        ranges = [(start, stop) for start, stop in self.embedding_ranges]
+        spans = self._prompt.spans if len(ranges) == len(self._prompt.spans) else ()
+        return self._prompt.replace(embedding_ranges=ranges, spans=spans)
+
+    @prompt.setter
+    def prompt(self, prompt: Prompt) -> None:
+        self._prompt = prompt
+        with self.hold_sync():
+            self.tokens = self.model.tokens(prompt.input_ids)
+            self.special = _special(prompt, self.model)
+            self.labels = [span.label or f"{span.modality} {number}" for number, span in enumerate(prompt.spans)]
+            self.embedding_ranges = [list(pair) for pair in prompt.embedding_ranges]
+        self._lint()
+
+    def figure(self) -> Figure:
+        """The strip as a matplotlib figure, for papers and saved pages."""
+        return token_strip(self.tokens, self.prompt.embedding_ranges)
+
+    def _lint(self) -> None:
+        try:
+            found = lint(self.prompt, self.model, self.target, dtype=self.dtype)
+        except Exception as error:  # a view that says nothing would look like a sound prompt
+            self.findings = [_finding("lint-failed", "error", f"lint failed: {type(error).__name__}: {error}")]
+            return
+        self.findings = [dataclasses.asdict(each) for each in found[:_MOST_FINDINGS]]
+        if len(found) > _MOST_FINDINGS:
+            self.findings = [*self.findings, _finding("more", "info", f"and {len(found) - _MOST_FINDINGS} more")]
+
+
+def _finding(code: str, severity: str, message: str) -> dict[str, Any]:
+    return {"code": code, "severity": severity, "message": message, "item": None}
+
+
+def _special(prompt: Prompt, model: Model) -> list[int]:
+    try:
+        special = set(model.tokenizer.all_special_ids)
+    except ModelError:
+        return []
+    return [position for position, token in enumerate(prompt.input_ids) if token in special]
