@@ -28,6 +28,7 @@ def wait_ranges(page, wanted):
 
 
 def drag(page, node, dx, dy=0, steps=8):
+    node.scroll_into_view_if_needed()
     box = node.bounding_box()
     x, y = box["x"] + min(box["width"] / 2, 30), box["y"] + box["height"] / 2
     page.mouse.move(x, y)
@@ -72,7 +73,7 @@ def test_a_hand_moves_ranges_and_python_follows(page, lab, capsys):
     editor.locator("text=holds").first.wait_for(timeout=20 * SECOND)
     page.locator("button", has_text="back from python").click()
     wait_ranges(page, [[3, 52], [52, 101]])
-    drag(page, editor.locator("[data-key='0-start']"), 4000, 60)
+    drag(page, editor.locator("[data-key='0-start']"), 300, 200)
     page.wait_for_function(
         "() => !document.querySelector('.seen').textContent.includes('[3, 52]')", timeout=20 * SECOND
     )

@@ -40,6 +40,7 @@ function make(tag, className, parent, text) {
 
 function render({ model, el }) {
   const root = make("div", "wb-editor", el);
+  root.dataset.lmSuppressShortcuts = "true"; // JupyterLab has its own plans for Page Up and the like
   const bar = make("div", "wb-bar", root);
   const strip = make("div", "wb-strip", root);
   const inner = make("div", "wb-inner", strip);
@@ -49,7 +50,7 @@ function render({ model, el }) {
   strip.setAttribute("role", "group");
   strip.setAttribute("aria-label", "prompt tokens with embedding ranges");
   strip.tabIndex = 0;
-  strip.style.height = `${model.get("height")}px`;
+  strip.style.maxHeight = `${model.get("height")}px`;
 
   let layout = null, drag = null, chosen = null, past = [], future = [], sending = false;
   let ranges = model.get("embedding_ranges").map((pair) => [...pair]);
@@ -116,7 +117,7 @@ function render({ model, el }) {
       parts.forEach(([line, left, width], at) => {
         if (line < from || line >= to) return;
         const body = document.createElement("div");
-        body.className = `wb-range ${severity && "wb-" + severity} ${chosen === item ? "wb-chosen" : ""}`;
+        body.className = `wb-range ${severity && "wb-" + severity}`;
         body.style.cssText = `left:${left}px;top:${line * LINE + 6}px;width:${width}px;--wb-colour:${COLOURS[item % COLOURS.length]}`;
         body.title = `${model.get("labels")[item] ?? "item " + item}: [${start}, ${stop}), ${stop - start} tokens${reason ? "\n" + reason : ""}`;
         body.dataset.item = item;
@@ -129,6 +130,12 @@ function render({ model, el }) {
     });
     inner.replaceChildren(page);
     if (focus) inner.querySelector(`[data-key="${focus}"]`)?.focus({ preventScroll: true });
+    mark();
+  }
+
+  // What is chosen, without drawing anew: a node that is replaced while it gets the focus loses it.
+  function mark() {
+    for (const node of inner.querySelectorAll(".wb-range")) node.classList.toggle("wb-chosen", Number(node.dataset.item) === chosen);
     buttons.remove.disabled = chosen === null || chosen >= ranges.length;
     buttons.undo.disabled = !past.length;
     buttons.redo.disabled = !future.length;
@@ -260,7 +267,7 @@ function render({ model, el }) {
     drag = { item: chosen, part: node.dataset.part, token, before: ranges.map((pair) => [...pair]), moved: false };
     strip.setPointerCapture(event.pointerId);
     event.preventDefault();
-    draw();
+    mark();
     inner.querySelector(`[data-key="${chosen}-${drag.part}"]`)?.focus({ preventScroll: true });
   });
   strip.addEventListener("pointermove", (event) => {
@@ -304,13 +311,13 @@ function render({ model, el }) {
       } else return;
     }
     event.preventDefault();
-    event.stopPropagation(); // JupyterLab has its own plans for these keys
+    event.stopPropagation();
   });
   root.addEventListener("focusin", (event) => {
     const node = event.target.closest("[data-part]");
     if (node && chosen !== Number(node.dataset.item)) {
       chosen = Number(node.dataset.item);
-      draw();
+      mark();
     }
   });
   let scrolling = false;

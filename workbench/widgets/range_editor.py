@@ -31,7 +31,7 @@ class RangeEditor(anywidget.AnyWidget):
         model: for the tokens' words and for lint.
         target: an engine whose view of the prompt lint adds, such as "turbomind==0.18.0".
         dtype: what the engine computes in, for lint.
-        height: of the strip in pixels; a longer prompt scrolls.
+        height: of the strip at most, in pixels; a longer prompt scrolls.
     """
 
     _esm = _HERE / "range_editor.js"
@@ -42,10 +42,10 @@ class RangeEditor(anywidget.AnyWidget):
     labels = traitlets.List(traitlets.Unicode()).tag(sync=True)
     embedding_ranges = traitlets.List(traitlets.List(traitlets.Int(), minlen=2, maxlen=2)).tag(sync=True)
     findings = traitlets.List(traitlets.Dict()).tag(sync=True)
-    height = traitlets.Int(180).tag(sync=True)
+    height = traitlets.Int(280).tag(sync=True)
 
     def __init__(
-        self, prompt: Prompt, model: Model, target: str | None = None, dtype: str | None = None, height: int = 180
+        self, prompt: Prompt, model: Model, target: str | None = None, dtype: str | None = None, height: int = 280
     ) -> None:
         lint(prompt, None, target, dtype=dtype)  # an unknown target or dtype is an error here, not at the first drag
         self._prompt, self.model, self.target, self.dtype = prompt, model, target, dtype
