@@ -6,9 +6,9 @@ workbench bench --engines turbomind transformers numba --device cuda --model PAT
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any
 
@@ -44,7 +44,7 @@ def spliced_prompt(model: Model, tokens: int, pictures: int, seed: int = 0) -> P
 def run(kinds: Sequence[str], model_name: str, dtype: str, device: str, rounds: int = 3) -> dict[str, Any]:
     """Measure every engine in this process, one after the other, and print a table; returns all figures.
 
-    An engine that cannot do something is left out there, with its reason.
+    Medians of five first tokens, and of two rates for up to 16 at once; 64 at once run once. What runs out of memory is None.
     """
     model = load_model(model_name)
     figures: dict[str, Any] = {"model": model_name, "dtype": dtype, "rounds": rounds, "engines": {}}
@@ -108,11 +108,11 @@ def _wait() -> None:
 
 def _generate_together(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> None:
     config = GenerationConfig(max_new_tokens=tokens, ignore_eos=True)
-    threads = [threading.Thread(target=engine.generate, args=(prompt, config)) for prompt in prompts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        outputs = list(pool.map(lambda prompt: engine.generate(prompt, config), prompts))
+    made = [len(output.token_ids) for output in outputs]
+    if made != [tokens] * len(prompts):
+        raise RuntimeError(f"requests made {made} tokens instead of {tokens} each: nothing can be said about speed")
 
 
 @torch.no_grad()

@@ -136,6 +136,11 @@ def _trace(options: argparse.Namespace) -> int:
 
     prompt = Prompt.load(options.prompt)
     positions = parse_positions(options.positions)
+    if Path(options.out).resolve() in (
+        Path(options.prompt).resolve(),
+        Path(options.prompt).with_suffix(".safetensors").resolve(),
+    ):
+        raise ValueError(f"--out {options.out} is a file of the prompt itself: name another")
     if options.reference is None:
         engine = _open(options)
         print(engine.plan_trace(prompt, options.taps, positions))

@@ -15,5 +15,9 @@ class ModelError(RuntimeError):
     """A model that cannot be found, fetched, read or run."""
 
 
+class EngineDied(ModelError):
+    """An engine whose process has ended; every request it had is lost."""
+
+
 class TraceError(ValueError):
     """Traces that cannot be read, or cannot be compared with each other."""

@@ -10,7 +10,7 @@ import torch
 from .compare.run import reference
 from .compare.verdict import compare
 from .engines.api import Engine
-from .errors import ModelError
+from .errors import EngineDied, ModelError
 from .prompt import Prompt
 from .targets import Target, effect
 from .trace import Trace
@@ -49,6 +49,10 @@ def _exchanged_lengths(prompt: Prompt) -> Prompt:
     return prompt.replace(input_embeddings=[torch.cat([first, first[:1]]), second[:-1], *rest])
 
 
+def _item_too_many(prompt: Prompt) -> Prompt:
+    return prompt.replace(input_embeddings=[*prompt.input_embeddings, prompt.input_embeddings[0][:1]])
+
+
 def _reversed(prompt: Prompt) -> Prompt:
     (start, stop), *rest = prompt.embedding_ranges
     return prompt.replace(embedding_ranges=[(stop, start), *rest], spans=())
@@ -82,6 +86,7 @@ MISUSES: dict[str, Callable[[Prompt], Prompt]] = {
     "a row too few": _short,
     "a row too many": _long,
     "row counts exchanged": _exchanged_lengths,
+    "an item too many": _item_too_many,
     "reversed range": _reversed,
     "off by one": _off_by_one,
     "NaN": _nan,
@@ -98,7 +103,7 @@ class Observation:
     Attributes:
         predicted: "accepts", "differs", "ignores", "rejects", or "undefined" where nobody can say what is computed.
         why: the rules' note.
-        seen: "computes what was predicted", "rejects", "computes something else", "no finite numbers".
+        seen: "computes what was predicted", "rejects", "computes something else", "no finite numbers", "crashes".
         evidence: the error, or the verdict against the reference on the prompt that the rules say is computed.
         agrees: whether what was seen is what was predicted; None where nothing was.
     """
@@ -125,8 +130,12 @@ def observe(engine: Engine, prompt: Prompt, target: str, misuse: str, device: st
     why = "; ".join(predicted.notes)
     try:
         trace = engine.trace(wrong, ["norm"])
+    except EngineDied as error:
+        return Observation(misuse, outcome, why, "crashes", str(error), None if outcome == "undefined" else False)
     except (ModelError, ValueError, TypeError) as error:
-        agrees = None if outcome == "undefined" else outcome == "rejects"
+        status = predicted.status.rsplit(".", 1)[-1]
+        as_told = not status.isupper() or status in str(error)
+        agrees = None if outcome == "undefined" else outcome == "rejects" and as_told
         return Observation(misuse, outcome, why, "rejects", str(error), agrees)
     if not torch.isfinite(trace["norm"]).all():
         agrees = None if outcome == "undefined" else misuse == "NaN"

@@ -15,7 +15,7 @@ import torch
 from .compare.metrics import relative_error, unit_roundoff
 from .compare.verdict import FACTOR
 from .engines.api import Engine
-from .engines.messages import EngineOutput, GenerationConfig
+from .engines.messages import EngineOutput, GenerationConfig, ResponseType
 from .errors import PromptError
 from .injections import noise_like
 from .prompt import Prompt, Range
@@ -23,6 +23,8 @@ from .prompt import Prompt, Range
 _NEW_TOKENS = 4
 _MOST = 4096
 """Unit roundoffs that a change may be at most and still count as rounding (a guess; 40 to 110 were seen on SmolLM2-135M)."""
+_MOST_RELATIVE = 0.25
+"""And the most in any dtype: a state that is a quarter off is another state (a guess; 0.17 was seen in bfloat16)."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class _Subject:
         first = min(start for start, _ in self.prompt.embedding_ranges)
         typical = float(worst[first:].median())
         # An engine that rolls dice must not set its own limit.
-        return (FACTOR * worst.clamp_min(max(typical, 4 * roundoff))).clamp_max(_MOST * roundoff)
+        return (FACTOR * worst.clamp_min(max(typical, 4 * roundoff))).clamp_max(min(_MOST * roundoff, _MOST_RELATIVE))
 
     def changed(self, state: torch.Tensor) -> torch.Tensor:
         """bool `[seq]`: where a state is another one than the prompt's own."""
@@ -199,8 +201,8 @@ def _identity(subject: _Subject) -> _Answer:
     if torch.equal(text, injected):
         return True, "the tokens' own rows give the text's states bit for bit"
     error = relative_error(injected, text)
-    limit = float(subject.limits.median())
-    at = int(error.argmax())
+    at = int((error / subject.limits).argmax())
+    limit = float(subject.limits[at])
     return bool(
         (error <= subject.limits).all()
     ), f"largest difference {float(error[at]):.1e} at token {at}, rounding explains {limit:.1e}"
@@ -299,6 +301,8 @@ def _same_answer(subject: _Subject, alone: EngineOutput, others: Sequence[Engine
     limit = float(subject.limits[-1])
     worst = 0.0
     for output in others:
+        if output.status is not ResponseType.FINISH:
+            return False, f"{how}: the request ended with {output.status.name}"
         # Each token's state depends on the tokens before it: after the first that differs there is nothing to compare.
         same = len(
             list(
@@ -312,6 +316,9 @@ def _same_answer(subject: _Subject, alone: EngineOutput, others: Sequence[Engine
         rows = min(same + 1, len(alone.last_hidden_state), len(output.last_hidden_state))
         error = relative_error(output.last_hidden_state[:rows].cpu(), alone.last_hidden_state[:rows].cpu())
         worst = max(worst, float(torch.where(torch.isnan(error), torch.inf, error).max()))
+    differing = [output.token_ids for output in others if output.token_ids != alone.token_ids]
+    if worst == 0.0 and differing:
+        return False, f"{how}: the same states, and other tokens: {differing[0]} instead of {alone.token_ids}"
     if worst == 0.0:
         return True, f"{how}: {_NEW_TOKENS} new tokens and their states bit for bit the same"
     return worst <= limit, f"{how}: states differ by {worst:.1e} at most, rounding explains {limit:.1e}"

@@ -54,8 +54,8 @@ def save_prompt(prompt: Prompt, path: str | Path) -> None:
     try:
         if named:
             save_file(named, beside, metadata={"format": FORMAT})
-        path.write_text(_layout(record))
-    except (SafetensorError, OSError, TypeError) as error:
+        path.write_text(_layout(record), encoding="utf-8")
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise PromptError(f"the prompt cannot be written to {path}: {error}") from error
 
 

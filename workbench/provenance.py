@@ -63,6 +63,10 @@ def check_provenance(record: Any, path: object) -> dict[str, Any]:
         isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair) for pair in pairs
     ):
         raise TraceError(f"{path}: ranges in its provenance are no pairs of integers")
+    if any(abs(end) >= 2**31 for pair in pairs for end in pair):
+        raise TraceError(f"{path}: ranges in its provenance lie beyond any prompt")
+    if not isinstance(record["versions"], dict):
+        raise TraceError(f"{path}: versions in its provenance are no JSON object")
     for name in ("modalities", "words"):
         values = record.get(name, [])
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):

@@ -24,11 +24,12 @@ from .models import Model
 from .probes import probe
 from .prompt import Prompt
 from .prompt_files import load_prompt
-from .targets import LATEST
 from .trace import Trace
 
 FORMAT = "workbench-recording-1"
 _MOST_POSITIONS = 24
+_UNCHECKED = ("turbomind",)
+"""Engines that can be opened with `check=False`, and whose rules are in `targets`."""
 
 
 @dataclass(frozen=True)
@@ -108,40 +109,42 @@ def record(
     engine = open_engine(kind, model, **options)
     dtype = str(engine.dtype).removeprefix("torch.")
     chosen = shared_taps(engine, taps)
-    say(f"engine: {engine.plan_trace(prompt, chosen, kept)}")
-    run = engine.trace(prompt, chosen, kept, path=folder / "run.safetensors")
-    truth_engine, floor_engine = (reference(model, each, reference_device) for each in ("float64", dtype))
-    truth = truth_engine.trace(prompt, chosen, kept, path=folder / "truth.safetensors")
-    floor = NoiseFloor.measure(truth, floor_engine.noise_floor(prompt, chosen, kept))
-    floor.save(folder / "floor.safetensors")
-    prompt.save(folder / "prompt.json")
-    comparison = compare(truth, run, floor=floor)
-    say(str(comparison))
-    config = GenerationConfig(max_new_tokens=new_tokens, logprobs=5)
-    answers = {"engine": engine.generate(prompt, config), "reference": floor_engine.generate(prompt, config)}
-    text = compare_text(answers["reference"], answers["engine"])
-    say(str(text))
-    report = probe(engine, prompt)
-    say(str(report))
-    made: dict[str, Any] = {
-        "format": FORMAT,
-        "engine": engine.capabilities.name,
-        "engine_version": str(getattr(engine, "version", "")),
-        "model": model.name,
-        "dtype": dtype,
-        "device": run.provenance["device"],
-        "versions": run.provenance["versions"],
-        "verdict": str(comparison),
-        "taps": comparison.table(),
-        "spans": comparison.by_span(),
-        "answers": {name: _answer(model, output) for name, output in answers.items()},
-        "texts": str(text),
-        "probes": [dataclasses.asdict(result) for result in report.results],
-    }
-    close = getattr(engine, "close", None)
-    if close is not None:
-        close()
-    if misuses and kind in LATEST and len(prompt.input_embeddings) > 1:
+    try:
+        say(f"engine: {engine.plan_trace(prompt, chosen, kept)}")
+        run = engine.trace(prompt, chosen, kept, path=folder / "run.safetensors")
+        truth_engine, floor_engine = (reference(model, each, reference_device) for each in ("float64", dtype))
+        truth = truth_engine.trace(prompt, chosen, kept, path=folder / "truth.safetensors")
+        floor = NoiseFloor.measure(truth, floor_engine.noise_floor(prompt, chosen, kept))
+        floor.save(folder / "floor.safetensors")
+        prompt.save(folder / "prompt.json")
+        comparison = compare(truth, run, floor=floor)
+        say(str(comparison))
+        config = GenerationConfig(max_new_tokens=new_tokens, logprobs=5)
+        answers = {"engine": engine.generate(prompt, config), "reference": floor_engine.generate(prompt, config)}
+        text = compare_text(answers["reference"], answers["engine"])
+        say(str(text))
+        report = probe(engine, prompt)
+        say(str(report))
+        made: dict[str, Any] = {
+            "format": FORMAT,
+            "engine": engine.capabilities.name,
+            "engine_version": str(getattr(engine, "version", "")),
+            "model": model.name,
+            "dtype": dtype,
+            "device": run.provenance["device"],
+            "versions": run.provenance["versions"],
+            "verdict": str(comparison),
+            "taps": comparison.table(),
+            "spans": comparison.by_span(),
+            "answers": {name: _answer(model, output) for name, output in answers.items()},
+            "texts": str(text),
+            "probes": [dataclasses.asdict(result) for result in report.results],
+        }
+    finally:
+        close = getattr(engine, "close", None)
+        if close is not None:
+            close()
+    if misuses and kind in _UNCHECKED and len(prompt.input_embeddings) > 1:
         made["misuses"] = _misuses(kind, model, prompt, str(made["engine_version"]), reference_device, options, say)
     (folder / "record.json").write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return Recording.load(folder)
@@ -183,10 +186,14 @@ def _misuses(
     for misuse in MISUSES:
         if engine is None:
             engine = open_engine(kind, model, isolated=True, check=False, **plain)
-        seen = observe(engine, prompt, target, misuse, device)
+        try:
+            seen = observe(engine, prompt, target, misuse, device)
+        except BaseException:
+            engine.close()  # type: ignore[attr-defined]
+            raise
         say(f"{misuse}: predicted {seen.predicted}, {seen.seen} ({seen.evidence})")
         rows.append(dataclasses.asdict(seen))
-        if "process" in seen.evidence or misuse == "wrong width":  # it died, or its memory cannot be trusted any more
+        if seen.seen == "crashes" or misuse == "wrong width":  # it died, or its memory cannot be trusted any more
             engine.close()  # type: ignore[attr-defined]
             engine = None
     if engine is not None:

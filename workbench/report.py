@@ -97,8 +97,9 @@ def _plain(provenance: Mapping[str, Any]) -> dict[str, str]:
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "<p>none</p>"
-    head = "".join(f"<th>{escape(str(name))}</th>" for name in rows[0])
-    lines = "".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row.values()) + "</tr>" for row in rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    head = "".join(f"<th>{escape(str(name))}</th>" for name in names)
+    lines = "".join("<tr>" + "".join(f"<td>{_cell(row.get(name))}</td>" for name in names) + "</tr>" for row in rows)
     return f"<table><tr>{head}</tr>{lines}</table>"
 
 

@@ -54,7 +54,12 @@ class TraceWriter:
         self._part = self.path.with_name(self.path.name + ".part")
         try:
             self._file = open(self._part, "wb")  # noqa: SIM115, closed in __exit__
-            self._file.truncate(self._begin + end)
+            try:
+                self._file.truncate(self._begin + end)
+            except OSError:
+                self._file.close()
+                self._part.unlink(missing_ok=True)
+                raise
         except OSError as error:
             raise TraceError(f"the trace cannot be written to {path}: {error}") from error
 

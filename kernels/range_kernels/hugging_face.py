@@ -11,7 +11,10 @@ from .attention import attention
 
 NAME = "range_kernels"
 _CHECKED = 32
-"""Keys a query at which an interval is held against the mask it was made from."""
+"""Keys a query at which an interval is held against the mask it was made from, where there are too many to look at all."""
+_ALL = 1 << 20
+_CHANGES = ("s_aux", "sinks", "position_bias", "attention_bias", "head_mask", "alibi")
+"""Keywords of Transformers' attention calls that change what is computed."""
 
 MaskFunction = Callable[..., Any]
 
@@ -19,7 +22,8 @@ MaskFunction = Callable[..., Any]
 def register_with_transformers(name: str = NAME) -> None:
     """Register attention and mask functions, so that any decoder runs with `attn_implementation=name`.
 
-    Masks are asked for their intervals by bisection; a model whose tokens see no interval of keys is refused. Inference only.
+    Masks are asked for their intervals by bisection, and a mask that is none is refused (looked at whole where batch x queries x
+    keys is up to a million, else at 32 keys a query). Inference only; softmax attention with optional softcap, no sinks, no biases.
 
     >>> register_with_transformers()
     >>> model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="range_kernels")  # doctest: +SKIP
@@ -41,7 +45,7 @@ def attend(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **unused: Any,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention call: `query` `[batch, heads, queries, head_dim]` -> `[batch, queries, heads, head_dim]`.
 
@@ -49,8 +53,17 @@ def attend(
         attention_mask: from `interval_mask`, int32 `[batch, 1, queries, 2]`; None is causal.
 
     Raises:
-        ValueError: dropout, gradients, or a mask of another kind.
+        ValueError: dropout, gradients, sinks or biases, values of another width than keys, or a mask of another kind.
     """
+    changes = [name for name in _CHANGES if more.get(name) is not None]
+    if changes:
+        raise ValueError(
+            f"range_kernels does not compute {changes[0]}, which this model's attention has: use 'eager' or 'sdpa'"
+        )
+    if value.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"values are {value.shape[-1]} wide and keys {key.shape[-1]}: range_kernels takes one head size; use 'sdpa'"
+        )
     if dropout:
         raise ValueError(f"dropout={dropout}: range_kernels has none, call model.eval()")
     if torch.is_grad_enabled() and query.requires_grad:
@@ -160,8 +173,12 @@ class _Visibility:
 
     def check(self, low: torch.Tensor, reach: torch.Tensor, rows: torch.Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
-        for _ in range(_CHECKED):
-            keys = torch.randint(self.keys, low.shape, generator=generator).to(low.device) + self.first
+        whole = low.numel() * self.keys <= _ALL
+        for number in range(self.keys if whole else _CHECKED):
+            if whole:
+                keys = torch.full_like(low, number + self.first)
+            else:
+                keys = torch.randint(self.keys, low.shape, generator=generator).to(low.device) + self.first
             wrong = rows & (self(keys) != ((low <= keys) & (keys <= reach)))
             if bool(wrong.any()):
                 batch, query = (int(at[0]) for at in wrong.nonzero(as_tuple=True))

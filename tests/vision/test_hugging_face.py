@@ -107,6 +107,13 @@ def test_plain_causal_needs_no_mask():
     assert interval_mask(2, 8, 12) is not None  # a static cache longer than what is there
 
 
+def test_one_hidden_key_in_the_middle_is_refused_in_a_decode_step():
+    padding = torch.ones(1, 2048, dtype=torch.bool)
+    padding[0, 700] = False
+    with pytest.raises(ValueError, match="sees no interval of keys"):
+        interval_mask(1, 1, 2048, q_offset=2047, attention_mask=padding)
+
+
 def test_what_is_no_interval_is_refused():
     with pytest.raises(ValueError, match="sees no interval of keys"):
         interval_mask(1, 30, 30, mask_function=lambda b, h, q, k: (k <= q) & ((k % 2 == 0) | (k == q)))
@@ -119,5 +126,9 @@ def test_what_it_cannot_do_is_named():
         attend(module, q, q, q, None, dropout=0.1)
     with pytest.raises(ValueError, match="no backward pass"):
         attend(module, q.requires_grad_(), q, q, None)
+    with pytest.raises(ValueError, match="does not compute s_aux"):
+        attend(module, q, q, q, None, s_aux=torch.zeros(2))
+    with pytest.raises(ValueError, match="values are 4 wide and keys 8"):
+        attend(module, q, q, q[..., :4], None)
     with torch.no_grad(), pytest.raises(ValueError, match="made for another attention implementation"):
         attend(module, q, q, q, torch.zeros(1, 1, 3, 3))

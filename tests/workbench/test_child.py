@@ -53,9 +53,22 @@ def test_cancel_and_early_close(child):
     assert len(child.generate(random_prompt(2), CONFIG).token_ids) == 8
 
 
-def test_its_death_is_told(llama):
-    engine = workbench.open_engine("numba", llama, isolated=True)
-    stream = engine.stream(random_prompt(), GenerationConfig(max_new_tokens=200, ignore_eos=True))
+def test_a_cancel_reaches_the_child(tmp_path):
+    """With room for one request a second one runs only once the first has ended over there."""
+    model = save_llama(tmp_path, max_position_embeddings=60_000)
+    endless = GenerationConfig(max_new_tokens=50_000, ignore_eos=True)
+    with workbench.open_engine("numba", model, isolated=True, max_batch_size=1, cache_max_entry_count=2000) as engine:
+        for number in range(2):
+            stream = engine.stream(random_prompt(), endless, session_id=number)
+            next(stream)
+            engine.cancel(number) if number else stream.close()
+            assert len(engine.generate(random_prompt(1), CONFIG).token_ids) == 8
+
+
+def test_its_death_is_told(tmp_path):
+    model = save_llama(tmp_path, max_position_embeddings=60_000)
+    engine = workbench.open_engine("numba", model, isolated=True, cache_max_entry_count=2000)
+    stream = engine.stream(random_prompt(), GenerationConfig(max_new_tokens=50_000, ignore_eos=True))
     next(stream)
     os.kill(engine._process.pid, signal.SIGKILL)
     with pytest.raises(ModelError, match=r"the numba engine's process was killed by SIGKILL: open the engine again"):
@@ -63,3 +76,10 @@ def test_its_death_is_told(llama):
     with pytest.raises(ModelError, match="SIGKILL"):
         engine.generate(random_prompt(), CONFIG)
     engine.close()
+
+
+def test_a_closed_one_says_so(llama):
+    engine = workbench.open_engine("numba", llama, isolated=True)
+    engine.close()
+    with pytest.raises(ModelError, match="process was closed: open the engine again"):
+        engine.generate(random_prompt(), CONFIG)

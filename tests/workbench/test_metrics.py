@@ -10,6 +10,7 @@ import torch
 import workbench
 from workbench import GenerationConfig, Prompt, Span, TraceError
 from workbench.compare import FaultyEngine, NoiseFloor, check_engine, compare_logits, compare_text, first_divergence
+from workbench.compare.divergence import explain
 from workbench.compare.faults import off_by_one
 from workbench.compare.metrics import measure, ulp_distance
 from workbench.compare.mutants import MUTANTS
@@ -63,7 +64,11 @@ class TestMetrics:
 
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
     def test_rounding_is_half_a_unit_at_most(self, dtype):
-        numbers = torch.randn(1, 4000, dtype=torch.float64) * torch.logspace(-3, 3, 4000, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        size = torch.logspace(-3, 3, 4000)
+        numbers = torch.randn(1, 4000, generator=generator) * size  # torch rounds float64 to half types twice
+        if dtype == "float32":
+            numbers = numbers.double() * (1 + 2.0**-25)
         distance = ulp_distance(numbers.to(getattr(torch, dtype)), numbers, dtype)
         assert 0.4 < float(distance.max()) <= 0.5
 
@@ -102,7 +107,23 @@ class TestLogits:
         found = compare_logits(truth, other)
         assert found.kl[0] == 0
         assert math.isnan(found.kl[1])
+        assert found.agreement[1].tolist() == [1.0, 0.0]
         assert found.disagreements == [1]
+
+    def test_ties_are_no_agreement_unless_the_same_is_said(self):
+        truth = torch.tensor([[0.0, 2.0, 1.0], [2.0, 0.0, 1.0]])
+        flat = compare_logits(truth, torch.zeros(2, 3))
+        assert flat.disagreements == [0]  # of equal logits the first is said, which is right for the second row
+
+    def test_blocks_of_rows_are_the_whole(self):
+        generator = torch.Generator().manual_seed(2)
+        truth, other = torch.randn(300, 20, generator=generator), torch.randn(300, 20, generator=generator)
+        whole, parts = (
+            compare_logits(truth, other),
+            [compare_logits(truth[i : i + 1], other[i : i + 1]) for i in range(300)],
+        )
+        assert torch.allclose(whole.kl, torch.cat([part.kl for part in parts]))
+        assert whole.rank.tolist() == [int(part.rank) for part in parts]
 
     def test_other_shapes_are_refused(self):
         with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
@@ -161,6 +182,23 @@ class TestFirstDivergence:
             assert found.divergence is None
             assert str(found).startswith("no divergence: noise")
 
+    def test_without_the_parts_nothing_is_said_about_them(self, llama):
+        """The residual stream alone does not tell attention from MLP."""
+        engine = MUTANTS["gate and up exchanged"].plant(workbench.open_engine("numba", llama))
+        truth, floor = reference_run(llama, random_prompt(), "float32", ["embed", "layers.*", "norm", "logits"])
+        run = engine.trace(random_prompt(), ["embed", "layers.*", "norm", "logits"])
+        said = explain(workbench.compare(truth, run, floor=floor), truth, run)
+        assert said.kind == "unknown"
+        assert said.sentence.startswith("wrong from layers.2 on")
+        assert "'layers.*.*'" in said.sentence
+
+    def test_a_spoilt_head_is_no_softcap(self, llama):
+        engine = workbench.open_engine("numba", llama)
+        weight = engine.decoder.head.weight.clone()
+        weight[7] *= -3
+        engine.decoder.head.weight = weight
+        assert first_divergence(engine, random_prompt()).explanation.sentence.endswith("the head's weights")
+
     def test_spans_are_judged_one_by_one(self, llama):
         prompt = random_prompt().replace(spans=[Span("image"), Span("audio")])
         spoilt = FaultyEngine(
@@ -194,6 +232,11 @@ def test_a_noise_floor_comes_back_from_its_file(llama, tmp_path):
     assert str(workbench.compare(truth, trace, floor=again)) == str(workbench.compare(truth, trace, floor=floor))
     plain = reference(llama, "float32").trace(random_prompt(), TAPS)
     assert workbench.compare(truth, plain, floor=again).verdict == "same"
+    spoilt = bytearray((tmp_path / "f.safetensors").read_bytes())
+    spoilt[-1] ^= 0x40  # an exponent: the last floor becomes enormous, and anything would be noise
+    (tmp_path / "f.safetensors").write_bytes(spoilt)
+    with pytest.raises(TraceError, match="was damaged or changed"):
+        NoiseFloor.load(tmp_path / "f.safetensors")
     for content in (b"", b"x" * 100, (tmp_path / "f.safetensors").read_bytes()[:-9]):
         (tmp_path / "f.safetensors").write_bytes(content)
         with pytest.raises(TraceError, match="cannot be read as a noise floor"):

@@ -1,5 +1,8 @@
 """Probes: a sound engine passes all; for each question there is a fault that is answered with no."""
 
+import threading
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -62,6 +65,30 @@ def test_each_question_finds_its_fault(llama, name):
     report = probe(FAULTS[name](fresh(llama)), long_prompt(), only=[name])
     assert report[name].passed is False, str(report)
     assert not report.passed
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["determinism", "identity", "causality", "batch"])
+def test_an_engine_that_rolls_dice_does_not_set_its_own_limit(llama, name, dtype):
+    report = probe(mutants.dice(fresh(llama, dtype=dtype), 3.0), long_prompt(), only=[name])
+    assert report[name].passed is False, str(report)
+
+
+def test_other_tokens_from_equal_states_are_no_agreement(llama, monkeypatch):
+    """A fault in sampling that shows in a crowd only."""
+    engine = fresh(llama)
+    generate, lock, calls = engine.generate, threading.Lock(), []
+
+    def spoilt(prompt, config=None):
+        output = generate(prompt, config)
+        with lock:
+            calls.append(prompt)
+            return output if len(calls) == 1 else replace(output, token_ids=[token + 1 for token in output.token_ids])
+
+    monkeypatch.setattr(engine, "generate", spoilt)
+    result = probe(engine, long_prompt(), only=["batch"])["batch"]
+    assert result.passed is False
+    assert "the same states, and other tokens" in result.evidence
 
 
 def test_chunks_are_held_against_the_whole(llama):

@@ -10,7 +10,7 @@ from PIL import Image
 import workbench
 from workbench import GenerationConfig
 from workbench.plots import schedule_figure
-from workbench.widgets import ComparisonBench, EngineView, LandingBench
+from workbench.widgets import ComparisonBench, EngineView, LandingBench, RangeEditor
 from workbench.widgets.latest import Latest
 
 from .small import random_prompt, save_llama
@@ -149,8 +149,10 @@ class TestEngineView:
             before = live.image.value
             finished = worked.stats().finished
             worked.generate(random_prompt(1, 70), GenerationConfig(max_new_tokens=4, ignore_eos=True))
-        assert f"{finished + 1} finished" in live.numbers.value
-        assert live.image.value != before
+            until = time.monotonic() + 20
+            while f"{finished + 1} finished" not in live.numbers.value or live.image.value == before:
+                assert time.monotonic() < until
+                time.sleep(0.01)
         assert live.error.value == ""
         shown = live.numbers.value
         worked.generate(random_prompt(2, 70), GenerationConfig(max_new_tokens=4, ignore_eos=True))
@@ -170,3 +172,51 @@ class TestEngineView:
     def test_what_it_cannot_show_is_named(self, reference):
         with pytest.raises(TypeError, match="shows the numba engine, not TransformersReference"):
             EngineView(reference)
+
+
+class TestRangeEditor:
+    @pytest.fixture
+    def editor(self, model, japan):
+        return RangeEditor(japan[0], model, "turbomind==0.18.0")
+
+    def test_it_shows_the_prompt(self, editor, japan):
+        assert editor.tokens[29] == " France"
+        assert 0 in editor.special
+        assert editor.embedding_ranges == [[29, 30]]
+        assert [each["code"] for each in editor.findings] == ["target-accepts"]
+        assert editor.prompt.digest == japan[0].digest
+
+    def test_ranges_and_prompt_agree_both_ways(self, editor, japan):
+        editor.embedding_ranges = [[28, 29]]
+        assert editor.prompt.embedding_ranges == ((28, 29),)
+        editor.prompt = japan[0].replace(embedding_ranges=[(27, 28)])
+        assert editor.embedding_ranges == [[27, 28]]
+
+    @pytest.mark.parametrize(
+        ("ranges", "code"),
+        [
+            ([[28, 31]], "row-count"),
+            ([[36, 99]], "range-bounds"),
+            ([[5, 5]], "range-empty"),
+            ([[9, 5]], "range-reversed"),
+            ([[0, 1]], "range-over-control"),
+            ([], "item-count"),
+            ([[29, 30], [30, 31]], "item-count"),
+        ],
+    )
+    def test_findings_follow_the_hand_worst_first(self, editor, ranges, code):
+        editor.embedding_ranges = ranges
+        found = editor.findings
+        assert code in [each["code"] for each in found]
+        order = [("error", "warning", "info").index(each["severity"]) for each in found]
+        assert order == sorted(order)
+        assert editor.figure().axes
+
+    def test_an_unknown_target_is_named_at_once(self, model, japan):
+        with pytest.raises(ValueError, match="no rules for target"):
+            RangeEditor(japan[0], model, "llama.cpp")
+
+    def test_a_fault_in_lint_shows(self, editor, monkeypatch):
+        monkeypatch.setattr("workbench.widgets.range_editor.lint", lambda *a, **k: 1 / 0)
+        editor.embedding_ranges = [[3, 4]]
+        assert editor.findings[0]["message"].startswith("lint failed: ZeroDivisionError")

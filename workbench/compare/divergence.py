@@ -51,7 +51,8 @@ def first_divergence(
     """Find the first tap, token and span where `engine` is wrong.
 
     Where all taps fit into `max_bytes` one run finds it. Else the residual stream is bisected, one tap a run, and then the
-    parts of the layer found are looked at: a fault stays visible in the residual stream from its layer on. Engines that show no
+    parts of the layer found are looked at: that finds faults that stay visible in the residual stream up to its end; one that drowns in
+    the noise of later layers is found by one run over all taps only. Engines that show no
     layers are bisected by depth where they have `depth.k`.
 
     Args:
@@ -129,7 +130,8 @@ def explain(
             )
         own = model.token_rows(prompt.lookup_ids if _placeholders_unknown(prompt, model) else prompt.input_ids)
         return explain_splice(prompt, expected, given, wrong, own.to(expected), comparison.dtype)
-    return explain_tap(found.tap, expected, given, wrong, positions, comparison.spans)
+    before = comparison.taps[at - 1] if at else None
+    return explain_tap(found.tap, expected, given, wrong, positions, comparison.spans, before)
 
 
 def _placeholders_unknown(prompt: Prompt, model: Model) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ class NoiseFloor:
             "format": FORMAT,
             "positions": json.dumps(self.positions.tolist()),
             "digests": json.dumps(dict(self.digests)),
+            "crc32": json.dumps({tap: f"{zlib.crc32(raw_bytes(error)):08x}" for tap, error in self.errors.items()}),
             "provenance": json.dumps(dict(self.provenance)),
         }
         try:
@@ -101,6 +103,9 @@ class NoiseFloor:
                     )
                 provenance = check_provenance(json.loads(metadata["provenance"]), path)
                 digests, kept = json.loads(metadata["digests"]), json.loads(metadata["positions"])
+                sums = json.loads(metadata["crc32"])
+                if not isinstance(digests, dict) or not isinstance(sums, dict):
+                    raise TraceError(f"{path}: its digests and checksums are no JSON objects")
                 errors = {tap: file.get_tensor(tap) for tap in digests}
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             if isinstance(error, TraceError):
@@ -109,7 +114,15 @@ class NoiseFloor:
         if not isinstance(kept, list) or not all(type(position) is int for position in kept):
             raise TraceError(f"{path}: its positions are no list of integers")
         for tap, sizes in errors.items():
-            if sizes.shape != (len(kept),) or sizes.dtype != torch.float64 or not (sizes >= 0).all():
+            if f"{zlib.crc32(raw_bytes(sizes)):08x}" != sums.get(tap):
+                raise TraceError(
+                    f"{path}: the floor of tap {tap!r} was damaged or changed: copy it again, or record it again"
+                )
+            if (
+                sizes.shape != (len(kept),)
+                or sizes.dtype != torch.float64
+                or not ((sizes >= 0) & torch.isfinite(sizes)).all()
+            ):
                 raise TraceError(f"{path}: the floor of tap {tap!r} is not one number of at least 0 for each position")
         return cls(errors, digests, torch.tensor(kept, dtype=torch.int64), provenance)
 

@@ -10,6 +10,8 @@ import torch
 
 from ..engines.messages import EngineOutput
 
+_ROWS = 128
+
 
 @dataclass(frozen=True)
 class LogitComparison:
@@ -63,11 +65,23 @@ def compare_logits(
     """Compare logits `[positions, vocab]`; sums run in float64.
 
     Raises:
-        ValueError: shapes that differ. NaN in the candidate gives NaN and the last rank, never agreement.
+        ValueError: shapes that differ. NaN in the candidate gives NaN, the last rank and no agreement.
     """
     if reference.shape != candidate.shape or reference.ndim != 2:
         raise ValueError(
             f"logits of shapes {tuple(reference.shape)} and {tuple(candidate.shape)}: give [positions, vocab] twice"
+        )
+    if len(reference) > _ROWS:  # float64 copies of all rows at once would be many times the logits
+        parts = [
+            compare_logits(reference[at : at + _ROWS], candidate[at : at + _ROWS], None, tops)
+            for at in range(0, len(reference), _ROWS)
+        ]
+        return LogitComparison(
+            torch.arange(len(reference)) if positions is None else positions,
+            torch.cat([part.kl for part in parts]),
+            {k: torch.cat([part.agreement[k] for part in parts]) for k in parts[0].agreement},
+            torch.cat([part.rank for part in parts]),
+            torch.cat([part.margin for part in parts]),
         )
     truth, other = reference.double(), candidate.double()
     log_p, log_q = truth.log_softmax(dim=-1), other.log_softmax(dim=-1)
@@ -77,12 +91,15 @@ def compare_logits(
     first = best.indices[:, :1]
     chosen = other.gather(1, first)
     vocab = truth.shape[1]
-    rank = torch.where(torch.isnan(other).any(dim=1), vocab - 1, (other > chosen).sum(dim=1))
+    blind = torch.isnan(other).any(dim=1)
+    # Of equal logits the first is said.
+    ahead = (other > chosen) | ((other == chosen) & (torch.arange(vocab) < first))
+    rank = torch.where(blind, vocab - 1, ahead.sum(dim=1))
     agreement = {}
     for k in (k for k in tops if k <= vocab):
         mine = torch.zeros(truth.shape, dtype=torch.bool).scatter_(1, truth.topk(k, dim=-1).indices, True)
         theirs = torch.zeros(truth.shape, dtype=torch.bool).scatter_(1, other.topk(k, dim=-1).indices, True)
-        agreement[k] = (mine & theirs).sum(dim=1).double() / k
+        agreement[k] = torch.where(blind, 0.0, (mine & theirs).sum(dim=1).double() / k)
     return LogitComparison(
         torch.arange(len(truth)) if positions is None else positions,
         terms.sum(dim=-1).clamp_min(0.0),

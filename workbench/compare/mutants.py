@@ -539,11 +539,12 @@ def crowded_batch(engine: NumbaEngine) -> Engine:
     return _change_batch(engine, change)
 
 
-def dice(engine: NumbaEngine) -> Engine:
-    """Hidden state 0 is a thousandth off, each time another way."""
+def dice(engine: NumbaEngine, size: float = 1e-3) -> Engine:
+    """Hidden state 0 is off by this much of itself, each time another way."""
     generator = torch.Generator().manual_seed(0)
 
     def change(batch: Batch) -> None:
-        batch.hidden = batch.hidden * (1 + 1e-3 * torch.randn(batch.hidden.shape, generator=generator))
+        noise = torch.randn(batch.hidden.shape, generator=generator)
+        batch.hidden = (batch.hidden * (1 + size * noise)).to(batch.hidden.dtype)
 
     return _change_batch(engine, change)

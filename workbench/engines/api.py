@@ -37,13 +37,15 @@ class Cancellation:
         self._told: list[Callable[[], object]] = []
 
     def tell(self, callback: Callable[[], object]) -> None:
-        """Call `callback` when the request is cancelled, from the thread that cancels."""
+        """Call `callback` when the request is cancelled, from the thread that cancels; at once where it is already."""
         self._told.append(callback)
+        if self._event.is_set():
+            callback()
 
     def set(self) -> None:
         """Cancel the request."""
         self._event.set()
-        for callback in self._told:
+        for callback in list(self._told):
             callback()
 
     def is_set(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import EmbeddingRangeError, ModelError, PromptError, TraceError
+from ..errors import EmbeddingRangeError, EngineDied, ModelError, PromptError, TraceError
 from ..models import Model
 from ..prompt import Prompt
 from .api import Cancellation, Engine, Keep
@@ -47,7 +47,7 @@ class ChildEngine(Engine):
         theirs.close()
         self._sending, self._changing = threading.Lock(), threading.Lock()
         self._channels: dict[int, queue.SimpleQueue[tuple[int, Any]]] = {}
-        self._numbers, self._dead = 0, ""
+        self._numbers, self._dead, self._closed = 0, "", False
         opened: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         self._channels[0] = opened
         self._reader = threading.Thread(target=self._read, name="workbench-child", daemon=True)
@@ -69,11 +69,14 @@ class ChildEngine(Engine):
             super().check(prompt, new_tokens)
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; requests that run get an error."""
+        self._closed = True
         self._process.terminate()
-        self._process.join(10)
+        self._reader.join(15)
         if self._process.is_alive():
             self._process.kill()
+            self._reader.join(5)
+        self._pipe.close()
 
     def __enter__(self) -> ChildEngine:
         return self
@@ -115,7 +118,7 @@ class ChildEngine(Engine):
         channel: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         with self._changing:
             if self._dead:
-                raise ModelError(self._dead)
+                raise EngineDied(self._dead)
             self._numbers += 1
             number = self._numbers
             self._channels[number] = channel
@@ -133,20 +136,21 @@ class ChildEngine(Engine):
         while True:
             try:
                 number, kind, value = pickle.loads(self._pipe.recv_bytes())
-            except (EOFError, OSError):
+            except Exception:  # it is gone, or what comes is no message: nobody may wait for ever
                 break
             if kind == _ERROR:
                 name, text = value
-                value = _ERRORS.get(name, ModelError)(text)
+                value = _ERRORS[name](text) if name in _ERRORS else ModelError(f"{name}: {text}")
             channel = self._channels.get(number)
             if channel is not None:
                 channel.put((kind, value))
         self._process.join(5)
         with self._changing:
-            self._dead = f"the {self.kind} engine's process {_how(self._process.exitcode)}: open the engine again"
+            how = "was closed" if self._closed else _how(self._process.exitcode)
+            self._dead = f"the {self.kind} engine's process {how}: open the engine again"
             waiting = list(self._channels.values())
         for channel in waiting:
-            channel.put((_ERROR, ModelError(self._dead)))
+            channel.put((_ERROR, EngineDied(self._dead)))
 
 
 def _how(code: int | None) -> str:
@@ -165,9 +169,15 @@ def _serve(pipe: Connection, kind: str, model: Model, options: dict[str, Any]) -
 
     sending = threading.Lock()
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted notebook cell is the parent's affair
+
     def send(number: int, what: int, value: Any = None) -> None:
-        with sending:
-            pipe.send_bytes(pickle.dumps((number, what, value)))
+        message = pickle.dumps((number, what, value))
+        try:
+            with sending:
+                pipe.send_bytes(message)
+        except OSError:  # the parent is gone
+            os._exit(0)
 
     try:
         engine = open_engine(kind, model, **options)
@@ -180,23 +190,29 @@ def _serve(pipe: Connection, kind: str, model: Model, options: dict[str, Any]) -
         try:
             if what == "generate":
                 prompt, config = arguments
-                for output in engine.stream(prompt, config, session_id=number):
+                stream = engine.stream(prompt, config, session_id=number)
+                if number in cancelled:  # before the engine knew of it
+                    engine.cancel(number)
+                for output in stream:
                     send(number, _OUTPUT, output)
             else:
                 prompt, taps, positions = arguments
+                engine.check(prompt)
                 engine._trace(prompt, taps, positions, lambda tap, state: send(number, _STATE, (tap, state.cpu())))
             send(number, _END)
-        except OSError:  # the parent is gone
-            os._exit(0)
         except BaseException as error:
             send(number, _ERROR, (type(error).__name__, str(error)))
+        finally:
+            cancelled.discard(number)
 
+    cancelled: set[int] = set()
     while True:
         try:
             number, what, *arguments = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             os._exit(0)
         if what == "cancel":
+            cancelled.add(number)
             engine.cancel(number)
         else:
             threading.Thread(target=run, args=(number, what, tuple(arguments)), daemon=True).start()

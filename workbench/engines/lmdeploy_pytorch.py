@@ -62,7 +62,14 @@ class LMDeployPyTorch(Engine):
             ) from error
         self._numbers = itertools.count(1)
         self._events = asyncio.new_event_loop()
-        threading.Thread(target=self._events.run_forever, name="workbench-lmdeploy-pytorch", daemon=True).start()
+        self._thread = threading.Thread(target=self._events.run_forever, name="workbench-lmdeploy-pytorch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Give the GPU memory back; the engine cannot be used again."""
+        self._events.call_soon_threadsafe(self._events.stop)
+        self._thread.join(10)
+        self.pipeline.close()
 
     @property
     def capabilities(self) -> Capabilities:

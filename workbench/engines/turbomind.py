@@ -61,8 +61,10 @@ class TurboMindEngine(Engine):
         **config: Any,
     ) -> None:
         super().__init__()
-        if not str(device).startswith("cuda"):
-            raise ModelError(f"device={device!r}: TurboMind runs on an NVIDIA GPU only, device='cuda'")
+        if str(device) != "cuda":
+            raise ModelError(
+                f"device={device!r}: TurboMind runs on NVIDIA GPUs, device='cuda'; devices=[1] chooses one of several"
+            )
         self.version = installed_version()
         if not torch.cuda.is_available():
             raise ModelError(
@@ -136,8 +138,10 @@ class TurboMindEngine(Engine):
         """Give the GPU memory back; the engine cannot be used again."""
         if self._engine is None:
             return
+        asyncio.run_coroutine_threadsafe(_end_all(), self._events).result(30)
         self._events.call_soon_threadsafe(self._events.stop)
         self._thread.join(10)
+        self._events.close()
         self._instances.clear()
         with contextlib.suppress(Exception):  # an engine that died has nothing left to close
             self._engine.close()
@@ -176,6 +180,7 @@ class TurboMindEngine(Engine):
                     async for output in _outputs(self, instance, prompt, config):
                         deliver(output)
             except asyncio.CancelledError:
+                deliver(ModelError("the engine was closed, or the request was dropped, before it ended"))
                 raise
             except BaseException as error:
                 deliver(error)
@@ -223,6 +228,8 @@ class TurboMindEngine(Engine):
 
     def _at_depth(self, prompt: Prompt, depth: int) -> torch.Tensor:
         """`[seq, hidden]` after the final norm of the checkpoint's first `depth` layers."""
+        if self._engine is None:
+            raise ModelError("this engine was closed: open it again")
         with tempfile.TemporaryDirectory(prefix="workbench-depth-") as folder:
             cut = cut_checkpoint(self._path, Path(folder), depth)
             engine = self._open(cut, cache_max_entry_count=0.05, max_batch_size=1)
@@ -234,11 +241,24 @@ class TurboMindEngine(Engine):
                     async for output in _outputs(self, instance, prompt, _whole(False)):
                         outputs.append(output)
 
-                asyncio.run_coroutine_threadsafe(run(), self._events).result()
+                try:
+                    asyncio.run_coroutine_threadsafe(run(), self._events).result()
+                except ModelError:
+                    raise
+                except Exception as error:
+                    raise ModelError(f"TurboMind failed at depth {depth}: {type(error).__name__}: {error}") from error
                 states = [output.last_hidden_state for output in outputs if output.last_hidden_state is not None]
                 return _rows(torch.cat(states) if states else None, len(prompt)).to(self.dtype)
             finally:
                 engine.close()
+
+
+async def _end_all() -> None:
+    """Cancel every request of this event loop and wait until each has told its consumer."""
+    tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _outputs(
@@ -283,7 +303,7 @@ async def _outputs(
                 states[field] = None if whole is None else whole[shown[field] :].detach().clone().cpu()
                 shown[field] = 0 if whole is None else len(whole)
             logits = None if states["logits"] is None else states["logits"].float()
-            given = list(output.logprobs)[-len(tokens) :] if output.logprobs and tokens else []
+            given = list(output.logprobs)[-chosen_from:][: len(tokens)] if output.logprobs and tokens else []
             yield EngineOutput(
                 ResponseType[name],
                 tokens,

@@ -22,6 +22,5 @@ def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
         return Effect.rejects(reason, "an error from its index assignment")
     changes = Changes(prompt)
     changes.causal()
-    if prompt.deepstack:
-        changes.drop("deepstack features cannot be handed over", deepstack=())
+    changes.drop_deepstack()
     return changes.effect()

@@ -11,6 +11,8 @@ from .target import Changes, Effect, Target, unsplicable
 
 def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
     """Nested lists of floats for the whole prompt, always rounded to bfloat16."""
+    if target.before("0.4.0"):
+        return Effect("differs", None, (f"{target} is older than these rules, which begin with 0.4.0",))
     reason = unsplicable(prompt, model)
     if reason:
         return Effect.rejects(
@@ -26,8 +28,6 @@ def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
             f"rows are rounded to bfloat16 whatever the model's dtype is: {lossy} of {sum(map(len, rounded))} rows change",
             input_embeddings=rounded,
         )
-    if prompt.deepstack:
-        changes.drop("deepstack features cannot be handed over", deepstack=())
-    if prompt.position_ids is not None:
-        changes.drop("positions cannot be handed over: plain 0, 1, 2, ... are used", position_ids=None)
+    changes.drop_deepstack()
+    changes.drop_positions("positions cannot be handed over: plain 0, 1, 2, ... are used")
     return changes.effect()

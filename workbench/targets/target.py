@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from packaging.version import InvalidVersion, Version
 
 from ..findings import Finding
@@ -99,6 +100,21 @@ class Changes:
         """Set fields of the prompt to what the target takes them for."""
         self.prompt = self.prompt.replace(**fields)
         self.notes.append(note)
+
+    def drop_positions(self, note: str) -> None:
+        """Positions cannot be handed over, which matters unless they are 0, 1, 2, ... anyway."""
+        positions = self.prompt.position_ids
+        if positions is None:
+            return
+        if positions.ndim == 1 and torch.equal(positions.long(), torch.arange(len(positions))):
+            self.prompt = self.prompt.replace(position_ids=None)
+        else:
+            self.drop(note, position_ids=None)
+
+    def drop_deepstack(self) -> None:
+        """Features for the first layers cannot be handed over."""
+        if self.prompt.deepstack:
+            self.drop("deepstack features cannot be handed over", deepstack=())
 
     def causal(self) -> None:
         """Bidirectional spans are not known."""

@@ -34,12 +34,9 @@ def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
     changes = Changes(prompt)
     _shift(changes)
     changes.causal()
-    if prompt.deepstack:
-        changes.drop("deepstack features cannot be handed over", deepstack=())
-    if prompt.position_ids is not None and (target.before("0.9.2") or not target.before("0.16")):
-        changes.drop(
-            "positions can be handed over from 0.9.2 to 0.15 only; plain 0, 1, 2, ... are used", position_ids=None
-        )
+    changes.drop_deepstack()
+    if target.before("0.9.2") or not target.before("0.16"):
+        changes.drop_positions("positions can be handed over from 0.9.2 to 0.15 only; plain 0, 1, 2, ... are used")
     return changes.effect(_hazards(target))
 
 
@@ -53,8 +50,8 @@ def _shift(changes: Changes) -> None:
         items.append(rows[used : used + stop - start])
         used += stop - start
     changes.drop(
-        f"all items are laid end to end ({len(rows)} rows) and ranges take rows in order ({used}): rows shift from one "
-        "item into the next",
+        f"all items are laid end to end ({len(rows)} rows) and ranges take rows in order ({used}): "
+        + ("rows shift from one item into the next" if len(ranges) > 1 else "rows left over are dropped"),
         input_embeddings=items,
         embedding_ranges=ranges,
         spans=(),

@@ -28,10 +28,8 @@ def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
         return Effect("differs", None, (note,))
     changes = Changes(prompt)
     changes.causal()
-    if prompt.deepstack:
-        changes.drop("deepstack features cannot be handed over", deepstack=())
-    if prompt.position_ids is not None:
-        changes.drop("positions cannot be handed over: plain 0, 1, 2, ... are used", position_ids=None)
+    changes.drop_deepstack()
+    changes.drop_positions("positions cannot be handed over: plain 0, 1, 2, ... are used")
     return changes.effect(_hazards(target))
 
 

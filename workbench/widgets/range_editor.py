@@ -86,6 +86,7 @@ class RangeEditor(anywidget.AnyWidget):
         except Exception as error:  # a view that says nothing would look like a sound prompt
             self.findings = [_finding("lint-failed", "error", f"lint failed: {type(error).__name__}: {error}")]
             return
+        found.sort(key=lambda each: ("error", "warning", "info").index(each.severity))
         self.findings = [dataclasses.asdict(each) for each in found[:_MOST_FINDINGS]]
         if len(found) > _MOST_FINDINGS:
             self.findings = [*self.findings, _finding("more", "info", f"and {len(found) - _MOST_FINDINGS} more")]
