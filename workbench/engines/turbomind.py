@@ -206,9 +206,12 @@ class TurboMindEngine(Engine):
     ) -> AsyncGenerator[EngineOutput, None]:
         events = asyncio.get_running_loop()
         channel: asyncio.Queue[Any] = asyncio.Queue()
-        stop = self._start(
-            prompt, config, cancelled, lambda output: events.call_soon_threadsafe(channel.put_nowait, output)
-        )
+
+        def deliver(output: Any) -> None:
+            with contextlib.suppress(RuntimeError):  # the consumer's event loop is gone, and nobody waits
+                events.call_soon_threadsafe(channel.put_nowait, output)
+
+        stop = self._start(prompt, config, cancelled, deliver)
         try:
             while (output := _opened(await channel.get())) is not None:
                 yield output
