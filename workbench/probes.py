@@ -6,7 +6,7 @@ No reference is needed. What counts as a change is measured on the engine itself
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -142,6 +142,10 @@ class _Subject:
         at = int((error / self.limits).argmax())
         return f"largest change {float(error[at]):.1e} at token {at}, rounding explains {float(self.limits[at]):.1e}"
 
+    def other_rows(self, item: torch.Tensor) -> torch.Tensor:
+        """Rows in random directions, as long as those they stand for."""
+        return noise_like(item.float(), self.generator).to(item.dtype)
+
     def with_item(self, number: int, item: torch.Tensor) -> Prompt:
         """The prompt with one item replaced."""
         items = list(self.prompt.input_embeddings)
@@ -172,7 +176,7 @@ def _determinism(subject: _Subject) -> _Answer:
 def _used(subject: _Subject) -> _Answer:
     silent = []
     for number, item in enumerate(subject.prompt.input_embeddings):
-        other = subject.state(subject.with_item(number, noise_like(item.float(), subject.generator).to(item.dtype)))
+        other = subject.state(subject.with_item(number, subject.other_rows(item)))
         start, stop = subject.prompt.embedding_ranges[number]
         if not subject.changed(other)[start:stop].all():
             silent.append(number)
@@ -202,10 +206,10 @@ def _identity(subject: _Subject) -> _Answer:
         return True, "the tokens' own rows give the text's states bit for bit"
     error = relative_error(injected, text)
     at = int((error / subject.limits).argmax())
-    limit = float(subject.limits[at])
-    return bool(
-        (error <= subject.limits).all()
-    ), f"largest difference {float(error[at]):.1e} at token {at}, rounding explains {limit:.1e}"
+    evidence = (
+        f"largest difference {float(error[at]):.1e} at token {at}, rounding explains {float(subject.limits[at]):.1e}"
+    )
+    return bool((error <= subject.limits).all()), evidence
 
 
 def _placeholders(subject: _Subject) -> _Answer:
@@ -244,7 +248,7 @@ def _causality(subject: _Subject) -> _Answer:
     if first == 0:
         return None, "the range begins with the prompt: nothing stands before it"
     item = subject.prompt.input_embeddings[number]
-    other = subject.state(subject.with_item(number, noise_like(item.float(), subject.generator).to(item.dtype)))
+    other = subject.state(subject.with_item(number, subject.other_rows(item)))
     changed = subject.changed(other)[:first]
     return not changed.any(), f"{int(changed.sum())} of {first} tokens before item {number} change with its rows"
 
@@ -276,11 +280,7 @@ def _canary(subject: _Subject) -> _Answer:
 def _batch(subject: _Subject) -> _Answer:
     prompt = subject.prompt
     others = [
-        prompt.replace(
-            input_embeddings=[
-                noise_like(item.float(), subject.generator).to(item.dtype) for item in prompt.input_embeddings
-            ]
-        )
+        prompt.replace(input_embeddings=[subject.other_rows(item) for item in prompt.input_embeddings])
         for _ in range(2)
     ] + [Prompt([token % subject.vocab for token in range(3, 3 + max(len(prompt) // 2, 1))])]
     alone = subject.generate(prompt)
@@ -326,11 +326,7 @@ def _same_answer(subject: _Subject, alone: EngineOutput, others: Sequence[Engine
 
 def _prefix_cache(subject: _Subject) -> _Answer:
     prompt = subject.prompt
-    other = prompt.replace(
-        input_embeddings=[
-            noise_like(item.float(), subject.generator).to(item.dtype) for item in prompt.input_embeddings
-        ]
-    )
+    other = prompt.replace(input_embeddings=[subject.other_rows(item) for item in prompt.input_embeddings])
     truth = subject.state(other)[-1:]  # every state is asked for: nothing can come from a cache of states
     subject.generate(prompt)
     subject.generate(prompt)
@@ -357,8 +353,3 @@ PROBES: dict[str, tuple[str, Callable[[_Subject], _Answer]]] = {
     "chunks": ("Is a prefill in chunks the same as in one piece?", _chunks),
     "prefix cache": ("Are the same ids with other rows told apart?", _prefix_cache),
 }
-
-
-def each_probe() -> Iterator[tuple[str, str]]:
-    """Names and questions."""
-    return ((name, question) for name, (question, _) in PROBES.items())

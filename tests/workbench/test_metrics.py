@@ -214,7 +214,7 @@ class TestFirstDivergence:
         assert [row["first_wrong"] for row in rows] == ["layers.0", None, "embed"]
 
     def test_depth_taps_are_those_of_a_cut_checkpoint(self, llama, tmp_path):
-        from workbench.engines.turbomind import cut_checkpoint
+        from workbench.cut_checkpoint import cut_checkpoint
 
         whole = reference(llama, "float32").trace(random_prompt(), ["depth.*", "norm"])
         cut = workbench.load_model(cut_checkpoint(llama.path, tmp_path, 2))

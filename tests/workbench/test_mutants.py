@@ -10,6 +10,7 @@ import torch
 
 import workbench
 from workbench.compare.mutants import MUTANTS, as_markdown, judge, mutant_prompt, outcome
+from workbench.compare.mutants.plant import in_two_chunks
 
 from .families import save
 
@@ -67,10 +68,8 @@ def test_without_a_fault_there_is_none(model, families):
 
 def test_two_chunks_alone_are_no_fault(model, families):
     """What the KV page mutants do beside their fault changes nothing."""
-    from workbench.compare.mutants import _in_two_chunks
-
     subject, prompt = case(MUTANTS["stale page"], model, families)
-    engine = _in_two_chunks(workbench.open_engine("numba", subject), lambda second: None)
+    engine = in_two_chunks(workbench.open_engine("numba", subject), lambda second: None)
     assert workbench.first_divergence(engine, prompt).divergence is None
 
 

@@ -11,6 +11,7 @@ from workbench import Prompt, PromptError, Span, probe
 from workbench.compare import mutants
 from workbench.compare.faults import FaultyEngine, off_by_one, placeholders
 from workbench.compare.mutants import MUTANTS
+from workbench.compare.mutants.plant import change_batch
 from workbench.probes import PROBES, _Subject
 from workbench.ranges import shift
 
@@ -92,7 +93,7 @@ def test_other_tokens_from_equal_states_are_no_agreement(llama, monkeypatch):
 
 
 def test_chunks_are_held_against_the_whole(llama):
-    spoilt = mutants._change_batch(
+    spoilt = change_batch(
         fresh(llama, max_prefill_token_num=16), lambda batch: setattr(batch, "reach", (batch.reach - 1).clamp(min=0))
     )
     report = probe(fresh(llama), long_prompt(), only=["chunks"], chunked=spoilt)

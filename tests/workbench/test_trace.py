@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import workbench
 from workbench import Trace, TraceError
-from workbench.engines.turbomind import cut_checkpoint
+from workbench.cut_checkpoint import cut_checkpoint
 
 from .small import random_prompt, save_llama
 

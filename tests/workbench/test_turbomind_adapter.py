@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import sys
 import threading
+import time
 import types
 
 import pytest
@@ -68,7 +69,7 @@ def lmdeploy(monkeypatch):
     """The stand-in; `calls` holds what reached it, `script` what it answers: lists of (status, tokens)."""
     module = types.ModuleType("lmdeploy")
     module.__version__ = "0.18.0"
-    module.calls, module.cancels, module.closed = [], [], []
+    module.calls, module.cancels, module.closed, module.ended = [], [], [], []
     module.script = [[(Status.SUCCESS, [5]), (Status.SUCCESS, [6, 7]), (Status.FINISH, [8])]]
     module.endless = False
     module.TurbomindEngineConfig, module.GenerationConfig = EngineConfig, TheirConfig
@@ -115,8 +116,11 @@ def lmdeploy(monkeypatch):
                     logits[gen_config.output_logits],
                     states[gen_config.output_last_hidden_state],
                 )
-                while module.endless:
-                    await asyncio.sleep(0.01)
+                try:
+                    while module.endless:
+                        await asyncio.sleep(0.01)
+                finally:
+                    module.ended.append(session_id)
 
     class TurboMind:
         def __init__(self, path, engine_config=None, trust_remote_code=False):
@@ -219,14 +223,26 @@ def test_our_check_comes_first_unless_it_is_switched_off(engine, lmdeploy, llama
     assert lmdeploy.calls[0]["ranges"] == [[20, 25], [4, 13]]
 
 
+def wait_until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_a_cancel_and_an_early_close_reach_it(engine, lmdeploy):
     lmdeploy.endless = True
     stream = engine.stream(random_prompt(), GenerationConfig(max_new_tokens=9), session_id=1)
     next(stream)
     assert engine.cancel(1)
+    wait_until(lambda: lmdeploy.cancels == [0])
     lmdeploy.endless = False
     assert list(stream)[-1].status is ResponseType.CANCEL
-    assert lmdeploy.cancels == [0]
+    lmdeploy.endless, before = True, len(lmdeploy.ended)
+    stream = engine.stream(random_prompt(), GenerationConfig(max_new_tokens=9))
+    next(stream)
+    stream.close()
+    wait_until(lambda: len(lmdeploy.ended) == before + 1)
 
 
 def test_closing_ends_what_runs(lmdeploy, llama):

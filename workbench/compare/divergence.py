@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ..engines.api import Engine
 from ..models import Model
 from ..prompt import Prompt
@@ -138,9 +136,3 @@ def _placeholders_unknown(prompt: Prompt, model: Model) -> bool:
     """Whether some id under a range is no id of the model, so that it has no row of its own."""
     size = len(model.embedding_table)
     return any(not 0 <= token < size for token in prompt.input_ids)
-
-
-def wrong_tokens(comparison: Comparison, tap: str) -> list[int]:
-    """Prompt positions where a tap is more than rounding away from the truth."""
-    wrong: torch.Tensor = comparison.wrong[comparison.taps.index(tap)]
-    return [int(position) for position in comparison.positions[wrong]]

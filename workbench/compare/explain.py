@@ -192,8 +192,7 @@ def explain_tap(
     if factor is not None:
         return Explanation("scale", f"{tap} is the right state times {factor:.4g} at {where}")
     part = tap.rsplit(".", 1)[-1]
-    layer_before = tap == "norm" and before is not None and before.startswith("layers.") and before.count(".") == 1
-    if before != _needed(tap) and not layer_before:
+    if not _leads_to(before, tap):
         right = f"{before} is right" if before else "nothing before it was compared"
         more = (
             ""
@@ -220,25 +219,24 @@ def explain_tap(
     return _explain_attention(wrong, positions, spans, where)
 
 
-def _needed(tap: str) -> str:
-    """The tap that must be right for a fault at `tap` to lie in one part of the model."""
+def _leads_to(before: str | None, tap: str) -> bool:
+    """Whether `before` is the last tap in front of `tap`, so that a fault between them lies in one part of the model."""
     parts = tap.split(".")
-    if tap == "logits":
-        return "norm"
-    if parts[-1] == "attention":
-        return "embed" if parts[1] == "0" else f"layers.{int(parts[1]) - 1}"
-    if parts[-1] == "mlp":
-        return f"layers.{parts[1]}.attention"
     if parts[0] == "layers":
-        return f"layers.{parts[1]}.mlp"
-    return "a layer" if tap == "norm" else ""
+        number = int(parts[1])
+        chain = [
+            f"layers.{number - 1}" if number else "embed",
+            *(f"layers.{number}{part}" for part in (".attention", ".mlp", "")),
+        ]
+        return before == chain[chain.index(tap) - 1]
+    if tap == "norm":
+        return before is not None and before.startswith("layers.") and before.count(".") == 1
+    return tap == "logits" and before == "norm"
 
 
 def _explain_attention(wrong: torch.Tensor, positions: torch.Tensor, spans: torch.Tensor, where: str) -> Explanation:
     bad = set(positions[wrong].tolist())
-    if (
-        0 in positions.tolist() and 0 in bad
-    ):  # token 0 sees itself alone: whatever is wrong there is no mask and no angle
+    if 0 in bad:  # token 0 sees itself alone: no angle is wrong there
         return Explanation(
             "weights",
             f"attention is wrong at {where}, the first token included, which should see only itself: values, output projection, norm or their weights, or a mask that shows it more",

@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator
 
 import torch
 
-from ..engines.api import Cancellation, Engine, Keep
+from ..engines.api import Engine, Keep
+from ..engines.cancellation import Cancellation
 from ..engines.messages import Capabilities, EngineOutput, GenerationConfig
 from ..prompt import Prompt
 from ..ranges import shift

@@ -23,34 +23,11 @@ from ..provenance import provenance_of
 from ..taps import select_taps
 from ..trace import Trace, TracePlan
 from ..trace_files import TraceWriter
+from .cancellation import Cancellation
 from .messages import Capabilities, EngineOutput, GenerationConfig, ResponseType, join_outputs
 
 TAPS = ("embed", "layers.*", "norm", "logits")
 Keep = Callable[[str, torch.Tensor], object]
-
-
-class Cancellation:
-    """Whether a request was cancelled, and whom to tell at once."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        self._told: list[Callable[[], object]] = []
-
-    def tell(self, callback: Callable[[], object]) -> None:
-        """Call `callback` when the request is cancelled, from the thread that cancels; at once where it is already."""
-        self._told.append(callback)
-        if self._event.is_set():
-            callback()
-
-    def set(self) -> None:
-        """Cancel the request."""
-        self._event.set()
-        for callback in list(self._told):
-            callback()
-
-    def is_set(self) -> bool:
-        """Whether it was cancelled."""
-        return self._event.is_set()
 
 
 class Engine(ABC):

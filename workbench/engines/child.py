@@ -8,7 +8,7 @@ import pickle
 import queue
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from ..errors import EmbeddingRangeError, EngineDied, ModelError, PromptError, TraceError
 from ..models import Model
 from ..prompt import Prompt
-from .api import Cancellation, Engine, Keep
+from .api import Engine, Keep
+from .cancellation import Cancellation
 from .messages import Capabilities, EngineOutput, GenerationConfig
 
 _ERRORS: dict[str, type[Exception]] = {
@@ -90,13 +91,7 @@ class ChildEngine(Engine):
         number, channel = self._ask("generate", prompt, config)
         cancelled.tell(lambda: self._send((number, "cancel")))
         try:
-            while True:
-                kind, value = channel.get()
-                if kind == _END:
-                    return
-                if kind == _ERROR:
-                    raise value
-                yield value
+            yield from _answers(channel)
         finally:
             self._send((number, "cancel"))
             self._channels.pop(number, None)
@@ -104,13 +99,8 @@ class ChildEngine(Engine):
     def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, keep: Keep) -> None:
         number, channel = self._ask("trace", prompt, taps, positions)
         try:
-            while True:
-                kind, value = channel.get()
-                if kind == _END:
-                    return
-                if kind == _ERROR:
-                    raise value
-                keep(*value)
+            for tap, state in _answers(channel):
+                keep(tap, state)
         finally:
             self._channels.pop(number, None)
 
@@ -151,6 +141,17 @@ class ChildEngine(Engine):
             waiting = list(self._channels.values())
         for channel in waiting:
             channel.put((_ERROR, EngineDied(self._dead)))
+
+
+def _answers(channel: queue.SimpleQueue[tuple[int, Any]]) -> Iterator[Any]:
+    """What the child sends about one request, until its end; its error is raised."""
+    while True:
+        kind, value = channel.get()
+        if kind == _END:
+            return
+        if kind == _ERROR:
+            raise value
+        yield value
 
 
 def _how(code: int | None) -> str:

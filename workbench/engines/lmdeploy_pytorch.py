@@ -15,7 +15,8 @@ from packaging.version import Version
 from ..errors import EmbeddingRangeError, ModelError
 from ..models import Model
 from ..prompt import Prompt
-from .api import Cancellation, Engine, Keep, parse_dtype
+from .api import Engine, Keep, parse_dtype
+from .cancellation import Cancellation
 from .lmdeploy_calls import explain_status, generation_config, installed_version
 from .messages import Capabilities, EngineOutput, GenerationConfig, ResponseType
 from .sampling import stop_tokens

@@ -19,7 +19,8 @@ from ..prompt import Prompt
 from ..quiet import quiet_transformers
 from ..taps import decoder_taps
 from ..trace import Trace
-from .api import Cancellation, Engine, Keep, parse_device, parse_dtype
+from .api import Engine, Keep, parse_device, parse_dtype
+from .cancellation import Cancellation
 from .float64 import KeepFloat64, widen
 from .messages import Capabilities, EngineOutput, GenerationConfig
 from .sampling import generate, stop_tokens

@@ -6,10 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import json
-import os
 import queue
-import shutil
 import tempfile
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
@@ -19,11 +16,13 @@ from typing import Any
 import torch
 from packaging.version import Version
 
+from ..cut_checkpoint import cut_checkpoint
 from ..errors import ModelError, PromptError
 from ..language_part import language_part
 from ..models import Model
 from ..prompt import Prompt
-from .api import Cancellation, Engine, Keep, parse_dtype
+from .api import Engine, Keep, parse_dtype
+from .cancellation import Cancellation
 from .lmdeploy_calls import embeddings_for, explain_status, generation_config, infer_arguments, installed_version
 from .messages import Capabilities, EngineOutput, GenerationConfig, ResponseType
 from .sampling import stop_tokens
@@ -332,25 +331,6 @@ def _logprobs(logits: torch.Tensor | None, chosen_from: int, tokens: list[int], 
         best = row.topk(min(count, len(row)))
         report.append({**dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)), token: float(row[token])})
     return report
-
-
-def cut_checkpoint(source: Path, target: Path, layers: int) -> Path:
-    """A folder that loads as the first `layers` layers of a checkpoint: weights are linked, the configuration is changed."""
-    for file in source.iterdir():
-        if file.name != "config.json" and file.is_file():
-            with contextlib.suppress(FileExistsError):
-                try:
-                    os.symlink(file.resolve(), target / file.name)
-                except OSError:  # a file system without links
-                    shutil.copy(file, target / file.name)
-    config = json.loads((source / "config.json").read_text())
-    for part in (config, config.get("text_config"), config.get("llm_config")):
-        if isinstance(part, dict) and "num_hidden_layers" in part:
-            part["num_hidden_layers"] = layers
-            if isinstance(part.get("layer_types"), list):
-                part["layer_types"] = part["layer_types"][:layers]
-    (target / "config.json").write_text(json.dumps(config))
-    return target
 
 
 def _whole(logits: bool) -> GenerationConfig:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from ..findings import Finding
 from ..models import Model, placeholder_id
 from ..prompt import Prompt
-from .target import Effect, Target, unsplicable
+from .target import Effect, Target, whole_prompt_refused
 
 
 def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
     """It computes any prompt that can be spliced; traps are in how it is called."""
-    reason = unsplicable(prompt, model)
-    if reason:
-        return Effect.rejects(
-            f"it takes rows for the whole prompt, and they cannot be put together: {reason}", "your own splice fails"
-        )
+    refused = whole_prompt_refused(prompt, model)
+    if refused:
+        return refused
     hazards = []
     if prompt.bidirectional:
         hazards.append(

@@ -6,18 +6,16 @@ import torch
 
 from ..models import Model
 from ..prompt import Prompt
-from .target import Changes, Effect, Target, unsplicable
+from .target import Changes, Effect, Target, whole_prompt_refused
 
 
 def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
     """Nested lists of floats for the whole prompt, always rounded to bfloat16."""
     if target.before("0.4.0"):
         return Effect("differs", None, (f"{target} is older than these rules, which begin with 0.4.0",))
-    reason = unsplicable(prompt, model)
-    if reason:
-        return Effect.rejects(
-            f"it takes rows for the whole prompt, and they cannot be put together: {reason}", "your own splice fails"
-        )
+    refused = whole_prompt_refused(prompt, model)
+    if refused:
+        return refused
     changes = Changes(prompt)
     changes.causal()
     rounded = [item.bfloat16() for item in prompt.input_embeddings]

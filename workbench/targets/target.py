@@ -135,6 +135,15 @@ def has_vision(model: Model | None) -> bool:
     return any(getattr(model.config, part, None) is not None for part in ("vision_config", "audio_config"))
 
 
+def whole_prompt_refused(prompt: Prompt, model: Model | None) -> Effect | None:
+    """For targets that take rows for the whole prompt, spliced by the caller: what happens where that cannot be done, else None."""
+    reason = unsplicable(prompt, model)
+    if reason is None:
+        return None
+    note = f"it takes rows for the whole prompt, and they cannot be put together: {reason}"
+    return Effect.rejects(note, "your own splice fails")
+
+
 def unsplicable(prompt: Prompt, model: Model | None) -> str | None:
     """Why a caller cannot turn ids, items and ranges into the rows of a whole prompt, or None."""
     sizes = (model.text_config.vocab_size, model.text_config.hidden_size) if model else ()

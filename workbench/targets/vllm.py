@@ -5,18 +5,16 @@ from __future__ import annotations
 from ..findings import Finding
 from ..models import Model
 from ..prompt import Prompt
-from .target import Changes, Effect, Target, has_vision, unsplicable
+from .target import Changes, Effect, Target, has_vision, whole_prompt_refused
 
 
 def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
     """Rows for the whole prompt, spliced by the caller; since 0.22 token ids may stand between them."""
     if target.before("0.9.0"):
         return Effect("differs", None, (f"{target} is older than these rules, which begin with 0.9.0",))
-    reason = unsplicable(prompt, model)
-    if reason:
-        return Effect.rejects(
-            f"it takes rows for the whole prompt, and they cannot be put together: {reason}", "your own splice fails"
-        )
+    refused = whole_prompt_refused(prompt, model)
+    if refused:
+        return refused
     mrope = prompt.position_ids is not None and prompt.position_ids.ndim == 2
     if mrope and target.before("0.24"):
         return Effect.rejects(

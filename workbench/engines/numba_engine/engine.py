@@ -15,7 +15,8 @@ from ...errors import ModelError, PromptError
 from ...models import Model
 from ...prompt import Prompt
 from ...taps import decoder_taps
-from ..api import Cancellation, Engine, Keep, parse_device, parse_dtype
+from ..api import Engine, Keep, parse_device, parse_dtype
+from ..cancellation import Cancellation
 from ..messages import Capabilities, EngineOutput, GenerationConfig, ResponseType
 from ..sampling import Answer, stop_tokens
 from . import sequence as requests
