@@ -10,11 +10,15 @@ LAB_OPTIONS ?=
 # No request leaves this machine: no news, no update check, no extension gallery.
 LAB_QUIET := --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
 
-.PHONY: help setup model lab test test-gpu check format bench soak update-pins clean
+# OpenMP's threads spin only briefly before they sleep; else two notebooks on the same cores, or two halves of the tests, wait for
+# each other in every parallel loop (range_kernels/cpu/launch.py has the figures).
+export GOMP_SPINCOUNT ?= 10000
+
+.PHONY: help setup model lab test test-python test-browser test-notebooks test-gpu check format bench soak update-pins clean
 
 help:
 	@echo "make lab       set up, fetch the model once, open JupyterLab on notebook 01"
-	@echo "make test      set up and run every test (browser tests where there is a Chromium)"
+	@echo "make test      set up and run every test (browser tests where there is a Chromium); with --jobs=2 in less time"
 	@echo "make test-gpu  run the GPU tests on this machine's GPU"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     speed of kernels and engine on this machine"
@@ -40,11 +44,18 @@ model: $(READY)
 lab: model
 	$(BIN)/jupyter lab $(LAB_QUIET) --port=$(PORT) $(LAB_OPTIONS) $(NOTEBOOK)
 
-test: model
+# In this order, so that `make --jobs=2 test` runs the first two beside each other: most of the time each of them keeps one core busy.
+test: test-python test-browser test-notebooks
+
+test-python: model
 	$(BIN)/python -m pytest tests --ignore=tests/simulator --ignore=tests/browser
 	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/simulator
-	$(BIN)/python -m pytest --nbval notebooks
+
+test-browser: model
 	$(BIN)/python -m pytest tests/browser
+
+test-notebooks: model
+	$(BIN)/python -m pytest --nbval notebooks
 
 test-gpu: model
 	$(BIN)/python -m pytest tests -m gpu --ignore=tests/simulator --ignore=tests/browser

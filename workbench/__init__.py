@@ -11,6 +11,7 @@ from .engines import open_engine
 from .engines.api import Engine
 from .engines.messages import EngineOutput, GenerationConfig, ResponseType
 from .errors import EmbeddingRangeError, ModelError, PromptError, TraceError
+from .exploring import explore
 from .findings import Finding
 from .linting import effective_prompt, lint
 from .models import Model, load_model
@@ -44,6 +45,7 @@ __all__ = [
     "check_engine",
     "compare",
     "effective_prompt",
+    "explore",
     "first_divergence",
     "lint",
     "load_model",

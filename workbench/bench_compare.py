@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from range_kernels.bench import time_in_turns
+from range_kernels.bench_cpu import time_in_turns
 
 from .compare import NoiseFloor, compare
 from .engines import open_engine

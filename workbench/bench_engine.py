@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 import torch
-from range_kernels.bench import time_in_turns
+from range_kernels.bench_cpu import time_in_turns
 
 from .engines.api import Engine
 from .engines.messages import GenerationConfig

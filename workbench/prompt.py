@@ -127,6 +127,11 @@ class Prompt:
         pairs = zip(self.embedding_ranges, self.spans, strict=False)
         return sorted({span.block or place for place, span in pairs if span.attention == "bidirectional"})
 
+    @property
+    def bare(self) -> Prompt:
+        """The ids without anything injected: the run that an injection is compared with."""
+        return Prompt(self.input_ids, position_ids=self.position_ids)
+
     def faults(self, vocab_size: int | None = None, hidden_size: int | None = None) -> Iterator[Finding]:
         """Yield all that makes the prompt impossible to run; sizes left None are not checked."""
         if not self.input_ids:

@@ -6,12 +6,13 @@ Torch tensors in and out; the device of the tensors selects the kernel. Nothing 
 from .attention import attention
 from .hugging_face import register_with_transformers
 from .pages import KVPages, PagedPlan, paged_attention
-from .splice import splice
+from .splice import SplicePlan, splice
 from .visibility import visible_keys
 
 __all__ = [
     "KVPages",
     "PagedPlan",
+    "SplicePlan",
     "attention",
     "paged_attention",
     "register_with_transformers",

@@ -43,7 +43,7 @@ def attention(
             seen whole in spite of the window (vLLM), needs the spans and is made by `visible_keys`: pass its `low`.
         softcap: c > 0 replaces a score s by `c * tanh(s / c)`.
         scale: factor on scores; None means `head_dim ** -0.5`.
-        path: the kernel by name ("tensor-core" or "plain" on a GPU), for tests and benchmarks; None chooses.
+        path: the kernel by name ("hopper", "tensor-core" or "plain" on a GPU), for tests and benchmarks; None chooses.
 
     Returns:
         `[queries, q_heads, head_dim]` in the dtype of `q`; zeros for a query that sees no key. Sums run in float32.

@@ -1,14 +1,14 @@
-"""`python -m range_kernels.bench_cuda`: the tensor-core and splice kernels on a GPU beside torch's, in one run, in turns.
+"""The CUDA kernels beside what a user would pick instead, in one run, in turns (`python -m range_kernels.bench`).
 
-Paged decode: torch SDPA's kernels on a dense cache, and a plain copy that moves as many bytes. Prefill: torch SDPA's FlashAttention-2 and cuDNN kernels (causal), cuDNN with a dense mask and FlexAttention (spans). Splice: an index
-assignment, `index_copy_`, Transformers' masked_scatter, and a plain copy of as many bytes. Times are medians of GPU events; buffers
-rotate so that nothing is found in the L2 cache.
+Prefill: torch SDPA's FlashAttention-2 and cuDNN kernels (causal), cuDNN with a dense mask and FlexAttention (spans). Paged decode:
+torch SDPA's kernels on a dense cache, and a plain copy that moves as many bytes. Splice: a fused Triton kernel, an index
+assignment, `index_copy_`, Transformers' masked_scatter, and a plain copy. Times are medians of GPU events; buffers rotate so that
+nothing is found in the L2 cache.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import KVPages, PagedPlan, attention, paged_attention, splice, visible_keys
+from . import KVPages, PagedPlan, SplicePlan, attention, paged_attention, splice, visible_keys
+from .bench_triton import triton_jobs
+from .cuda.kernel import loaded
 
 HEADS, KV_HEADS, SPAN = 32, 8, 256
 PREFILLS = ((4, 4096, 128), (1, 16384, 128), (4, 4096, 64))  # batch, tokens, head size
@@ -93,12 +95,12 @@ def bench_prefill(shape: tuple[int, int, int], rounds: int, flex: bool) -> dict[
         low, reach = visible_keys(tokens, ranges)
         bounds[name] = tuple(torch.from_numpy(each).cuda().repeat(batch) for each in (low, reach))
 
-    def ours(name: str) -> Callable[[int], object]:
+    def ours(name: str, path: str) -> Callable[[int], object]:
         low, reach = bounds[name]
 
         def run(turn: int) -> object:
             q, k, v = packed[turn]
-            return attention(q, k, v, lengths, lengths, low=low, reach=reach, path="tensor-core")
+            return attention(q, k, v, lengths, lengths, low=low, reach=reach, path=path)
 
         return run
 
@@ -121,10 +123,10 @@ def bench_prefill(shape: tuple[int, int, int], rounds: int, flex: bool) -> dict[
         low, reach = bounds["spans"]
         return paged_attention(packed[turn][0], pages, turn, plan, low=low, reach=reach)
 
-    jobs = {
-        "ours, causal": ours("causal"),
-        "ours, spans, paged": ours_paged,
-        "ours, spans": ours("spans"),
+    paths = ["hopper", "tensor-core"] if torch.cuda.get_device_capability()[0] == 9 else ["tensor-core"]
+    jobs = {f"{path}, {name}": ours(name, path) for path in paths for name in ("causal", "spans")}
+    jobs |= {
+        f"{paths[0]}, spans, paged": ours_paged,
         "flash, causal": sdpa(SDPBackend.FLASH_ATTENTION),
         "cuDNN, causal": sdpa(SDPBackend.CUDNN_ATTENTION),
         "cuDNN, spans (dense mask)": sdpa(SDPBackend.CUDNN_ATTENTION, dense[None, None]),
@@ -219,6 +221,13 @@ def bench_splice(shape: tuple[int, int], rounds: int) -> dict[str, float]:
     inside[places] = True
     source, target = (torch.empty(tokens, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
+    plan = SplicePlan(items, ranges, table, tokens)
+    captured = [torch.cuda.CUDAGraph() for _ in range(_COPIES)]
+    for graph, each in zip(captured, ids, strict=True):
+        splice(each, table, plan=plan)
+        with torch.cuda.graph(graph):
+            splice(each, table, plan=plan)
+
     def index_assignment(turn: int) -> torch.Tensor:
         state = table[ids[turn]]
         state[places] = joined
@@ -227,6 +236,8 @@ def bench_splice(shape: tuple[int, int], rounds: int) -> dict[str, float]:
     return time_in_turns(
         {
             "ours": lambda turn: splice(ids[turn], table, items, ranges),
+            "ours, graph": lambda turn: captured[turn].replay(),
+            **triton_jobs(ids, table, joined, places, target),
             "masked_scatter": lambda turn: table[ids[turn]].masked_scatter(inside.expand(-1, hidden), joined),
             "index_copy": lambda turn: table[ids[turn]].index_copy_(0, places, joined),
             "index assignment": index_assignment,
@@ -236,44 +247,52 @@ def bench_splice(shape: tuple[int, int], rounds: int) -> dict[str, float]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m range_kernels.bench_cuda", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument(
-        "--no-flex", action="store_true", help="leave out FlexAttention, which takes a minute to compile"
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
-    options = parser.parse_args()
+def clocks() -> str:
+    """What the driver says of clocks and power at this moment; empty where it says nothing."""
+    ask = [
+        "nvidia-smi",
+        "--query-gpu=clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit",
+        "--format=csv,noheader",
+    ]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return ""
+
+
+def run(rounds: int, flex: bool = True) -> dict[str, Any]:
+    """Run all, print as it goes; returns the report."""
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "numba": numba.__version__, "rounds": options.rounds, "prefill": [], "decode": [], "splice": [],
+        "numba": numba.__version__, "rounds": rounds, "prefill": [], "decode": [], "splice": [],
     }  # fmt: skip
-    print(f"{report['device']}, torch {torch.__version__}, numba {numba.__version__}; medians of {options.rounds}")
+    print(f"{report['device']}, torch {torch.__version__}, numba {numba.__version__}; medians of {rounds}")
     for shape in PREFILLS:
         batch, tokens, head_dim = shape
         work = 4 * batch * HEADS * head_dim * (tokens * (tokens + 1) // 2)  # counted as causal, spans too
-        for name, ms in bench_prefill(shape, options.rounds, not options.no_flex).items():
+        for name, ms in bench_prefill(shape, rounds, flex).items():
             print(f"prefill {batch} x {tokens}, head {head_dim}: {name:26} {ms:8.3f} ms {work / ms / 1e9:6.0f} TFLOP/s")
             report["prefill"].append({"shape": shape, "kernel": name, "ms": ms, "tflops": work / ms / 1e9})
+    report["clocks"] = clocks()
     for batch, keys in DECODES:
         moved = 4 * batch * keys * KV_HEADS * 128
-        for name, ms in bench_decode((batch, keys), options.rounds).items():
+        for name, ms in bench_decode((batch, keys), rounds).items():
             print(f"decode {batch} x {keys}: {name:18} {ms:8.3f} ms {moved / ms / 1e9:6.2f} TB/s")
             report["decode"].append({"shape": (batch, keys), "kernel": name, "ms": ms, "tbytes": moved / ms / 1e9})
     for tokens, hidden in SPLICES:
         moved = 2 * tokens * hidden * 2
-        for name, ms in bench_splice((tokens, hidden), options.rounds).items():
+        for name, ms in bench_splice((tokens, hidden), rounds).items():
             print(f"splice {tokens} x {hidden}: {name:17} {ms:8.3f} ms {moved / ms / 1e9:6.2f} TB/s")
             report["splice"].append({"shape": (tokens, hidden), "kernel": name, "ms": ms, "tbytes": moved / ms / 1e9})
     report["host_us"] = bench_host()
     for name, microseconds in report["host_us"].items():
         print(f"host, {name}: {microseconds:.0f} us a call")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(report, file, indent=1)
-
-
-if __name__ == "__main__":
-    main()
+    report["first_calls"] = [
+        {"kernel": each.source.name, "seconds": each.seconds, "from_disk": each.cached} for each in loaded
+    ]
+    for from_disk, words in ((False, "made and kept"), (True, "found on disk")):
+        seconds = [each.seconds for each in loaded if each.cached is from_disk]
+        if seconds:
+            print(f"first call, {words}: {len(seconds)} kernels, {median(seconds):.2g} s each (median)")
+    print(f"clocks and power after the prefills: {report['clocks'] or 'not told'}")
+    return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ def splice(
     *,
     offset: int = 0,
     scale: float = 1.0,
+    plan: SplicePlan | None = None,
 ) -> torch.Tensor:
     """Look up `input_ids` in `table` and put the rows of `items[i]` into positions `ranges[i]`.
 
@@ -28,6 +30,9 @@ def splice(
         ranges: half-open `(start, stop)` in prompt positions, sorted and disjoint.
         offset: prompt position of `input_ids[0]`. Ranges are clipped to the chunk `[offset, offset + tokens)`.
         scale: factor on looked-up rows only (Gemma multiplies them by sqrt(hidden); injected rows come ready).
+        plan: items and ranges, checked and laid out before by `SplicePlan`, in place of `items`, `ranges` and `offset`. With
+            it, and ids on the device, nothing moves between host and device where `plan.capturable`: the call may be captured in
+            a CUDA graph.
 
     Returns:
         `[tokens, hidden]` in the table's dtype and on its device.
@@ -43,7 +48,7 @@ def splice(
     whole = not (input_ids.dtype is torch.bool or input_ids.is_floating_point() or input_ids.is_complex())
     if input_ids.numel() and not whole:
         raise ValueError(f"input_ids is {input_ids.dtype}: token ids are integers")
-    input_ids = input_ids.to(table.device, torch.int64)
+    input_ids = input_ids.to(table.device, torch.int64).contiguous()
     if table.ndim != 2 or table.dtype not in DTYPES or not table.is_contiguous():
         raise ValueError(
             f"table is {table.dtype} {tuple(table.shape)}: expected a contiguous [vocab, hidden] in float32, float16 or "
@@ -51,19 +56,23 @@ def splice(
         )
     if input_ids.ndim != 1:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: expected one packed [tokens]")
-    clipped = clip_items(items, ranges, table, offset, offset + len(input_ids))
+    if plan is None:
+        clipped = clip_items(items, ranges, table, offset, offset + len(input_ids))
+    else:
+        plan.check(input_ids, table, items, ranges, offset)
+        clipped = plan.clipped
     out = torch.empty((len(input_ids), table.shape[1]), dtype=table.dtype, device=table.device)
     if out.numel() == 0:
         return out
     if table.device.type == "cpu":
         from .cpu.launch import splice as launch_cpu
 
-        plan, rows = pack_rows(clipped, table)
-        launch_cpu(input_ids, table, rows, plan, out, float(scale))
+        places, rows = pack_rows(cast(clipped, table), table)
+        launch_cpu(input_ids, table, rows, places, out, float(scale))
     elif table.device.type == "cuda":
         from .cuda.splice import launch as launch_cuda
 
-        launch_cuda(input_ids, table, clipped, out, float(scale))
+        launch_cuda(input_ids, table, clipped, out, float(scale), None if plan is None else plan.on_device)
     else:
         raise ValueError(f"table is on {table.device}: kernels exist for cpu and cuda")
     return out
@@ -72,11 +81,61 @@ def splice(
 Clipped = list[tuple[int, int, torch.Tensor]]
 
 
+class SplicePlan:
+    """Items and ranges of one batch or chunk, checked and laid out once, for calls that repeat or are captured.
+
+    Items on the table's device, of a dtype that splice takes, whose rows are contiguous, are read where they lie at each call: what
+    is written into them since is seen. Others are copied here, once.
+
+    Attributes:
+        capturable: whether calls on a GPU are one launch and nothing else: rows of tables and items lie in pieces of 16 bytes.
+
+    Args:
+        items, ranges, offset: as `splice` takes them.
+        table: the table of the calls, or one of its shape, dtype and device.
+        tokens: how many the calls have.
+
+    Raises:
+        ValueError: as `splice`.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[torch.Tensor],
+        ranges: Sequence[tuple[int, int]],
+        table: torch.Tensor,
+        tokens: int,
+        *,
+        offset: int = 0,
+    ) -> None:
+        self.clipped = clip_items(items, ranges, table, offset, offset + tokens)
+        self.tokens, self.kind = tokens, (table.shape[1], table.dtype, table.device)
+        self.on_device = None
+        self.capturable = False
+        if table.device.type == "cuda":
+            from .cuda.splice import prepare
+
+            self.on_device, self.capturable = prepare(self.clipped, table)
+
+    def check(self, input_ids: torch.Tensor, table: torch.Tensor, items: Any, ranges: Any, offset: int) -> None:
+        """ValueError where a call is not one that this plan was made for."""
+        if len(items) or len(ranges) or offset:
+            raise ValueError("plan already holds items, ranges and offset: leave them out")
+        if len(input_ids) != self.tokens:
+            raise ValueError(f"{len(input_ids)} input_ids, but the plan is for {self.tokens}: make one for them")
+        if (table.shape[1], table.dtype, table.device) != self.kind:
+            width, dtype, device = self.kind
+            raise ValueError(
+                f"table is {table.dtype} of width {table.shape[1]} on {table.device}, the plan for {dtype} of width {width} "
+                f"on {device}: make one for this table"
+            )
+
+
 def clip_items(
     items: Sequence[torch.Tensor], ranges: Sequence[tuple[int, int]], table: torch.Tensor, begin: int, end: int
 ) -> Clipped:
-    """The parts of ranges inside the chunk `[begin, end)`: start and stop counted from `begin`, and the rows, cast and moved
-    to the table's dtype and device."""
+    """The parts of ranges inside the chunk `[begin, end)`: start and stop counted from `begin`, and the rows, on the table's
+    device."""
     if len(items) != len(ranges):
         raise ValueError(f"{len(items)} items but {len(ranges)} ranges: each item needs one range")
     clipped: Clipped = []
@@ -97,10 +156,15 @@ def clip_items(
         if first < last:
             # Each torch call costs microseconds, and there may be hundreds of items.
             rows = item if (first, last) == (start, stop) else item[first - start : last - start]
-            if rows.dtype is not table.dtype or rows.device != table.device:
-                rows = rows.to(table.device, table.dtype)
+            if rows.device != table.device:
+                rows = rows.to(table.device)
             clipped.append((first - begin, last - begin, rows))
     return clipped
+
+
+def cast(clipped: Clipped, table: torch.Tensor) -> Clipped:
+    """Rows in the table's dtype."""
+    return [(start, stop, rows if rows.dtype is table.dtype else rows.to(table.dtype)) for start, stop, rows in clipped]
 
 
 def pack_rows(clipped: Clipped, table: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:

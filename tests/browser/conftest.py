@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -50,26 +51,65 @@ def chromium():
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory):
-    """The address of a JupyterLab that serves a copy of the notebooks beside the data, started as `make lab` starts it."""
+def lab_server(tmp_path_factory):
     home = tmp_path_factory.mktemp("lab")
-    shutil.copytree(ROOT / "notebooks", home / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for address in serve("lab", home):
+        yield address, home
+
+
+@pytest.fixture
+def lab(lab_server):
+    """The address of a JupyterLab that serves a fresh copy of the notebooks beside the data, started as `make lab` starts it."""
+    address, home = lab_server
+    copy_notebooks(home)  # JupyterLab saves what it has open, with views of kernels that are gone
+    yield address
+    end_kernels(address)
+
+
+@pytest.fixture
+def notebook7(tmp_path_factory):
+    """The same of a Jupyter Notebook 7."""
+    yield from serve("notebook", tmp_path_factory.mktemp("notebook"))
+
+
+def copy_notebooks(home):
+    shutil.copytree(
+        ROOT / "notebooks", home / "notebooks", dirs_exist_ok=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints")
+    )
     for notebook in Path(__file__).parent.glob("*.ipynb"):
         shutil.copy(notebook, home / "notebooks" / notebook.name)
+
+
+def kernels_of(address):
+    with urllib.request.urlopen(f"{address}/api/kernels", timeout=30) as answer:
+        return json.load(answer)
+
+
+def end_kernels(address):
+    """A closed page leaves its kernel running, with models and threads in it."""
+    for kernel in kernels_of(address):
+        request = urllib.request.Request(f"{address}/api/kernels/{kernel['id']}", method="DELETE")
+        urllib.request.urlopen(request, timeout=60).close()
+
+
+def serve(application, home):
+    """Run a Jupyter application until the generator is closed."""
+    copy_notebooks(home)
     (home / "data").symlink_to(ROOT / "data")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("LAB_QUIET"))
     command = [
-        sys.executable, "-m", "jupyter", "lab", *options.split(":=")[1].split(), f"--port={port}", "--ip=127.0.0.1",
+        sys.executable, "-m", "jupyter", application, *options.split(":=")[1].split(), f"--port={port}", "--ip=127.0.0.1",
         "--no-browser", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--allow-root",
-        f"--ServerApp.root_dir={home}",
+        f"--ServerApp.root_dir={home}", "--ServerApp.disable_check_xsrf=True",  # for end_kernels, which is no page
     ]  # fmt: skip
     environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
                    "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}  # fmt: skip
     ARTIFACTS.mkdir(exist_ok=True)
-    with (ARTIFACTS / "jupyterlab.log").open("w") as log:
+    log_file = ARTIFACTS / f"jupyter_{application}.log"
+    with log_file.open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=home)
         address = f"http://127.0.0.1:{port}"
         for _ in range(240):
@@ -77,15 +117,24 @@ def lab(tmp_path_factory):
                 urllib.request.urlopen(f"{address}/api/status", timeout=2)
                 break
             except OSError:
-                assert server.poll() is None, (ARTIFACTS / "jupyterlab.log").read_text()
+                assert server.poll() is None, log_file.read_text()
                 time.sleep(0.25)
         yield address
         server.terminate()
         server.wait(timeout=30)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A picture of the page where a test fails, before its kernel is ended."""
+    report = yield
+    if report.failed and report.when == "call" and "page" in item.funcargs:
+        item.funcargs["page"].screenshot(path=ARTIFACTS / f"failed_{item.name}.png")
+    return report
+
+
 @pytest.fixture
-def page(chromium, lab):
+def page(chromium):
     """A page that notes every console error and every request that leaves this machine."""
     context = chromium.new_context(viewport={"width": 1440, "height": 1000}, reduced_motion="reduce")
     page = context.new_page()

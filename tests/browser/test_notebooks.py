@@ -7,7 +7,7 @@ import time
 import pytest
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
-from .conftest import ARTIFACTS
+from .conftest import ARTIFACTS, kernels_of
 
 pytestmark = pytest.mark.browser
 SECOND = 1000
@@ -19,6 +19,7 @@ def open_and_run(page, lab, notebook):
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=120 * SECOND)
     # a kernel that is not there yet would swallow the command
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=120 * SECOND)
+    wait_connected(page, lab)
     for attempt in range(6):
         answer_dialogs(page)
         try:  # JupyterLab may still be settling: it drops the command, or asks for a kernel over the menu
@@ -28,11 +29,43 @@ def open_and_run(page, lab, notebook):
                 "() => [...document.querySelectorAll('.jp-InputArea-prompt')].some(e => e.textContent.trim() === '[*]:')",
                 timeout=15 * SECOND,
             )
-            return
+            if cells_run(page, lab):
+                return
+            page.screenshot(path=ARTIFACTS / f"not_running_{attempt}.png")
         except PlaywrightTimeout:
             page.screenshot(path=ARTIFACTS / f"not_running_{attempt}.png")
             page.keyboard.press("Escape")  # an open menu
     pytest.fail("Run All Cells did not start; see the screenshots in test-artifacts")
+
+
+def wait_connected(page, lab, seconds=30):
+    """Until the server knows a kernel that the page listens to: a command that comes sooner makes JupyterLab ask for a kernel."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if any(kernel["connections"] and kernel["execution_state"] == "idle" for kernel in kernels_of(lab)):
+            return
+        page.wait_for_timeout(250)
+
+
+def cells_run(page, lab, seconds=20):
+    """Whether the kernel works: JupyterLab at times marks cells as running that no kernel ever got.
+
+    A kernel that only says who it is is busy for a moment, too.
+    """
+    busy_since, until = None, time.monotonic() + seconds
+    while time.monotonic() < until:
+        if page.evaluate(
+            "() => [...document.querySelectorAll('.jp-InputArea-prompt')].some(e => /^\\[\\d+\\]:$/.test(e.textContent.trim()))"
+        ):
+            return True
+        if any(kernel["execution_state"] == "busy" for kernel in kernels_of(lab)):
+            busy_since = busy_since or time.monotonic()
+            if time.monotonic() - busy_since > 2:
+                return True
+        else:
+            busy_since = None
+        page.wait_for_timeout(250)
+    return False
 
 
 def answer_dialogs(page):
@@ -44,6 +77,13 @@ def answer_dialogs(page):
         page.wait_for_selector(
             ".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60 * SECOND, state="attached"
         )
+
+
+def go_dark(page):
+    page.get_by_role("menuitem", name="Settings", exact=True).click()
+    page.get_by_text("Theme", exact=True).first.hover()
+    page.get_by_text("JupyterLab Dark", exact=True).first.click()
+    page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'", timeout=20 * SECOND)
 
 
 def wait_idle(page, seconds=240):
@@ -90,8 +130,8 @@ def move(page, view, slider, key, image=0):
     start = time.perf_counter()
     handle.press(key)
     page.wait_for_function(
-        "([image, source]) => image.src !== source && image.complete", arg=[view.locator("img").nth(image).element_handle(), source],
-        timeout=60 * SECOND,
+        "([view, at, source]) => { const image = view.querySelectorAll('img')[at]; return image && image.src !== source && image.complete; }",
+        arg=[view.element_handle(), image, source], timeout=60 * SECOND,
     )  # fmt: skip
     return time.perf_counter() - start
 
@@ -110,10 +150,8 @@ def check_quiet(page):
 
 def test_01_where_embeddings_land(page, lab, capsys):
     open_and_run(page, lab, "01_where_embeddings_land.ipynb")
-    view = page.locator(".workbench-landing").first
-    view.wait_for(timeout=240 * SECOND)
     wait_idle(page)
-    view.scroll_into_view_if_needed()
+    view = find(page, ".workbench-landing")
     view.locator("text=Tokyo").first.wait_for(timeout=60 * SECOND)
     page.screenshot(path=ARTIFACTS / "01_landing.png")
 
@@ -152,10 +190,8 @@ def test_01_where_embeddings_land(page, lab, capsys):
 
 def test_02_compare_engines(page, lab):
     open_and_run(page, lab, "02_compare_engines.ipynb")
-    view = page.locator(".workbench-comparison").first
-    view.wait_for(timeout=300 * SECOND)
     wait_idle(page)
-    view.scroll_into_view_if_needed()
+    view = find(page, ".workbench-comparison")
     view.locator("text=bug at tap embed, token 28").wait_for(timeout=60 * SECOND)  # the last cell planted a fault
     page.screenshot(path=ARTIFACTS / "02_fault.png")
 
@@ -185,6 +221,8 @@ def test_03_images_as_embeddings(page, lab):
 def test_04_vision_weights_and_features(page, lab):
     open_and_run(page, lab, "04_vision_weights_and_features.ipynb")
     wait_idle(page)
+    view = find(page, ".wb-patches")
+    view.locator("text=2-norm of the row").first.wait_for(timeout=20 * SECOND)
     find(page, "text=two engines: blue 7, green 5")
     page.screenshot(path=ARTIFACTS / "04_flows.png")
     check_quiet(page)
@@ -219,6 +257,7 @@ def test_07_find_the_bug(page, lab):
     wait_idle(page)
     find(page, "text=the range is off by one")
     page.screenshot(path=ARTIFACTS / "07_divergence.png")
+    find(page, ".workbench-verdict").locator("text=bug at tap embed, token 3").wait_for(timeout=20 * SECOND)
     find(page, "text=exit status 1")
     page.screenshot(path=ARTIFACTS / "07_shell.png")
     check_quiet(page)
@@ -227,6 +266,7 @@ def test_07_find_the_bug(page, lab):
 def test_09_turbomind_vs_transformers(page, lab):
     open_and_run(page, lab, "09_turbomind_vs_transformers.ipynb")
     wait_idle(page)
+    find(page, ".workbench-verdict").locator("text=noise: at most").wait_for(timeout=20 * SECOND)
     find(page, "text=the recorded truth is ours")
     page.screenshot(path=ARTIFACTS / "09_depths.png")
     find(page, "text=row counts exchanged  differs")

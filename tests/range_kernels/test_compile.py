@@ -1,86 +1,85 @@
-"""Every tensor-core kernel compiles without a GPU, for sm_80 and sm_90a, and keeps its sums in registers."""
+"""Every kernel made of PTX compiles without a GPU, for sm_80 or sm_90a or both, and keeps its sums in registers."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 
 import pytest
-from numba import cuda
 from numba.cuda import types
-from range_kernels.cuda import decode, splice
-from range_kernels.cuda.tensor_core import HEAD_DIMS, THREADS, make_kernel, signature
+from range_kernels.cuda import decode, hopper, splice, tensor_core
+from range_kernels.cuda.kernel import Source
+from range_kernels.cuda.warpgroup import keys_of
+
+AMPERE, HOPPER = (8, 0), (9, 0, "a")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiler():
-    def nothing(x):
-        x[0] = 1.0
+    def nothing(address):
+        pass
 
     try:
-        to_ptx(nothing, types.void(types.float32[::1]), (8, 0))
+        Source("nothing", lambda: nothing, types.void(types.uint64), 32).compile(AMPERE).machine_code()
     except Exception as error:  # the CUDA packages raise many kinds where a part is missing
-        pytest.skip(f"no NVVM and NVRTC to compile with: {type(error).__name__}")
+        pytest.skip(f"no NVVM and nvJitLink to compile with: {type(error).__name__}")
 
 
-def to_ptx(function, kinds, capability, **options):
-    return cuda.compile(function, kinds, cc=capability, device=False, abi="numba", output="ptx", **options)[0]
-
-
-def assemble(ptx, architecture, folder):
-    """What ptxas says: registers a thread, and bytes spilled."""
-    if shutil.which("ptxas") is None:
-        return None
-    (folder / "kernel.ptx").write_text(ptx)
-    command = ["ptxas", "-v", f"-arch={architecture}", str(folder / "kernel.ptx"), "-o", str(folder / "kernel.cubin")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return int(re.search(r"Used (\d+) registers", done.stderr)[1]), int(
-        re.search(r"(\d+) bytes spill stores", done.stderr)[1]
-    )
+def check(source, capabilities=(AMPERE, HOPPER), spills=0):
+    """Compile and link for each capability; the PTX of the last."""
+    assert source.room < 227 * 1024  # what an SM of sm_90 gives a block
+    for capability in capabilities:
+        compiled = source.compile(capability)
+        (code, said), ptx = compiled.machine_code(), compiled.ptx()
+        assert ".f64" not in ptx  # addresses of mixed signs become float64 in Numba
+        assert code.startswith(b"\x7fELF")
+        assert "wgmma" not in said, said  # "serialized": a register is touched while a product is under way
+        assert int(re.search(r"Used (\d+) registers", said)[1]) <= 255
+        spilled = int(re.search(r"(\d+) bytes spill stores", said)[1])
+        assert spilled <= spills, f"{spilled} bytes spilled: some sums lie in memory"
+    return ptx
 
 
 KINDS = [("bfloat16", False, False), ("bfloat16", True, True), ("float16", False, True)]
 
 
 @pytest.mark.parametrize(("dtype", "softcap", "paged"), KINDS)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_prefill(head_dim, dtype, softcap, paged, tmp_path):
-    function, _, room = make_kernel(head_dim, dtype, softcap, paged)
-    assert room < 227 * 1024  # what an SM of sm_90 gives a block
-    for capability, architecture in (((8, 0), "sm_80"), ((9, 0, "a"), "sm_90a")):
-        ptx = to_ptx(function, signature(), capability, launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))
-        assert "mma.sync.aligned.m16n8k16" in ptx
-        assert ".f64" not in ptx  # addresses of mixed signs become float64 in Numba
-        used = assemble(ptx, architecture, tmp_path)
-        if used:
-            registers, spilled = used
-            assert registers <= 255
-            assert spilled <= 256, f"{spilled} bytes spilled: some sums lie in memory"
+@pytest.mark.parametrize("head_dim", tensor_core.HEAD_DIMS)
+def test_prefill(head_dim, dtype, softcap, paged):
+    capabilities = [AMPERE, HOPPER] if dtype == "bfloat16" else [AMPERE]
+    ptx = check(tensor_core.source(head_dim, dtype, softcap, paged), capabilities, spills=256)
+    assert "mma.sync.aligned.m16n8k16" in ptx
 
 
-@pytest.mark.parametrize(("dtype", "softcap"), [("bfloat16", False), ("float16", True)])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_decode(head_dim, dtype, softcap, tmp_path):
-    function, room = decode.make_kernel(head_dim, dtype, softcap)
-    assert room < 227 * 1024
-    for capability, architecture in (((8, 0), "sm_80"), ((9, 0, "a"), "sm_90a")):
-        ptx = to_ptx(function, decode.signature(), capability, launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))
-        assert "mma.sync.aligned.m16n8k16" in ptx
-        assert ".f64" not in ptx
-        used = assemble(ptx, architecture, tmp_path)
-        if used:
-            assert used[1] == 0
+@pytest.mark.parametrize(("dtype", "softcap", "paged"), KINDS)
+@pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
+def test_prefill_for_hopper(head_dim, dtype, softcap, paged):
+    ptx = check(hopper.source(head_dim, dtype, softcap, paged), [HOPPER])
+    keys = keys_of(head_dim)
+    products = [f"m64n{keys}k16"] * (2 * head_dim // 16) + [f"m64n{head_dim}k16"] * (2 * keys // 16)
+    assert sorted(re.findall(r"wgmma.mma_async.sync.aligned.(m64n\d+k16)", ptx)) == sorted(products)
 
 
-def test_wide_splice(tmp_path):
-    number, unsigned = types.int64, types.uint64
-    kinds = types.void(*[number] * 7, unsigned, number)
-    for capability, architecture in (((8, 0), "sm_80"), ((9, 0, "a"), "sm_90a")):
-        ptx = to_ptx(splice._copy_wide.py_func, kinds, capability)
-        assert ptx.count("ld.global.nc.L1::no_allocate.v4.b32") == 5  # four pieces at once, and one by one
-        assert ".f64" not in ptx
-        used = assemble(ptx, architecture, tmp_path)
-        if used:
-            assert used[1] == 0
+@pytest.mark.parametrize(("dtype", "softcap", "capability"), [("bfloat16", False, HOPPER), ("float16", True, AMPERE)])
+@pytest.mark.parametrize("head_dim", tensor_core.HEAD_DIMS)
+def test_decode(head_dim, dtype, softcap, capability):
+    ptx = check(decode.source(head_dim, dtype, softcap), [capability])
+    assert "mma.sync.aligned.m16n8k16" in ptx
+
+
+@pytest.mark.parametrize("converts", [False, True])
+@pytest.mark.parametrize("dtype", splice.DTYPES.values())
+def test_wide_splice(dtype, converts):
+    ptx = check(splice.source(dtype, converts))
+    # Four pieces at once, and one by one.
+    assert ptx.count("ld.global.nc.L1::no_allocate.v4.b32") >= 5
+
+
+def test_a_source_says_all_that_its_kernel_depends_on():
+    """Its name is the key of the cache on disk: two kernels of one name would be taken for each other."""
+    sources = [
+        *(make(dim, dtype, cap, paged) for make in (tensor_core.source, hopper.source) for dim in make.__globals__["HEAD_DIMS"]
+          for dtype in ("bfloat16", "float16") for cap in (False, True) for paged in (False, True)),
+        *(decode.source(dim, dtype, cap) for dim in tensor_core.HEAD_DIMS for dtype in ("bfloat16", "float16") for cap in (False, True)),
+        *(splice.source(dtype, converts) for dtype in splice.DTYPES.values() for converts in (False, True)),
+    ]  # fmt: skip
+    assert len({source.name for source in sources}) == len(sources)

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from range_kernels import attention, splice, visible_keys
+from range_kernels import PagedPlan, SplicePlan, attention, paged_attention, splice, visible_keys
+from range_kernels.cuda import hopper
+from range_kernels.cuda import splice as wide
+from range_kernels.cuda.kernel import Kernel
 from range_kernels.pages import PAGE_SIZES
 from range_kernels.reference import splice as splice_oracle
 
@@ -85,18 +88,29 @@ def dense(q, k, v, cu_q, cu_k, low, reach, softcap, dtype):
     return torch.cat(outs)
 
 
+def runs(path, head_dim):
+    """Skip where this GPU has no such path, or it has no such head size."""
+    if path == "hopper" and (torch.cuda.get_device_capability()[0] != 9 or head_dim not in hopper.HEAD_DIMS):
+        pytest.skip("no hopper path here")
+
+
+PATHS = ["tensor-core", "hopper"]
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_tensor_cores_err_at_most_twice_as_much_as_torch(head_dim, dtype, softcap):
+def test_tensor_cores_err_at_most_twice_as_much_as_torch(head_dim, dtype, softcap, path):
     """Error against float64, beside that of torch's attention in the same dtype; outputs are poisoned before."""
+    runs(path, head_dim)
     generator = np.random.default_rng(head_dim + int(softcap))
     for _ in range(25):
         case = random_call(generator, head_dim, dtype)
         low, reach = case[5:]
         truth = dense(*case, softcap, torch.float64)
         torch.empty_like(case[0]).fill_(torch.nan)  # freed at once: the output is likely to lie here
-        out = attention(*case[:5], low=low, reach=reach, softcap=softcap, path="tensor-core")
+        out = attention(*case[:5], low=low, reach=reach, softcap=softcap, path=path)
         theirs = dense(*case, softcap, dtype)
         mine = (out.double() - truth).norm()
         assert mine <= 2 * (theirs.double() - truth).norm() + 1e-12, (
@@ -105,11 +119,13 @@ def test_tensor_cores_err_at_most_twice_as_much_as_torch(head_dim, dtype, softca
         assert torch.isfinite(out).all()
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_paged_attention_errs_at_most_twice_as_much_as_torch(head_dim, dtype, softcap):
+def test_paged_attention_errs_at_most_twice_as_much_as_torch(head_dim, dtype, softcap, path):
     """Decode steps, chunks and whole prompts in one batch, over pages in any order whose free places hold NaN."""
+    runs(path, head_dim)
     generator = np.random.default_rng(head_dim + int(softcap))
     for _ in range(25):
         case = random_call(generator, head_dim, dtype, decoding=True)
@@ -117,12 +133,12 @@ def test_paged_attention_errs_at_most_twice_as_much_as_torch(head_dim, dtype, so
         truth = dense(*case, softcap, torch.float64)
         pages, table = put_in_pages(generator, k, v, cu_k, int(generator.choice(PAGE_SIZES)))
         torch.empty_like(q).fill_(torch.nan)
-        out = run_paged(pages, table, q, cu_q, cu_k, low, reach, softcap=softcap, path="tensor-core")
+        out = run_paged(pages, table, q, cu_q, cu_k, low, reach, softcap=softcap, path=path)
         theirs = dense(*case, softcap, dtype)
         mine = (out.double() - truth).norm()
         assert mine <= 2 * (theirs.double() - truth).norm() + 1e-12
         assert torch.isfinite(out).all()
-        again = run_paged(pages, table, q, cu_q, cu_k, low, reach, softcap=softcap)
+        again = run_paged(pages, table, q, cu_q, cu_k, low, reach, softcap=softcap, path=path)
         assert torch.equal(out, again)  # splits are joined in one order, and counters are back at zero
 
 
@@ -162,14 +178,16 @@ def test_paged_attention_by_the_plain_kernel(dtype):
         assert torch.equal(out, attention(q, k, v, cu_q, cu_k, low=low, reach=reach, path="plain"))
 
 
-def test_tensor_cores_take_views_and_queries_that_see_nothing():
+@pytest.mark.parametrize("path", PATHS)
+def test_tensor_cores_take_views_and_queries_that_see_nothing(path):
+    runs(path, 64)
     make = torch.Generator("cuda").manual_seed(0)
     packed = torch.randn(300, 12, 64, generator=make, device="cuda").bfloat16()
     q, k, v = packed[:, :8], packed[:, 8:10], packed[:, 10:]
     low = torch.zeros(300, dtype=torch.int32, device="cuda")
     reach = torch.arange(300, dtype=torch.int32, device="cuda")
     reach[[0, 70, 299]] = -1
-    out = attention(q, k, v, [0, 300], [0, 300], low=low, reach=reach, path="tensor-core")
+    out = attention(q, k, v, [0, 300], [0, 300], low=low, reach=reach, path=path)
     plain = attention(q, k, v, [0, 300], [0, 300], low=low, reach=reach, path="plain")
     assert (out[[0, 70, 299]] == 0).all()
     # Weights are rounded to bfloat16 (2 ** -9) before they meet the values, outputs after.
@@ -182,6 +200,117 @@ def test_a_path_that_cannot_is_refused_by_name():
         attention(*case.args, path="tensor-core")
     with pytest.raises(ValueError, match="path='fast' does not compute"):
         attention(*case.args, path="fast")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_another_sequences_nan_stays_there(head_dim, path):
+    """Tiles reach past the end of a sequence, where the next one's keys lie."""
+    runs(path, head_dim)
+    lengths = [0, 70, 200, 450]
+    q, k, v = (torch.randn(450, 2, head_dim, device="cuda").half() for _ in range(3))
+    clean = attention(q, k, v, lengths, lengths, path=path)
+    for x in (q, k, v):
+        x[70:200] = torch.nan
+    spoilt = attention(q, k, v, lengths, lengths, path=path)
+    assert torch.equal(spoilt[:70], clean[:70])
+    assert torch.equal(spoilt[200:], clean[200:])
+    assert spoilt[70:200].isnan().all()
+
+
+def test_hopper_repeats_itself_bit_for_bit():
+    """Warps wait for each other at barriers: a place where one does not would show as another result now and then."""
+    runs("hopper", 128)
+    generator = np.random.default_rng(0)
+    for head_dim in hopper.HEAD_DIMS:
+        q, k, v = (torch.randn(3000, heads, head_dim, device="cuda").bfloat16() for heads in (8, 2, 2))
+        low, reach = visible_keys(3000, [(100, 700), (1000, 1001), (1500, 2800)])
+        bounds = {"low": torch.from_numpy(low).cuda(), "reach": torch.from_numpy(reach).cuda()}
+        first = attention(q, k, v, [0, 3000], [0, 3000], **bounds, path="hopper")
+        for _ in range(int(generator.integers(60, 80))):
+            torch.empty_like(q).fill_(torch.nan)
+            assert torch.equal(first, attention(q, k, v, [0, 3000], [0, 3000], **bounds, path="hopper"))
+
+
+def test_calls_are_captured_in_a_graph():
+    """Splice with a plan and a decode step: replayed, they see what has been written into their inputs since."""
+    table = torch.randn(100, 256, device="cuda").bfloat16()
+    items = [torch.randn(5, 256, device="cuda").bfloat16(), torch.randn(3, 256, device="cuda")]
+    ranges = [(2, 7), (9, 12)]
+    ids = torch.randint(100, (20,), device="cuda")
+    plan = SplicePlan(items, ranges, table, 20)
+    generator = np.random.default_rng(1)
+    lengths = np.array([300, 40])
+    k, v = (torch.randn(340, 2, 64, device="cuda").bfloat16() for _ in range(2))
+    pages, block_table = put_in_pages(generator, k, v, [0, 300, 340], 16)
+    paged = PagedPlan(block_table, [0, 1, 2], lengths, pages, 4)
+    q = torch.randn(2, 4, 64, device="cuda").bfloat16()
+    low = torch.zeros(2, dtype=torch.int32, device="cuda")
+    reach = torch.tensor([299, 39], dtype=torch.int32, device="cuda")
+
+    def both():
+        return splice(ids, table, plan=plan, scale=2.0), paged_attention(q, pages, 0, paged, low=low, reach=reach)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        state, seen = both()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        ids.copy_(torch.randint(100, (20,)))
+        q.normal_()
+        for item in items:
+            item.normal_()
+        graph.replay()
+        assert torch.equal(state, splice(ids, table, items, ranges, scale=2.0))
+        assert torch.equal(seen, paged_attention(q, pages, 0, paged, low=low, reach=reach))
+
+
+def test_kernels_come_from_disk_the_second_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANGE_KERNELS_CACHE", str(tmp_path))
+    source = wide.source("float16", False)
+    first = Kernel(source, 0)
+    again = Kernel(source, 0)
+    assert not first.cached
+    assert again.cached
+    (kept,) = tmp_path.iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-100])  # cut short
+    mended = Kernel(source, 0)
+    assert not mended.cached
+    assert Kernel(source, 0).cached
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RANGE_KERNELS_CACHE", str(tmp_path / "file" / "below"))
+    assert not Kernel(source, 0).cached  # nowhere to keep it
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_splice_casts_and_scales_as_torch_does(dtype, scale):
+    """Items of every dtype in one launch, wide and in words."""
+    for hidden in (64, 576, 70):
+        table = (torch.randn(50, hidden, device="cuda") * 100).to(dtype)
+        ids = torch.randint(50, (40,), device="cuda")
+        ranges = [(0, 7), (7, 8), (10, 20), (25, 40)]
+        kinds = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+        items = [
+            (torch.randn(stop - start, hidden, device="cuda") * 7).to(kind)
+            for (start, stop), kind in zip(ranges, kinds, strict=True)
+        ]
+        expected = table[ids] * scale
+        for item, (start, stop) in zip(items, ranges, strict=True):
+            expected[start:stop] = item.to(dtype)
+        assert torch.equal(splice(ids, table, items, ranges, scale=scale), expected)
+
+
+def test_ids_that_do_not_lie_end_to_end():
+    table = torch.randn(50, 64, device="cuda").half()
+    ids = torch.randint(50, (20, 3), device="cuda")
+    assert torch.equal(splice(ids[:, 1], table), table[ids[:, 1]])
+    assert torch.equal(splice(ids.flatten()[::4], table), table[ids.flatten()[::4]])
 
 
 def test_splice_reads_items_where_they_lie():

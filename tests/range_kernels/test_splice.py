@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from range_kernels import splice
+from range_kernels import SplicePlan, splice
 from range_kernels.reference import splice as oracle
 
 from .cases import DTYPES
@@ -78,3 +78,19 @@ def test_bad_arguments_are_named(arguments, words):
 def test_ids_that_would_read_elsewhere(ids, words):
     with pytest.raises(ValueError, match=words):
         splice(ids, torch.randn(5, 4), [torch.zeros(0, 4)][:0], [])
+
+
+def test_a_plan_is_what_its_items_and_ranges_are():
+    table, item = torch.randn(5, 4), torch.ones(2, 4)
+    plan = SplicePlan([item], [(4, 6)], table, 3, offset=3)
+    assert torch.equal(splice([1, 2, 3], table, plan=plan), splice([1, 2, 3], table, [item], [(4, 6)], offset=3))
+    item.fill_(7.0)  # rows are read at the call
+    assert (splice([1, 2, 3], table, plan=plan)[1:] == 7.0).all()
+    with pytest.raises(ValueError, match="leave them out"):
+        splice([1, 2, 3], table, [item], [(4, 6)], plan=plan)
+    with pytest.raises(ValueError, match="2 input_ids, but the plan is for 3"):
+        splice([1, 2], table, plan=plan)
+    with pytest.raises(ValueError, match=r"table is torch.float16 of width 4 on cpu, the plan for torch.float32"):
+        splice([1, 2, 3], table.half(), plan=plan)
+    with pytest.raises(ValueError, match="item 0"):
+        SplicePlan([item], [(4, 7)], table, 3)

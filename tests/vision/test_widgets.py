@@ -88,6 +88,7 @@ def test_plans_follow_the_controls():
     ]
     bench = PlanBench(prompts, 64)
     assert bench.wait()
+    assert "image/png" in bench._repr_mimebundle_()[0]
     assert len(bench.plan.chunks) == 2
     assert "2 chunks, 97% full" in bench.status.value
     before = bench.image.value

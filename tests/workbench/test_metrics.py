@@ -16,6 +16,7 @@ from workbench.compare.metrics import measure, ulp_distance
 from workbench.compare.mutants import MUTANTS
 from workbench.compare.run import reference, reference_run, shared_taps
 from workbench.engines.messages import EngineOutput, ResponseType
+from workbench.progress import Stopped
 from workbench.report import html_report
 
 from .small import random_prompt, save_llama
@@ -221,6 +222,24 @@ class TestFirstDivergence:
         short = workbench.open_engine("transformers", cut).trace(random_prompt(), ["norm"])
         assert torch.equal(whole["depth.2"], short["norm"])
         assert torch.equal(whole["depth.3"], whole["norm"])
+
+
+def test_a_truth_is_computed_once_for_all_dtypes(llama):
+    prompt = random_prompt(2)
+
+    def stop_after_the_truth(share):
+        if share > 0.4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        reference_run(llama, prompt, "float32", TAPS, progress=stop_after_the_truth)
+    told = []
+    truth, floor = reference_run(llama, prompt, "float32", TAPS, progress=told.append)
+    assert min(told) > 0.4  # the stopped run's truth was kept
+    other, coarse = reference_run(llama, prompt, "bfloat16", TAPS)
+    assert other is truth
+    assert coarse.provenance["dtype"] == "bfloat16"
+    assert reference_run(llama, prompt, "float32", TAPS)[1] is floor
 
 
 def test_a_noise_floor_comes_back_from_its_file(llama, tmp_path):

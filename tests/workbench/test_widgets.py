@@ -72,17 +72,26 @@ def test_figure_for_papers(landing):
     assert len(landing.figure().axes) >= 4
 
 
+def stored(view):
+    """What a notebook keeps of a displayed view."""
+    data, _ = view._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in data
+    return data
+
+
 def test_comparison_bench(model):
     bench = ComparisonBench(model)
     assert bench.wait()
     assert bench.comparison.verdict == "noise"
-    clean = bench.chart.value
+    sound = stored(bench)["image/png"]
+    clean = bench.verdict.chart.value
     bench.fault.value = "rows reversed"
     assert bench.wait()
     assert bench.comparison.verdict == "bug"
-    assert "bug at tap embed" in bench.status.value
-    assert bench.chart.value != clean
-    assert len(bench.figures()) == 2
+    assert "bug at tap embed" in bench.verdict.banner.value
+    assert bench.verdict.chart.value != clean
+    assert "bug at tap embed" in bench.figure().axes[0].get_title(loc="left")
+    assert stored(bench)["image/png"] != sound
 
 
 def test_only_the_newest_job_finishes():

@@ -11,6 +11,7 @@ from functools import lru_cache
 from ..engines.api import Engine
 from ..engines.transformers_reference import TransformersReference
 from ..models import Model
+from ..progress import Progress, part
 from ..prompt import Prompt
 from ..taps import EVERY_TAP, select_taps
 from ..trace import Trace
@@ -40,22 +41,28 @@ def reference_run(
     taps: Sequence[str],
     positions: slice | Sequence[int] = slice(None),
     device: str = "cpu",
+    progress: Progress | None = None,
 ) -> tuple[Trace, NoiseFloor]:
     """The truth and the noise floor of a prompt; the last few are kept, so that engines are compared without running it again."""
-    key = (model.path, _stamps(model), prompt.digest, dtype, tuple(taps), _key(positions), device)
+    key = (model.path, _stamps(model), prompt.digest, tuple(taps), _key(positions), device)
     with _RUNS_LOCK:
-        if key in _RUNS:
+        kept = _RUNS.get(key)
+        if kept:
             _RUNS.move_to_end(key)
-            return _RUNS[key]
-    truth = reference(model, "float64", device).trace(prompt, taps, positions)
-    floor = NoiseFloor.measure(truth, reference(model, dtype, device).noise_floor(prompt, taps, positions))
-    if truth.nbytes > _KEPT:
-        return truth, floor
-    with _RUNS_LOCK:
-        _RUNS[key] = truth, floor
-        while sum(kept.nbytes for kept, _ in _RUNS.values()) > _KEPT:
-            _RUNS.popitem(last=False)
-    return truth, floor
+    # The float64 run takes about as long as three of the four others together.
+    truth, floors = kept or (
+        reference(model, "float64", device).trace(prompt, taps, positions, progress=part(progress, 0.0, 0.4)),
+        {},
+    )
+    if truth.nbytes <= _KEPT:  # kept at once: what stops the rest leaves it whole
+        with _RUNS_LOCK:
+            _RUNS[key] = truth, floors
+            while sum(kept.nbytes for kept, _ in _RUNS.values()) > _KEPT:
+                _RUNS.popitem(last=False)
+    if dtype not in floors:
+        runs = reference(model, dtype, device).noise_floor(prompt, taps, positions, progress=part(progress, 0.4, 1.0))
+        floors[dtype] = NoiseFloor.measure(truth, runs)
+    return truth, floors[dtype]
 
 
 def _key(positions: slice | Sequence[int]) -> tuple:
@@ -66,7 +73,8 @@ def _key(positions: slice | Sequence[int]) -> tuple:
 
 _KEPT = 256 << 20
 """Bytes of truths that are kept; a larger one is not."""
-_RUNS: OrderedDict[tuple, tuple[Trace, NoiseFloor]] = OrderedDict()
+_RUNS: OrderedDict[tuple, tuple[Trace, dict[str, NoiseFloor]]] = OrderedDict()
+"""Truths, and the noise floors of each by dtype."""
 _RUNS_LOCK = threading.Lock()
 
 
@@ -91,6 +99,7 @@ def check_engine(
     positions: slice | Sequence[int] = slice(None),
     factor: float = FACTOR,
     device: str = "cpu",
+    progress: Progress | None = None,
 ) -> Comparison:
     """Does this engine compute what Transformers computes from this prompt?
 
@@ -99,8 +108,24 @@ def check_engine(
     Args:
         taps: patterns; those that the engine does not have are left out where another of them matches.
         device: where the reference runs.
+        progress: called with the share that is done; what it raises stops the run.
     """
+    truth, floor, run = _both(engine, prompt, taps, positions, device, progress)
+    return compare(truth, run, floor=floor, factor=factor)
+
+
+def check_with_traces(
+    engine: Engine, prompt: Prompt, progress: Progress | None = None
+) -> tuple[Comparison, Trace, Trace]:
+    """`check_engine` of all that can be compared, with what it compared: the truth and the engine's trace."""
+    truth, floor, run = _both(engine, prompt, EVERY_TAP, slice(None), "cpu", progress)
+    return compare(truth, run, floor=floor), truth, run
+
+
+def _both(
+    engine: Engine, prompt: Prompt, taps: Iterable[str], positions: slice | Sequence[int], device: str, progress: Progress | None
+) -> tuple[Trace, NoiseFloor, Trace]:  # fmt: skip
     dtype = str(engine.dtype).removeprefix("torch.")
     taps = shared_taps(engine, [taps] if isinstance(taps, str) else list(taps))
-    truth, floor = reference_run(engine.model, prompt, dtype, taps, positions, device)
-    return compare(truth, engine.trace(prompt, taps, positions), floor=floor, factor=factor)
+    truth, floor = reference_run(engine.model, prompt, dtype, taps, positions, device, part(progress, 0.0, 0.85))
+    return truth, floor, engine.trace(prompt, taps, positions, progress=part(progress, 0.85, 1.0))

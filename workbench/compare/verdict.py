@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from ..errors import TraceError
+from ..ranges import Range
 from ..trace import Trace
 from ..trace_files import readable
 from .floor import NoiseFloor, check_comparable, check_shape, state_digest
@@ -105,6 +106,11 @@ class Comparison:
             }
             for i, tap in enumerate(self.taps)
         ]
+
+    def columns(self, ranges: Sequence[Range]) -> list[Range]:
+        """Where ranges of prompt positions stand among `positions`, which may be some only; a range of which none is there is left out."""
+        inside = [((self.positions >= start) & (self.positions < stop)).nonzero().flatten() for start, stop in ranges]
+        return [(int(at[0]), int(at[-1]) + 1) for at in inside if len(at)]
 
     def by_span(self) -> list[dict[str, float | str | int | None]]:
         """A row for the text and for each range: tokens, largest ratio and where, and the first tap that is wrong there."""

@@ -18,6 +18,7 @@ import torch
 
 from ..errors import EmbeddingRangeError, ModelError, PromptError, TraceError
 from ..models import Model
+from ..progress import Progress, counted
 from ..prompt import MultimodalPrompt, Prompt
 from ..provenance import provenance_of
 from ..taps import select_taps
@@ -82,6 +83,18 @@ class Engine(ABC):
     @abstractmethod
     def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, keep: Keep) -> None:
         """Run a checked prompt and hand each tap's states `[positions, width]` to `keep(tap, states)` as they come."""
+
+    def lens(self, states: torch.Tensor, *, normed: bool = False) -> torch.Tensor:
+        """The logit lens: states `[n, hidden]` of any layer read as if they were the last, `[n, vocab]` logits.
+
+        `normed`: they have passed the final norm already (tap "norm").
+
+        The final norm and the head on a residual stream (nostalgebraist 2020, "interpreting GPT: the logit lens").
+
+        Raises:
+            ModelError: this engine does not give out its head.
+        """
+        raise ModelError(f"{self.capabilities.name} does not give out its head: open 'numba' or 'transformers'")
 
     def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
         """Raise what makes this prompt impossible for this engine, before any work.
@@ -310,6 +323,7 @@ class Engine(ABC):
         *,
         path: str | Path | None = None,
         max_bytes: int | None = None,
+        progress: Progress | None = None,
     ) -> Trace:
         """Run the prompt once and keep named hidden states.
 
@@ -319,6 +333,7 @@ class Engine(ABC):
             positions: which tokens to keep.
             path: write the states to this file while the engine runs, instead of holding them in memory, and open it.
             max_bytes: refuse to keep more. Without it, more than half of the free memory (of the free disk with `path`) is refused.
+            progress: called after each tap with the share of taps that are there; what it raises stops the run.
 
         Raises:
             ValueError: a tap this engine does not have, or a position outside the prompt.
@@ -339,10 +354,14 @@ class Engine(ABC):
         chosen = list(plan.shapes)
         if path is not None:
             with TraceWriter(path, plan.shapes, plan.dtype, plan.positions, provenance) as writer:
-                self._trace(prompt, chosen, plan.positions, writer.write)
+                self._trace(prompt, chosen, plan.positions, counted(writer.write, progress, len(chosen)))
             return Trace.load(path)
         states: dict[str, torch.Tensor] = {}
-        self._trace(prompt, chosen, plan.positions, lambda tap, state: states.update({tap: state.cpu()}))
+
+        def keep(tap: str, state: torch.Tensor) -> None:
+            states[tap] = state.cpu()
+
+        self._trace(prompt, chosen, plan.positions, counted(keep, progress, len(chosen)))
         return Trace({tap: states[tap] for tap in chosen}, plan.positions, provenance)
 
 
@@ -375,27 +394,6 @@ def _choose(positions: slice | Sequence[int], length: int) -> torch.Tensor:
     if not len(kept):
         raise ValueError(f"positions={positions!r} keep none of the {length} tokens")
     return kept
-
-
-def parse_device(name: str | torch.device, engine: str) -> torch.device:
-    """`"cuda"` -> `torch.device("cuda")`, refusing what is not there."""
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(f"device={name!r} is no device: the {engine} engine runs on 'cpu' or 'cuda'") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"device={name!r}: the {engine} engine runs on 'cpu' or 'cuda'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device={name!r}: PyTorch {torch.__version__} sees no CUDA GPU here; use device='cpu'")
-    return device
-
-
-def parse_dtype(name: str | torch.dtype, allowed: Sequence[str], engine: str) -> torch.dtype:
-    """`"bfloat16"` -> `torch.bfloat16`, refusing what the engine does not run in."""
-    short = str(name).removeprefix("torch.")
-    if short not in allowed:
-        raise ValueError(f"dtype={short!r}: the {engine} engine runs in {', '.join(allowed)}")
-    return getattr(torch, short)
 
 
 def _free_disk(path: Path) -> int:

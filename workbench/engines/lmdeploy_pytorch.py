@@ -15,10 +15,11 @@ from packaging.version import Version
 from ..errors import EmbeddingRangeError, ModelError
 from ..models import Model
 from ..prompt import Prompt
-from .api import Engine, Keep, parse_dtype
+from .api import Engine, Keep
 from .cancellation import Cancellation
 from .lmdeploy_calls import explain_status, generation_config, installed_version
 from .messages import Capabilities, EngineOutput, GenerationConfig, ResponseType
+from .options import parse_dtype
 from .sampling import stop_tokens
 
 DTYPES = ("bfloat16", "float16")

@@ -15,14 +15,16 @@ import torch
 
 from ..errors import EmbeddingRangeError, ModelError
 from ..models import Model
+from ..progress import Progress, part
 from ..prompt import Prompt
 from ..quiet import quiet_transformers
 from ..taps import decoder_taps
 from ..trace import Trace
-from .api import Engine, Keep, parse_device, parse_dtype
+from .api import Engine, Keep
 from .cancellation import Cancellation
 from .float64 import KeepFloat64, widen
 from .messages import Capabilities, EngineOutput, GenerationConfig
+from .options import parse_device, parse_dtype
 from .sampling import generate, stop_tokens
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -80,7 +82,12 @@ class TransformersReference(Engine):
         yield from generate(_Run(self, prompt), prompt, config, stop_tokens(self.model, config))
 
     def noise_floor(
-        self, prompt: Prompt, taps: Iterable[str], positions: slice | Sequence[int] = slice(None), samples: int = 4
+        self,
+        prompt: Prompt,
+        taps: Iterable[str],
+        positions: slice | Sequence[int] = slice(None),
+        samples: int = 4,
+        progress: Progress | None = None,
     ) -> list[Trace]:
         """Traces whose distances from the float64 run show what rounding does to this prompt in this dtype.
 
@@ -89,11 +96,12 @@ class TransformersReference(Engine):
         activations above all), one run may be lucky, several are not.
         """
         with self._lock:
-            traces = [self.trace(prompt, taps, positions)]
+            traces = [self.trace(prompt, taps, positions, progress=part(progress, 0.0, 1 / samples))]
             for seed in range(1, samples):
                 self._jitter = torch.Generator().manual_seed(seed)
+                told = part(progress, seed / samples, (seed + 1) / samples)
                 try:
-                    traces.append(self.trace(prompt, taps, positions))
+                    traces.append(self.trace(prompt, taps, positions, progress=told))
                 finally:
                     self._jitter = None
         return traces
@@ -154,6 +162,14 @@ class TransformersReference(Engine):
             # Gemma's models cap logits between head and output.
             cap = getattr(self.network.config, "final_logit_softcapping", None)
             return torch.tanh(logits / cap) * cap if cap else logits
+
+    @torch.no_grad()
+    def lens(self, states: torch.Tensor, *, normed: bool = False) -> torch.Tensor:
+        if self._norm is None:
+            return super().lens(states)
+        with self.precision():
+            states = states.to(self.device, self.dtype)
+            return self.head(states if normed else self._norm(states))
 
     def splice(self, prompt: Prompt) -> torch.Tensor:
         """Hidden state 0, `[seq, hidden]`: look up, then assign each item to its slice."""

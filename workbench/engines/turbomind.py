@@ -21,10 +21,11 @@ from ..errors import ModelError, PromptError
 from ..language_part import language_part
 from ..models import Model
 from ..prompt import Prompt
-from .api import Engine, Keep, parse_dtype
+from .api import Engine, Keep
 from .cancellation import Cancellation
 from .lmdeploy_calls import embeddings_for, explain_status, generation_config, infer_arguments, installed_version
 from .messages import Capabilities, EngineOutput, GenerationConfig, ResponseType
+from .options import parse_dtype
 from .sampling import stop_tokens
 
 DTYPES = ("bfloat16", "float16")

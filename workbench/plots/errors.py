@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -15,7 +17,28 @@ from .style import ENGINE, FLOOR, SPAN, mark_spans, mark_tokens, tap_axis, token
 def error_by_layer(comparison: Comparison) -> Figure:
     """The largest relative error over tokens at every tap, with the noise floor and what is allowed as a band."""
     figure = Figure(figsize=(11, 3.2), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
+    _draw_errors(figure.add_subplot(), comparison)
+    return figure
+
+
+def ratio_map(comparison: Comparison, tokens: Sequence[str], ranges: Sequence[tuple[int, int]] = ()) -> Figure:
+    """Error in noise floors at every tap and token: below 1 it beats the reference, above the factor it is a bug."""
+    figure = Figure(figsize=(11, 4), dpi=100, layout="constrained")
+    _draw_map(figure.add_subplot(), comparison, tokens, ranges)
+    return figure
+
+
+def comparison_figure(comparison: Comparison, tokens: Sequence[str], ranges: Sequence[tuple[int, int]] = ()) -> Figure:
+    """The verdict, `error_by_layer` and `ratio_map` on one page."""
+    figure = Figure(figsize=(11, 7.4), dpi=100, layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=(3, 4))
+    above.set_title("\n".join(wrap(str(comparison), 150)), fontsize=9, loc="left")
+    _draw_errors(above, comparison)
+    _draw_map(below, comparison, tokens, ranges)
+    return figure
+
+
+def _draw_errors(axes: Axes, comparison: Comparison) -> None:
     rows = comparison.table()
     at = np.arange(len(rows))
     tiny = np.finfo(np.float32).tiny
@@ -51,13 +74,9 @@ def error_by_layer(comparison: Comparison) -> Figure:
     axes.legend(fontsize=7, frameon=False, loc="best", ncols=2)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    return figure
 
 
-def ratio_map(comparison: Comparison, tokens: Sequence[str], ranges: Sequence[tuple[int, int]] = ()) -> Figure:
-    """Error in noise floors at every tap and token: below 1 it beats the reference, above the factor it is a bug."""
-    figure = Figure(figsize=(11, 4), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
+def _draw_map(axes: Axes, comparison: Comparison, tokens: Sequence[str], ranges: Sequence[tuple[int, int]]) -> None:
     ratios = np.nan_to_num(comparison.ratios.numpy(), nan=np.inf, posinf=1e12)
     spread = comparison.factor**2
     image = axes.imshow(
@@ -69,19 +88,11 @@ def ratio_map(comparison: Comparison, tokens: Sequence[str], ranges: Sequence[tu
         interpolation="nearest",
     )
     axes.set_title(f"error in noise floors (up to {comparison.factor:g} is noise)", fontsize=9, loc="left")
-    columns = [(int(at[0]), int(at[-1]) + 1) for at in _columns(comparison, ranges)]
+    columns = comparison.columns(ranges)
     mark_spans(axes, columns)
     tap_axis(axes, comparison.taps)
     shown = [tokens[int(position)] for position in comparison.positions]
     token_axis(axes, shown)
     mark_tokens(axes, shown, columns)
-    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
     bar.ax.tick_params(labelsize=7)
-    return figure
-
-
-def _columns(comparison: Comparison, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """The columns of each range: a trace may hold some positions only."""
-    positions = comparison.positions.numpy()
-    inside = [((positions >= start) & (positions < stop)).nonzero()[0] for start, stop in ranges]
-    return [at for at in inside if len(at)]

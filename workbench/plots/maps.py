@@ -11,27 +11,32 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from ..state_maps import METRICS, Metric
 from .style import mark_spans, mark_tokens, tap_axis, token_axis
 
-KINDS = {
-    "change": ("change by the injection, |Δ| / |plain|; white: exactly none", "magma_r", LogNorm(1e-3, 3.0)),
-    "cosine": ("cosine to the plain run", "viridis", Normalize(0.0, 1.0)),
-}
 
-
-def draw_map(axes: Axes, values: np.ndarray, taps: Sequence[str], kind: str) -> AxesImage:
-    """Draw `values` `[taps, positions]` with taps on the left and a colour bar."""
-    title, colours, norm = KINDS[kind]
-    opaque = colormaps[colours].with_extremes(bad="white")  # transparent cells would show what was drawn before
+def draw_map(
+    axes: Axes, values: np.ndarray, taps: Sequence[str], kind: str, bounds: tuple[float, float] | None = None
+) -> AxesImage:
+    """Draw `values` `[taps, positions]` of a metric with taps on the left and a colour bar; `bounds` of the colours, where it has none."""
+    metric = METRICS[kind]
+    norm = bounded(metric, bounds)
+    opaque = colormaps[metric.palette].with_extremes(bad="white")  # transparent cells would show what was drawn before
     image = axes.imshow(
         map_data(values, kind), origin="lower", aspect="auto", cmap=opaque, norm=norm, interpolation="nearest"
     )
-    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_title(metric.title, fontsize=9, loc="left")
     tap_axis(axes, taps)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
     bar.ax.tick_params(labelsize=7)
     bar.minorticks_off()
     return image
+
+
+def bounded(metric: Metric, bounds: tuple[float, float] | None = None) -> Normalize:
+    """The colour scale of a metric between its ends, or these."""
+    low, high = bounds or (metric.low, metric.high)
+    return LogNorm(low, high) if metric.scale == "log" else Normalize(low, high)
 
 
 def map_data(values: np.ndarray, kind: str) -> np.ndarray:
@@ -45,11 +50,12 @@ def hidden_state_map(
     tokens: Sequence[str],
     ranges: Sequence[tuple[int, int]] = (),
     kind: str = "change",
+    bounds: tuple[float, float] | None = None,
 ) -> Figure:
-    """A figure of one map. `kind`: "change" (log scale) or "cosine"."""
+    """A figure of one map. `kind`: a metric of `workbench.state_maps`; `bounds`: ends of its colours."""
     figure = Figure(figsize=(11, 4), dpi=100, layout="constrained")
     axes = figure.add_subplot()
-    draw_map(axes, values, taps, kind)
+    draw_map(axes, values, taps, kind, bounds)
     token_axis(axes, tokens)
     mark_tokens(axes, tokens, ranges)
     mark_spans(axes, ranges)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -24,6 +30,56 @@ def patch_figure(shown: PatchMap) -> Figure:
         axes = figure.add_axes((0.01 + number * 0.98 / columns, share + 0.02, 0.94 / columns, 0.9 - share))
         _draw_picture(axes, shown, number, picture)
     _draw_strip(figure.add_axes((0, 0.01, 1, share)), shown, lines)
+    return figure
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """A picture, or a frame of one, in patches; or a strip of rows where it is none.
+
+    Attributes:
+        title: written above; rows go into the lines from the left.
+        values: a number for each patch, `[lines, columns]`; NaN is left bare, None colours none.
+    """
+
+    title: str
+    lines: int
+    columns: int
+    picture: Image.Image | None = None
+    values: np.ndarray | None = None
+
+
+def grids_figure(
+    grids: Sequence[PatchGrid], norm: Normalize, colours: Colormap, opacity: float = 0.55, caption: str = ""
+) -> Figure:
+    """Pictures side by side with their patches, coloured by their values."""
+    figure = Figure(figsize=(11, 3.2 if grids else 0.6), dpi=100, layout="compressed")
+    if not grids:
+        figure.text(0.02, 0.3, "this prompt holds no pictures")
+        return figure
+    coloured = None
+    every = list(np.atleast_1d(figure.subplots(1, len(grids))))
+    for axes, grid in zip(every, grids, strict=True):
+        extent, aspect = (0, grid.columns, grid.lines, 0), cast(Any, "auto")
+        if grid.picture is not None:
+            aspect = grid.picture.height / grid.lines * grid.columns / grid.picture.width
+            axes.imshow(grid.picture, extent=extent, aspect=aspect)
+        if grid.values is not None:
+            coloured = axes.imshow(
+                np.ma.masked_invalid(np.clip(grid.values, norm.vmin, norm.vmax)),
+                cmap=colours, norm=norm, alpha=opacity, interpolation="nearest", extent=extent, aspect=aspect,
+            )  # fmt: skip
+        axes.set_xticks(range(grid.columns + 1), [])
+        axes.set_yticks(range(grid.lines + 1), [])
+        axes.grid(color="white", linewidth=0.6)
+        axes.set_xlim(0, grid.columns)
+        axes.set_ylim(grid.lines, 0)
+        axes.set_title(grid.title, fontsize=8)
+    if coloured is not None:
+        bar = figure.colorbar(coloured, ax=every, pad=0.01, fraction=0.03, format="%.3g")
+        bar.ax.tick_params(labelsize=7, which="both")
+        bar.ax.yaxis.set_minor_formatter("{x:.3g}")
+        bar.set_label(caption, fontsize=8)
     return figure
 
 

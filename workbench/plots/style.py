@@ -18,6 +18,7 @@ PAPER = "#f4f4f2"
 def visible(token: str) -> str:
     """A token as a short label: line breaks as arrows, blanks as dots, nothing empty."""
     text = token.replace("\n", "↵").replace("\t", "⇥").replace("$", r"\$")
+    text = "".join(letter if letter.isprintable() else "·" for letter in text)
     text = "·" + text[1:] if text.startswith(" ") else text
     return (text if len(text) <= 14 else text[:13] + "…") or "∅"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..engines.api import parse_device, parse_dtype
+from ..engines.options import parse_device, parse_dtype
 from ..errors import ModelError
 from ..memory import PeakMemory, in_words
 from ..models import BUILT_IN, Model, load_model

@@ -8,6 +8,7 @@ from html import escape
 from typing import Literal
 
 import ipywidgets as w
+from matplotlib.figure import Figure
 
 from ..batches import BatchPlan, plan_batch
 from ..plots.batches import plan_figure
@@ -18,11 +19,12 @@ from .bench import Bench
 
 
 class PlanBench(Bench):
-    """Plans for one list of prompts. Display `bench.view`; `bench.plan` is the plan as the controls say."""
+    """Plans for one list of prompts; `bench.plan` is the plan as the controls say."""
 
     def __init__(self, prompts: Sequence[Prompt], max_tokens: int = 128) -> None:
         super().__init__()
         self.prompts = list(prompts)
+        self._drawn: tuple[BatchPlan, list[Prompt]] | None = None
         longest = max(map(len, self.prompts))
         self._budget = parts.slider("Tokens a chunk", max_tokens, 16, max(512, longest), "budget of one step")
         self.budget = self._budget.children[0]
@@ -50,9 +52,17 @@ class PlanBench(Bench):
         """The plan that the controls describe."""
         return plan_batch(self.laid_out, self.budget.value, split=self.split.value)
 
+    def figure(self) -> Figure:
+        """The plan as a matplotlib figure."""
+        self.wait()
+        if self._drawn is None:
+            raise RuntimeError("there is no plan yet: look at the message above the bench")
+        return plan_figure(*self._drawn)
+
     def _draw(self) -> Iterator[None]:
         plan = self.plan
-        self.image.value = to_png(plan_figure(plan, self.laid_out))
+        self._drawn = plan, self.laid_out
+        self.image.value = to_png(plan_figure(*self._drawn))
         full = sum(plan.fill) / len(plan.fill)
         self.status.value = parts.note(
             "plain",

@@ -13,15 +13,16 @@ from ..engines.numba_engine.stats import EngineStats
 from ..plots.png import to_png
 from ..plots.schedule import schedule_figure
 from . import parts
+from .view import Composite
 
 _TEAL, _AMBER, _SLATE, _EMPTY = "#00798c", "#edae49", "#b0bec5", "#ececea"
 
 
-class EngineView:
-    """Display `view.view`. It looks at the engine while it is open, and redraws only what has changed.
+class EngineView(Composite):
+    """Looks at the engine while it is open, and redraws only what has changed.
 
         with EngineView(engine) as live:
-            display(live.view)
+            display(live)
             ...  # requests from anywhere
 
     Args:
@@ -79,8 +80,17 @@ class EngineView:
             self.image.value = to_png(self.figure())
 
     def figure(self) -> Figure:
-        """The last steps as a matplotlib figure, for papers."""
+        """The last steps as a matplotlib figure, for papers.
+
+        Raises:
+            RuntimeError: the engine has made no step yet.
+        """
+        if not self.engine.history:
+            raise RuntimeError("the engine has made no step yet: there is no schedule to draw")
         return schedule_figure(self.engine.history[-(self.steps or 48) :])
+
+    def still(self) -> Figure | None:
+        return super().still() if self.steps else None
 
     def _watch(self) -> None:
         while not self._ended.wait(self.seconds):
@@ -119,9 +129,9 @@ def _numbers(stats: EngineStats) -> str:
 
 def _cell(name: str, value: str, more: str, bar: str = "") -> str:
     return (
-        '<div style="background:#f4f4f2;color:#222;border-radius:4px;padding:6px 12px;min-width:118px;line-height:1.4">'
-        f'<div style="font-size:11px;color:#5f5f5f">{name}</div><div style="font-size:15px;font-weight:600">{value}</div>'
-        f'{bar}<div style="font-size:11px;color:#5f5f5f">{more}&nbsp;</div></div>'
+        f'<div style="background:{parts.tint("#888888")};color:{parts.INK};border-radius:4px;padding:6px 12px;min-width:118px;line-height:1.4">'
+        f'<div style="font-size:11px;color:{parts.QUIET}">{name}</div><div style="font-size:15px;font-weight:600">{value}</div>'
+        f'{bar}<div style="font-size:11px;color:{parts.QUIET}">{more}&nbsp;</div></div>'
     )
 
 

@@ -20,7 +20,7 @@ from .bench import Bench
 
 
 class LandingBench(Bench):
-    """Controls and picture for one engine. Display `bench.view`; `bench.prompt` is the prompt as the controls say.
+    """Controls and picture for one engine; `bench.prompt` is the prompt as the controls say.
 
     The picture is drawn first, then the answers, word by word; moving a control drops what is still running.
     """
@@ -145,7 +145,7 @@ class LandingBench(Bench):
     def _answer(self, prompt: Prompt) -> Iterator[None]:
         """Stream both answers; the plain one is kept for the next move."""
         config = GenerationConfig(max_new_tokens=self.new_tokens)
-        bare = Prompt(prompt.input_ids)
+        bare = prompt.bare
         for name, which in (("injected", prompt), ("plain", bare)):
             if which.digest in self._answers:
                 continue

@@ -1,4 +1,4 @@
-"""The parts both benches are made of."""
+"""The parts that benches are made of."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from html import escape
 import ipywidgets as w
 
 WIDTH = "1100px"
+INK, QUIET = "var(--jp-ui-font-color1, #222)", "var(--jp-ui-font-color2, #5f5f5f)"
 _WIDE = {"description_width": "initial"}
 
 
@@ -35,12 +36,16 @@ def picture() -> w.Image:
 
 def note(kind: str, message: str) -> str:
     """A coloured line. Kinds: good, plain, bad."""
-    colours = {"good": ("#0b6e4f", "#e3f4ec"), "plain": ("#444444", "#f1f1ee"), "bad": ("#9b1d2f", "#fbe6e8")}
-    ink, paper = colours[kind]
+    colour = {"good": "#17936a", "plain": "#888888", "bad": "#d1495b"}[kind]
     return (
-        f'<div role="status" style="color:{ink};background:{paper};border-left:4px solid {ink};padding:6px 10px;'
+        f'<div role="status" style="color:{INK};background:{tint(colour)};border-left:4px solid {colour};padding:6px 10px;'
         f'line-height:1.45;max-width:{WIDTH}">{message}</div>'
     )
+
+
+def tint(colour: str) -> str:
+    """A colour's trace on the paper of the page's theme."""
+    return f"color-mix(in srgb, {colour} 14%, var(--jp-layout-color0, #fff))"
 
 
 def table(header: list[str], rows: list[list[str]], summary: str) -> str:

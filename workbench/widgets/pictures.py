@@ -26,7 +26,7 @@ _FURTHEST = 4  # tokens that ranges may be moved
 
 
 class PictureBench(Bench):
-    """Ask about pictures, move the ranges, see what the engine answers. Display `bench.view`."""
+    """Ask about pictures, move the ranges, see what the engine answers."""
 
     def __init__(
         self, engine: Engine, tower: VisionTower, images: Sequence[Picture], question: str, new_tokens: int = 12

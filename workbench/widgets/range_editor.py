@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-import anywidget
 import traitlets
 from matplotlib.figure import Figure
 
 from ..errors import ModelError
-from ..linting import lint
+from ..linting.lint import lint
 from ..models import Model
 from ..plots.tokens import token_strip
 from ..prompt import Prompt
+from .view import View, source
 
-_HERE = Path(__file__).parent
 _MOST_FINDINGS = 20
+_MOST_DRAWN = 600  # tokens in the stored picture; one of thousands would take megabytes
 
 
-class RangeEditor(anywidget.AnyWidget):
+class RangeEditor(View):
     """Drag, resize, add and remove ranges; `editor.prompt` and `editor.embedding_ranges` follow the hand, and the other way round.
 
     Mouse and touch: drag a range to move it, its ends to resize it. Keyboard: Tab to a range or an end, arrow keys move it (with
@@ -34,14 +33,15 @@ class RangeEditor(anywidget.AnyWidget):
         height: of the strip at most, in pixels; a longer prompt scrolls.
     """
 
-    _esm = _HERE / "range_editor.js"
-    _css = _HERE / "range_editor.css"
+    _esm = source("shared.js", "token_lines.js", "range_editor.js")
+    _css = source("range_editor.css")
 
     tokens = traitlets.List(traitlets.Unicode()).tag(sync=True)
     special = traitlets.List(traitlets.Int()).tag(sync=True)
     labels = traitlets.List(traitlets.Unicode()).tag(sync=True)
     embedding_ranges = traitlets.List(traitlets.List(traitlets.Int(), minlen=2, maxlen=2)).tag(sync=True)
     findings = traitlets.List(traitlets.Dict()).tag(sync=True)
+    hovered = traitlets.Int(-1).tag(sync=True)
     height = traitlets.Int(280).tag(sync=True)
 
     def __init__(
@@ -79,6 +79,9 @@ class RangeEditor(anywidget.AnyWidget):
     def figure(self) -> Figure:
         """The strip as a matplotlib figure, for papers and saved pages."""
         return token_strip(self.tokens, self.prompt.embedding_ranges)
+
+    def still(self) -> Figure:
+        return token_strip(self.tokens[:_MOST_DRAWN], self.prompt.embedding_ranges)
 
     def _lint(self) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 from typing import Any
 
@@ -14,6 +15,13 @@ from . import attention as kernels
 from . import layers
 from . import splice as splicing
 from .vector import COLUMNS
+
+# GNU OpenMP's threads spin at the end of a parallel loop before they sleep, long enough that two processes on the same cores (a
+# second notebook) wait a time slice for each other in every loop. Seen on two cores with two benches opened side by side: ready
+# after 10 s with this bound, after 40 to 70 s without it where torch had one thread; one process alone decodes as fast with it.
+# Numba's pool reads this when it starts, at the first parallel launch; torch's own reads it when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Numba's portable threading layer aborts the process when two threads enter parallel code at once.
 _PARALLEL = threading.Lock()

@@ -10,16 +10,18 @@ Split keys: Flash-Decoding (Dao et al. 2023). The last block joins, so there is 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from numba import cuda, float32, int32, uint32, uint64
 
-from .device import stream
+from .kernel import Kernel, Source
 from .ptx import (
+    add_8_parts,
     add_at,
+    add_part,
     copies_commit,
     copies_wait_all,
     copies_wait_but_1,
@@ -35,17 +37,18 @@ from .ptx import (
     store_rounded,
     types,
 )
-from .tensor_core import DTYPES, THREADS, aligned, allow_shared_memory, make_fetch, softmax_factors
+from .tensor_core import DTYPES, THREADS, aligned, make_fetch, softmax_factors
 from .tile import KEYS, tile_operations
 
 ROWS = 16
 _WARPS = THREADS // 32
+_STAGES = 3  # tiles of keys and values in shared memory
 _NONE = np.float32(-np.inf)
 
 
 @cache
 def make_kernel(head_dim: int, dtype: str, softcap: bool):
-    """The Python function of a kernel, and its shared memory; `compiled` jits it."""
+    """The Python function of a kernel."""
     do = tile_operations(head_dim, 1, dtype, softcap, KEYS // _WARPS)
     begin_sums, score, hide, weigh, add_values, keep = do.start, do.scores, do.hide, do.weights, do.add_values, do.keep
     fetch = make_fetch(head_dim, paged=True)
@@ -54,7 +57,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
     row_bytes, pieces = 2 * head_dim + 16, head_dim // 8
     q_room, kv_room = ROWS * row_bytes, KEYS * row_bytes
     stage = 2 * kv_room
-    stages = 3
+    stages = _STAGES
     sums, score_count, marks_count = head_dim // 2, KEYS // _WARPS // 2, _WARPS * ROWS
 
     def decode(
@@ -146,7 +149,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
         v_address = v_room_at + uint32((warp * 16 + (lane & 15)) * row_bytes + (lane >> 4) * 16)
         lows_at, reaches_at = shared_address(lows), shared_address(reaches)
 
-        o = cuda.local.array(sums, float32)
+        o, four = cuda.local.array(sums, float32), cuda.local.array(4, float32)
         s = cuda.local.array(score_count, float32)
         largest, total = cuda.local.array(2, float32), cuda.local.array(2, float32)
         begin_sums(o, largest, total)
@@ -247,28 +250,38 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
                     tops[thread] = float32(1.0) / whole if whole > float32(0.0) else float32(0.0)
                 cuda.syncthreads()
                 far = uint64(4 * head_dim) * step
-                for index in range(thread, count * head_dim, THREADS):
-                    row = index // head_dim
-                    part = partials + uint64(4) * (slot * uint64(ROWS * head_dim) + uint64(index))
-                    value = float32(0.0)
+                shares_at = q_room_at
+                for quarter in range(thread, count * head_dim // 4, THREADS):
+                    row = 4 * quarter // head_dim
+                    part = partials + uint64(4) * (slot * uint64(ROWS * head_dim) + uint64(4 * quarter))
+                    share_at = shares_at + uint32(4 * row)
+                    for channel in range(4):
+                        four[channel] = float32(0.0)
                     each = 0
-                    while each + 4 <= splits:  # four loads are under way at once
-                        a, b = load_fresh_float(part), load_fresh_float(part + far)
-                        c, d = load_fresh_float(part + far + far), load_fresh_float(part + far + far + far)
-                        at = each * count + row
-                        value += a * joined[at] + b * joined[at + count]
-                        value += c * joined[at + 2 * count] + d * joined[at + 3 * count]
-                        part += uint64(4) * far
-                        each += 4
+                    # Eight loads are under way at once: one block has nothing else to wait with.
+                    while each + 8 <= splits:
+                        add_8_parts(four, part, far, share_at, uint32(4 * count))
+                        part += uint64(8) * far
+                        share_at += uint32(32 * count)
+                        each += 8
                     while each < splits:
-                        value += load_fresh_float(part) * joined[each * count + row]
+                        add_part(four, part, far, share_at, uint32(4 * count))
                         part += far
+                        share_at += uint32(4 * count)
                         each += 1
                     query = row // group
-                    channel = index - query * group * head_dim
-                    store(target + uint64(query) * out_token + uint64(2 * channel), value * tops[row])
+                    channel = 4 * quarter - query * group * head_dim
+                    place = target + uint64(query) * out_token + uint64(2 * channel)
+                    for number in range(4):
+                        store(place + uint64(2 * number), four[number] * tops[row])
 
-    return decode, max(q_room + stages * stage, _WARPS * ROWS * head_dim * 4)
+    return decode
+
+
+def _room(head_dim: int) -> int:
+    """Bytes of shared memory: queries and tiles, or afterwards the sums of all warps."""
+    row_bytes = 2 * head_dim + 16
+    return max((ROWS + _STAGES * 2 * KEYS) * row_bytes, _WARPS * ROWS * head_dim * 4)
 
 
 def make_row_fetch(head_dim: int):
@@ -306,14 +319,16 @@ def signature() -> Any:
 
 
 @cache
-def compiled(head_dim: int, dtype: str, softcap: bool, device: int):
-    """The kernel, compiled and allowed the shared memory it needs; bytes of shared memory."""
-    function, room = make_kernel(head_dim, dtype, softcap)
-    with cuda.gpus[device]:
-        jit: Any = cuda.jit
-        kernel = jit(signature(), launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))(function)
-        allow_shared_memory(kernel, room)
-    return kernel, room
+def compiled(head_dim: int, dtype: str, softcap: bool, device: int) -> Kernel:
+    """The kernel on a device."""
+    return Kernel(source(head_dim, dtype, softcap), device)
+
+
+def source(head_dim: int, dtype: str, softcap: bool) -> Source:
+    """What the kernel is made from."""
+    make = partial(make_kernel, head_dim, dtype, softcap)
+    blocks = 2 if head_dim <= 128 else 1
+    return Source(f"decode {head_dim} {dtype} softcap={softcap}", make, signature(), THREADS, blocks, _room(head_dim))
 
 
 def launch(q, keys, values, out, low, reach, plan, new, scale, softcap) -> None:
@@ -321,7 +336,7 @@ def launch(q, keys, values, out, low, reach, plan, new, scale, softcap) -> None:
     q = aligned(q)
     heads, head_dim = q.shape[1:]
     kv_heads = keys.shape[1]
-    kernel, room = compiled(head_dim, DTYPES[q.dtype], softcap > 0, q.device.index or 0)
+    kernel = compiled(head_dim, DTYPES[q.dtype], softcap > 0, q.device.index or 0)
     factor, inner = softmax_factors(scale, softcap)
     size = q.element_size()
     rows = max(plan.partials, 1) * kv_heads * ROWS
@@ -330,8 +345,8 @@ def launch(q, keys, values, out, low, reach, plan, new, scale, softcap) -> None:
     if new is not None:
         new = [aligned(x) for x in new]  # kept until the launch
         written = [number for x in new for number in (x.data_ptr(), x.stride(0) * size, x.stride(1) * size)]
-    kernel[(kv_heads, len(plan.items)), THREADS, stream(q), room](
-        q.data_ptr(), q.stride(0) * size, q.stride(1) * size, keys.data_ptr(), values.data_ptr(),
+    kernel.launch(
+        (kv_heads, len(plan.items)), q, q.data_ptr(), q.stride(0) * size, q.stride(1) * size, keys.data_ptr(), values.data_ptr(),
         keys.stride(0) * size, keys.stride(1) * size, out.data_ptr(), out.stride(0) * size,
         low.data_ptr(), reach.data_ptr(), plan.items.data_ptr(),
         plan.table.data_ptr(), 4 * plan.table.stride(0), plan.page_size.bit_length() - 1, at, at + 4 * rows * head_dim, plan.counters.data_ptr(),

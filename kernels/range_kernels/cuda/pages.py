@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from . import attention as plain
-from .paths import choose
+from .paths import choose, prefill
 
 ITEM = 12  # numbers of a decode item, the last three unused
 _MOST_SPLITS = 256  # of a sequence: what the block that joins them has room for
-_LEAST = 2  # tiles of 64 keys in an item, at least: shorter ones cost more to join than they gain
+_LEAST = 4  # tiles of 64 keys in an item, at least: shorter ones cost more to join than they gain (1 x 4096: 21 us with 2, 19 with 4)
 
 
 @dataclass
@@ -132,7 +132,8 @@ def launch(q, keys, values, out, low, reach, plan, new, scale, softcap, path=Non
         ValueError: the named path does not compute this call.
     """
     work, keys, values = plan.device_plan, keys.flatten(0, 1), values.flatten(0, 1)
-    tensor_cores = choose(q, scale, path) == "tensor-core"
+    chosen = choose(q, scale, path, plan.most_queries)
+    tensor_cores = chosen != "plain"
     long = plan.most_queries * work.group > 16
     if new is not None and (long or not tensor_cores):
         keys[work.slots], values[work.slots] = new
@@ -147,10 +148,7 @@ def launch(q, keys, values, out, low, reach, plan, new, scale, softcap, path=Non
     if work.items is not None:
         decode.launch(q, keys, values, out, low, reach, work, new, scale, softcap)
     if long:
-        kernel, rows, room = tensor_core.compiled(
-            q.shape[2], tensor_core.DTYPES[q.dtype], softcap > 0, True, q.device.index or 0
-        )
+        made = prefill(chosen)(q.shape[2], tensor_core.DTYPES[q.dtype], softcap > 0, True, q.device.index or 0)
         tensors = (tensor_core.aligned(q), keys, values)
-        tensor_core.launch_tiles(
-            kernel, room, tensors, out, low, reach, work.tiles(rows), work.table, work.page_size, scale, softcap
-        )
+        tiles = work.tiles(made.rows)
+        tensor_core.launch_tiles(made, tensors, out, low, reach, tiles, work.table, work.page_size, scale, softcap)

@@ -27,13 +27,15 @@ if SIMULATED:
         raise NotImplementedError
 
     fill_16_bytes = copy_4_times_16_bytes = load_long = copy_16_bytes
+    convert_16_bytes: Any = {}
+    types: Any = None
 
 else:
     from llvmlite import ir
     from numba.cuda import types as _types
     from numba.cuda.extending import intrinsic
 
-    types: Any = _types  # type checkers see the simulator's, which lacks most
+    types = _types  # type checkers see the simulator's, which lacks most
 
     @intrinsic
     def float_from_bits(typing_context, bits):
@@ -224,6 +226,39 @@ if not SIMULATED:
     power_of_two = _function(types.float32, (types.float32,), "ex2.approx.ftz.f32 $0, $1;", "=f,f", False)
     # What other blocks wrote: past the first-level cache.
     load_fresh_float = _function(types.float32, (types.uint64,), "ld.global.cg.f32 $0, [$1];", "=f,l,~{memory}", True)
+
+    def _parts(count):
+        """An intrinsic: four sums += share * part, for `count` parts of four floats, whose loads all start before the first is used.
+
+        Parts lie `far` bytes apart, fresh from other blocks; their shares `step` bytes apart in shared memory.
+        """
+
+        def emit(builder, sums, part, far, share, step):
+            loaded, shares = [], []
+            kind, text = ir.LiteralStructType([F32] * 4), "ld.global.cg.v4.f32 {$0,$1,$2,$3}, [$4];"
+            for _ in range(count):
+                loaded.append(asm(builder, kind, [part], text, "=f,=f,=f,=f,l,~{memory}"))
+                shares.append(builder.bitcast(load_shared(builder, share), F32))
+                part, share = builder.add(part, far), builder.add(share, step)
+            for channel in range(4):
+                place = builder.gep(sums, [ir.Constant(I32, channel)])
+                value = builder.load(place)
+                for part_loaded, weight in zip(loaded, shares, strict=True):
+                    value = builder.fma(builder.extract_value(part_loaded, channel), weight, value)
+                builder.store(value, place)
+
+        @intrinsic
+        def add_parts(typing_context, sums, part, far, share, step):
+            def codegen(context, builder, signature, args):
+                pointer = context.make_array(signature.args[0])(context, builder, value=args[0]).data
+                emit(builder, pointer, *args[1:])
+                return context.get_dummy_value()
+
+            return types.void(sums, types.uint64, types.uint64, types.uint32, types.uint32), codegen
+
+        return add_parts
+
+    add_part, add_8_parts = _parts(1), _parts(8)
     add_at = _function(
         types.int32, (types.uint64, types.int32), "atom.global.add.s32 $0, [$1], $2;", "=r,l,r,~{memory}", True
     )
@@ -238,6 +273,58 @@ if not SIMULATED:
 
     # A number at an address. Numba's array arguments cost 10 us each at a launch, addresses next to nothing.
     load_int, load_long = _loads(types.int32, "r", 4), _loads(types.int64, "l", 8)
+
+    def _conversion(source, target):
+        """An intrinsic that writes 16 bytes: numbers of one dtype times a float32, rounded to nearest in another."""
+        count = 4 if target == "float32" else 8
+
+        def emit(builder, into, at, scale):
+            values = [builder.fmul(value, scale) for value in _load_floats(builder, at, source, count)]
+            if target == "float32":
+                words = [builder.bitcast(value, I32) for value in values]
+            else:
+                words = [pack(builder, target, *values[i : i + 2]) for i in range(0, 8, 2)]
+            asm(builder, VOID, [into, *words], "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r,~{memory}")
+
+        @intrinsic
+        def convert(typing_context, into, at, scale):
+            def codegen(context, builder, signature, args):
+                emit(builder, *args)
+                return context.get_dummy_value()
+
+            return types.void(types.uint64, types.uint64, types.float32), codegen
+
+        return convert
+
+    def _load_floats(builder, address, dtype, count):
+        """`count` numbers that lie end to end, as float32."""
+        words = count if dtype == "float32" else count // 2
+        loaded = []
+        for first in range(0, words, 4):
+            size = min(4, words - first)
+            regs = ",".join(f"${i}" for i in range(size))
+            place = builder.add(address, ir.Constant(I64, 4 * first))
+            text = f"ld.global.nc.L1::no_allocate.v{size}.b32 {{{regs}}}, [${size}];"
+            out = asm(
+                builder, ir.LiteralStructType([I32] * size), [place], text, ",".join(["=r"] * size + ["l"]), False
+            )
+            loaded += [builder.extract_value(out, i) for i in range(size)]
+        if dtype == "float32":
+            return [builder.bitcast(word, F32) for word in loaded]
+        values = []
+        for word in loaded:
+            if dtype == "bfloat16":
+                low = builder.shl(word, ir.Constant(I32, 16))
+                high = builder.and_(word, ir.Constant(I32, -65536))
+                values += [builder.bitcast(low, F32), builder.bitcast(high, F32)]
+            else:
+                text = "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }"
+                out = asm(builder, ir.LiteralStructType([F32] * 2), [word], text, "=f,=f,r", False)
+                values += [builder.extract_value(out, i) for i in range(2)]
+        return values
+
+    FLOATS = ("float32", "float16", "bfloat16")
+    convert_16_bytes = {(source, target): _conversion(source, target) for source in FLOATS for target in FLOATS}
 
     @intrinsic
     def fill_16_bytes(typing_context, target):

@@ -1,19 +1,26 @@
-"""Splice on a GPU: one block a token, its threads copy the row in pieces of 16 bytes, or in words where it must be.
+"""Splice on a GPU: one block a token or a few, its threads copy rows in pieces of 16 bytes, or in words where they must.
 
-token -> range of the plan that holds it? (bisection) -> packed row : table row of its id -> copy
+token -> range of the plan that holds it? (bisection) -> item row : table row of its id -> copy, or cast and scale
 """
 
 from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
 from numba import cuda, int64, uint64
 
-from ..splice import Clipped, pack_rows
+from ..splice import Clipped, cast, pack_rows
 from .device import as_array, stream
-from .ptx import SIMULATED, copy_4_times_16_bytes, copy_16_bytes, fill_16_bytes, load_long
+from .kernel import Kernel, Source
+from .ptx import SIMULATED, convert_16_bytes, copy_4_times_16_bytes, copy_16_bytes, fill_16_bytes, load_long, types
 
 _THREADS = 128
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_KINDS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # of rows that are cast; 0 is a copy
+_NUMBERS = 5  # of an entry of the plan: start, stop, address, bytes from row to row, kind
 
 
 @cuda.jit
@@ -40,79 +47,142 @@ def _copy_rows(input_ids, plan, table, rows, out):
             out[token, word] = -1
 
 
-@cuda.jit
-def _copy_wide(input_ids, plan, ranges, tokens, a_block, table, vocab, row_bytes, out):
-    """The same in 16-byte pieces, from where the items lie; a block copies `a_block` tokens, so that one search serves several.
+@cache
+def make_kernel(dtype: str, converts: bool):
+    """The kernel for a table of a dtype; `converts`: where items of other dtypes, or a scale on table rows, may come."""
+    entry_bytes, size = 8 * _NUMBERS, 4 if dtype == "float32" else 2
+    from_float32, from_float16 = convert_16_bytes["float32", dtype], convert_16_bytes["float16", dtype]
+    from_bfloat16, from_own = convert_16_bytes["bfloat16", dtype], convert_16_bytes[dtype, dtype]
 
-    All but the counts are addresses: int64 ids, int64 `[ranges, 4]` start, stop, address, bytes from row to row.
-    """
-    input_ids, plan, table, out = uint64(input_ids), uint64(plan), uint64(table), uint64(out)
-    begin = int64(cuda.blockIdx.x) * a_block
-    first, last = int64(0), ranges
-    while first < last:
-        middle = (first + last) // 2
-        if load_long(plan + uint64(32 * middle)) <= begin:
-            first = middle + 1
-        else:
-            last = middle
-    number = first - 1  # the last range that starts at or before the token
-    start, stop, address, stride, following = int64(0), int64(0), int64(0), int64(0), int64(1) << 62
-    if number >= 0:
-        entry = plan + uint64(32 * number)
-        start, stop = load_long(entry), load_long(entry + uint64(8))
-        address, stride = load_long(entry + uint64(16)), load_long(entry + uint64(24))
-    if number + 1 < ranges:
-        following = load_long(plan + uint64(32 * (number + 1)))
-    lane, step = uint64(cuda.threadIdx.x * 16), uint64(cuda.blockDim.x * 16)
-    for token in range(begin, min(begin + a_block, tokens)):
-        if token == following:
-            number += 1
-            entry = plan + uint64(32 * number)
-            start, stop = token, load_long(entry + uint64(8))
+    def copy_wide(input_ids, plan, ranges, tokens, a_block, table, vocab, row_bytes, out, scale):
+        begin = int64(cuda.blockIdx.x) * a_block  # one search serves a block's tokens
+        first, last = int64(0), ranges
+        while first < last:
+            middle = (first + last) // 2
+            if load_long(plan + uint64(entry_bytes * middle)) <= begin:
+                first = middle + 1
+            else:
+                last = middle
+        number = first - 1  # the last range that starts at or before the token
+        start, stop, address, stride, following = int64(0), int64(0), int64(0), int64(0), int64(1) << 62
+        kind = int64(0)
+        if number >= 0:
+            entry = plan + uint64(entry_bytes * number)
+            start, stop = load_long(entry), load_long(entry + uint64(8))
             address, stride = load_long(entry + uint64(16)), load_long(entry + uint64(24))
-            following = load_long(entry + uint64(32)) if number + 1 < ranges else int64(1) << 62
-        known = True
-        if token < stop:
-            source = uint64(address) + uint64(token - start) * uint64(stride)
-        else:
-            row = load_long(input_ids + uint64(8 * token))
-            known = 0 <= row < vocab
-            source = table + uint64(row) * row_bytes
-        target = out + uint64(token) * row_bytes
-        place = lane
-        if known:
-            while place + uint64(3) * step < row_bytes:
-                copy_4_times_16_bytes(target + place, source + place, step)
-                place += uint64(4) * step
-            while place < row_bytes:
-                copy_16_bytes(target + place, source + place, step)
-                place += step
-        else:
-            while place < row_bytes:
-                fill_16_bytes(target + place)
-                place += step
+            kind = load_long(entry + uint64(32))
+        if number + 1 < ranges:
+            following = load_long(plan + uint64(entry_bytes * (number + 1)))
+        lane, step = uint64(cuda.threadIdx.x * 16), uint64(cuda.blockDim.x * 16)
+        for token in range(begin, min(begin + a_block, tokens)):
+            if token == following:
+                number += 1
+                entry = plan + uint64(entry_bytes * number)
+                start, stop = token, load_long(entry + uint64(8))
+                address, stride = load_long(entry + uint64(16)), load_long(entry + uint64(24))
+                kind = load_long(entry + uint64(32))
+                following = load_long(entry + uint64(entry_bytes)) if number + 1 < ranges else int64(1) << 62
+            known, inside = True, token < stop
+            if inside:
+                source = uint64(address) + uint64(token - start) * uint64(stride)
+            else:
+                row = load_long(input_ids + uint64(8 * token))
+                known = 0 <= row < vocab
+                source = table + uint64(row) * row_bytes
+            target = out + uint64(token) * row_bytes
+            place = lane
+            if not known:
+                while place < row_bytes:
+                    fill_16_bytes(target + place)
+                    place += step
+            elif converts and inside and kind != 0:
+                while place < row_bytes:
+                    if kind == 1:
+                        from_float32(target + place, source + place * uint64(4) // uint64(size), np.float32(1.0))
+                    elif kind == 2:
+                        from_float16(target + place, source + place * uint64(2) // uint64(size), np.float32(1.0))
+                    else:
+                        from_bfloat16(target + place, source + place * uint64(2) // uint64(size), np.float32(1.0))
+                    place += step
+            elif converts and not inside and scale != np.float32(1.0):
+                while place < row_bytes:
+                    from_own(target + place, source + place, scale)
+                    place += step
+            else:
+                while place + uint64(3) * step < row_bytes:
+                    copy_4_times_16_bytes(target + place, source + place, step)
+                    place += uint64(4) * step
+                while place < row_bytes:
+                    copy_16_bytes(target + place, source + place, step)
+                    place += step
+
+    return copy_wide
 
 
-def launch(input_ids: torch.Tensor, table: torch.Tensor, clipped: Clipped, out: torch.Tensor, scale: float) -> None:
-    """See `range_kernels.splice`; fills `out` in one launch without waiting for the device, so ids are not checked."""
+def source(dtype: str, converts: bool) -> Source:
+    """What the kernel is made from."""
+    number, unsigned = types.int64, types.uint64
+    kinds = types.void(unsigned, unsigned, number, number, number, unsigned, number, unsigned, unsigned, types.float32)
+    return Source(f"splice {dtype} converts={converts}", partial(make_kernel, dtype, converts), kinds, 256)
+
+
+@cache
+def compiled(dtype: str, converts: bool, device: int) -> Kernel:
+    """The kernel on a device."""
+    return Kernel(source(dtype, converts), device)
+
+
+class DevicePlan:
+    """Where each range's rows lie, on the device: int64 `[ranges, 5]`, start, stop, address, bytes from row to row, kind.
+
+    `rows` are kept alive; `wide` says whether they all lie in pieces of 16 bytes.
+    """
+
+    def __init__(self, clipped: Clipped, table: torch.Tensor) -> None:
+        self.rows = [rows if rows.dtype in DTYPES else rows.to(table.dtype) for _, _, rows in clipped]
+        self.rows = [rows if rows.stride(1) == 1 else rows.contiguous() for rows in self.rows]
+        lies = [(x.data_ptr(), x.stride(0) * x.element_size()) for x in self.rows]
+        kinds = [0 if rows.dtype is table.dtype else _KINDS[rows.dtype] for rows in self.rows]
+        self.wide = not any(number % 16 for number in sum(lies, ()))
+        self.converts = any(kinds)
+        entries = [(start, stop, *lie, kind) for (start, stop, _), lie, kind in zip(clipped, lies, kinds, strict=True)]
+        plan = torch.from_numpy(np.array(entries, dtype=np.int64).reshape(-1, _NUMBERS))
+        self.entries = plan.to(table.device, non_blocking=True)
+
+
+def prepare(clipped: Clipped, table: torch.Tensor) -> tuple[DevicePlan, bool]:
+    """A plan that is on the device for every stream, its kernels compiled; and whether calls with it are one launch."""
+    plan = DevicePlan(clipped, table)
+    whole = plan.wide and not table.shape[1] * table.element_size() % 16 and not table.data_ptr() % 16
+    if whole and not SIMULATED:
+        for converts in {True, plan.converts}:  # with a scale, and without one
+            compiled(DTYPES[table.dtype], converts, table.device.index or 0)
+        torch.cuda.current_stream(table.device).synchronize()
+    return plan, whole and not SIMULATED
+
+
+def launch(
+    input_ids: torch.Tensor, table: torch.Tensor, clipped: Clipped, out: torch.Tensor, scale: float, plan: Any = None
+) -> None:
+    """See `range_kernels.splice`; fills `out` in one launch without waiting for the device, so ids are not checked.
+
+    `plan`: a `DevicePlan` of the same items, made before; else it is made now.
+    """
     row_bytes = table.shape[1] * table.element_size()
-    size = table.element_size()
-    rows = [rows if rows.stride(1) == 1 else rows.contiguous() for _, _, rows in clipped]
-    lies = [(x.data_ptr(), x.stride(0) * size) for x in rows]
-    wide = not any(number % 16 for number in (row_bytes, table.data_ptr(), out.data_ptr(), *sum(lies, ())))
-    if SIMULATED or not wide:
-        _launch_words(input_ids, table, *pack_rows(clipped, table), out)
-    else:
-        entries = [(start, stop, *lie) for (start, stop, _), lie in zip(clipped, lies, strict=True)]
-        plan = np.array(entries, dtype=np.int64).reshape(-1, 4)
-        device_plan = torch.from_numpy(plan).to(table.device, non_blocking=True)
-        pieces, tokens = row_bytes // 16, len(input_ids)
-        threads = min(256, max(32, -(-pieces // 4 // 32) * 32))
-        a_block = 8 if tokens >= 16384 else 2 if tokens >= 4096 else 1
-        _copy_wide[-(-tokens // a_block), threads, stream(table)](
-            input_ids.data_ptr(), device_plan.data_ptr(), len(plan), tokens, a_block, table.data_ptr(), table.shape[0],
-            uint64(row_bytes), out.data_ptr(),
-        )  # fmt: skip
+    if not SIMULATED and not any(number % 16 for number in (row_bytes, table.data_ptr(), out.data_ptr())):
+        plan = DevicePlan(clipped, table) if plan is None else plan
+        if plan.wide:
+            converts = plan.converts or scale != 1.0
+            kernel = compiled(DTYPES[table.dtype], converts, table.device.index or 0)
+            pieces, tokens = row_bytes // 16, len(input_ids)
+            threads = min(256, max(32, -(-pieces // 4 // 32) * 32))
+            a_block = 8 if tokens >= 16384 else 2 if tokens >= 4096 else 1
+            kernel.launch(
+                (-(-tokens // a_block), 1), table, input_ids.data_ptr(), plan.entries.data_ptr(), len(plan.entries), tokens,
+                a_block, table.data_ptr(), table.shape[0], row_bytes, out.data_ptr(), scale, threads=threads,
+            )  # fmt: skip
+            return
+    _launch_words(input_ids, table, *pack_rows(cast(clipped, table), table), out)
     if scale != 1.0:
         looked_up = torch.ones(len(input_ids), 1, dtype=torch.bool)
         for start, stop, _ in clipped:

@@ -11,8 +11,9 @@ what causal attention costs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from numba import cuda, float32, int32, uint32, uint64
 
-from .device import stream
+from .kernel import Kernel, Source
 from .ptx import copies_commit, copies_wait_all, copy_async, load_int, shared_address, types
 from .tile import KEYS, LOG2_E, tile_operations
 
@@ -64,11 +65,11 @@ def make_fetch(head_dim: int, paged: bool = False):
 
 @cache
 def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
-    """The Python function of a kernel, how many queries a block has, and its shared memory; `compiled` jits it.
+    """The Python function of a kernel.
 
     Where paged, keys lie in pages and the third number of a tile is its sequence's row of the block table.
     """
-    m_tiles = 2 if head_dim <= 128 else 1
+    m_tiles = _m_tiles(head_dim)
     rows = 64 * m_tiles
     do = tile_operations(head_dim, m_tiles, dtype, softcap)
     begin_sums, score, hide, weigh, add_values, store = (
@@ -81,9 +82,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
     )
     row_bytes = 2 * head_dim + 16
     q_room, kv_room = rows * row_bytes, KEYS * row_bytes
-    stage = (
-        2 * kv_room
-    )  # keys and values of one tile; there are two, so that the next is fetched while this one is used
+    stage = 2 * kv_room  # keys and values of a tile; the next is fetched while this one is used
     sums, score_count, pairs = m_tiles * head_dim // 2, m_tiles * KEYS // 2, 2 * m_tiles
 
     fetch_queries, fetch = make_fetch(head_dim), make_fetch(head_dim, paged)
@@ -184,18 +183,39 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
         target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2) + uint64(4 * (lane & 3))
         store(o, total, target, out_token, row, count)
 
-    return prefill, rows, q_room + 2 * stage
+    return prefill
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A prefill kernel that is ready to launch, and queries a block."""
+
+    kernel: Kernel
+    rows: int
 
 
 @cache
-def compiled(head_dim: int, dtype: str, softcap: bool, paged: bool, device: int):
-    """The kernel, compiled and allowed the shared memory it needs; queries a block; bytes of shared memory."""
-    function, rows, room = make_kernel(head_dim, dtype, softcap, paged)
-    with cuda.gpus[device]:
-        jit: Any = cuda.jit
-        kernel = jit(signature(), launch_bounds=(THREADS, 2 if head_dim <= 128 else 1))(function)
-        allow_shared_memory(kernel, room)
-    return kernel, rows, room
+def compiled(head_dim: int, dtype: str, softcap: bool, paged: bool, device: int) -> Compiled:
+    """The kernel on a device."""
+    return Compiled(Kernel(source(head_dim, dtype, softcap, paged), device), shape(head_dim)[0])
+
+
+def source(head_dim: int, dtype: str, softcap: bool, paged: bool) -> Source:
+    """What the kernel is made from."""
+    name = f"tensor-core prefill {head_dim} {dtype} softcap={softcap} paged={paged}"
+    blocks = 2 if head_dim <= 128 else 1
+    make = partial(make_kernel, head_dim, dtype, softcap, paged)
+    return Source(name, make, signature(), THREADS, blocks, shape(head_dim)[1])
+
+
+def shape(head_dim: int) -> tuple[int, int]:
+    """Queries a block and bytes of shared memory: those queries, and two tiles of keys and values."""
+    rows, row_bytes = 64 * _m_tiles(head_dim), 2 * head_dim + 16
+    return rows, (rows + 4 * KEYS) * row_bytes
+
+
+def _m_tiles(head_dim: int) -> int:
+    return 2 if head_dim <= 128 else 1
 
 
 def signature() -> Any:
@@ -219,22 +239,8 @@ def signature() -> Any:
     )
 
 
-def allow_shared_memory(kernel, room: int) -> None:
-    """More than 48 KB of dynamic shared memory must be asked for."""
-    from cuda.bindings import driver
-
-    (overload,) = kernel.overloads.values()
-    handle = overload._codelibrary.get_cufunc().handle
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _, device = driver.cuCtxGetDevice()
-    (status, *_) = driver.cuKernelSetAttribute(attribute, room, handle, device)
-    if int(status):
-        raise RuntimeError(
-            f"the GPU does not give {room} bytes of shared memory to a block (driver error {int(status)})"
-        )
-
-
 def launch(
+    compile: Callable[..., Compiled],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -246,15 +252,14 @@ def launch(
     scale: float,
     softcap: float,
 ) -> None:
-    """See `range_kernels.attention`; fills `out`. Needs `can_run`."""
+    """See `range_kernels.attention`; fills `out` by the kernel that `compile` makes. Needs `can_run`."""
     q, k, v = (aligned(x) for x in (q, k, v))
-    head_dim = q.shape[2]
-    kernel, rows, room = compiled(head_dim, DTYPES[q.dtype], softcap > 0, False, q.device.index or 0)
-    tiles = _device_tiles(tuple(lengths_q.tolist()), tuple(lengths_k.tolist()), rows, q.device)
-    launch_tiles(kernel, room, (q, k, v), out, low, reach, tiles, None, 1, scale, softcap)
+    made = compile(q.shape[2], DTYPES[q.dtype], softcap > 0, False, q.device.index or 0)
+    tiles = _device_tiles(tuple(lengths_q.tolist()), tuple(lengths_k.tolist()), made.rows, q.device)
+    launch_tiles(made, (q, k, v), out, low, reach, tiles, None, 1, scale, softcap)
 
 
-def launch_tiles(kernel, room, qkv, out, low, reach, tiles, table, page_size, scale, softcap) -> None:
+def launch_tiles(made: Compiled, qkv, out, low, reach, tiles, table, page_size, scale, softcap) -> None:
     """Run a compiled prefill kernel over tiles; `k`, `v` `[places, kv_heads, head_dim]`, with their block table where paged."""
     q, k = qkv[:2]
     factor, inner = softmax_factors(scale, softcap)
@@ -262,8 +267,8 @@ def launch_tiles(kernel, room, qkv, out, low, reach, tiles, table, page_size, sc
     tensors = [number for x in qkv for number in (x.data_ptr(), x.stride(0) * size, x.stride(1) * size)]
     pages = (0, 0) if table is None else (table.data_ptr(), 4 * table.stride(0))
     shift = page_size.bit_length() - 1
-    kernel[(heads, len(tiles)), THREADS, stream(q), room](
-        *tensors, out.data_ptr(), out.stride(0) * size, low.data_ptr(), reach.data_ptr(),
+    made.kernel.launch(
+        (heads, len(tiles)), q, *tensors, out.data_ptr(), out.stride(0) * size, low.data_ptr(), reach.data_ptr(),
         tiles.data_ptr(), *pages, shift, heads // k.shape[1], factor, inner, softcap,
     )  # fmt: skip
 

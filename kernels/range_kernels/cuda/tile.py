@@ -36,30 +36,81 @@ class TileOperations:
     keep: Callable[..., Any]
 
 
+def load(builder: Any, pointer: Any, count: int) -> list[Any]:
+    """The numbers of a local array, which the compiler keeps in registers."""
+    return [builder.load(builder.gep(pointer, [ir.Constant(I32, i)])) for i in range(count)]
+
+
+def save(builder: Any, pointer: Any, values: list[Any]) -> None:
+    """Set the numbers of a local array."""
+    for i, value in enumerate(values):
+        builder.store(value, builder.gep(pointer, [ir.Constant(I32, i)]))
+
+
+def soften(
+    builder: Any, scores: list[Any], tops: list[Any], totals: list[Any], factor: Any, m_tiles: int = 1
+) -> list[Any]:
+    """One step of the online softmax, in place: scores to weights, maxima and totals of rows; returns what sums shrink by."""
+    zero, minus_infinity = ir.Constant(F32, 0.0), ir.Constant(F32, float("-inf"))
+    columns, shrinks = len(scores) // (4 * m_tiles), []
+    for m in range(m_tiles):
+        for half in range(2):
+            row = 2 * m + half
+            places = [(m * columns + column) * 4 + 2 * half + side for column in range(columns) for side in range(2)]
+            top = tops[row]
+            for place in places:
+                top = ptx.maximum(builder, top, scores[place])
+            for flip in (1, 2):
+                top = ptx.maximum(builder, top, ptx.from_lane(builder, top, flip))
+            # A row that has seen no key yet has minus infinity here; it must not be subtracted from itself.
+            base = builder.select(builder.fcmp_ordered("==", top, minus_infinity), zero, top)
+            shift = builder.fsub(zero, builder.fmul(base, factor))
+            shrink = ptx.exp2(builder, builder.fma(tops[row], factor, shift))
+            added = zero
+            for place in places:
+                scores[place] = ptx.exp2(builder, builder.fma(scores[place], factor, shift))
+                added = builder.fadd(added, scores[place])
+            totals[row] = builder.fma(totals[row], shrink, added)
+            tops[row] = top
+            shrinks.append(shrink)
+    return shrinks
+
+
+def shrink_sums(builder: Any, sums: list[Any], shrinks: list[Any], m_tiles: int = 1) -> None:
+    """Rows of sums times their factor, in place."""
+    for place in range(len(sums)):
+        row = place // (len(sums) // m_tiles) * 2 + place % 4 // 2
+        sums[place] = builder.fmul(sums[place], shrinks[row])
+
+
+def cap(builder: Any, value: Any, inner: Any, outer: Any) -> Any:
+    """outer * tanh(inner * value), by tanh x = 1 - 2 / (1 + e^2x)."""
+    one, two = ir.Constant(F32, 1.0), ir.Constant(F32, 2.0)
+    power = ptx.exp2(builder, builder.fmul(builder.fmul(value, inner), ir.Constant(F32, 2 * LOG2_E)))
+    tanh = builder.fsub(one, builder.fmul(two, ptx.reciprocal(builder, builder.fadd(one, power))))
+    return builder.fmul(outer, tanh)
+
+
+def statement(emit: Callable[..., None]) -> Callable[[Any, Any, Any, Any], Any]:
+    """Code generation of an intrinsic that returns nothing; arrays come as pointers to their first number."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = [
+            context.make_array(kind)(context, builder, value=value).data if isinstance(kind, types.Array) else value
+            for kind, value in zip(signature.args, args, strict=True)
+        ]
+        emit(builder, *values)
+        return context.get_dummy_value()
+
+    return codegen
+
+
 @cache
 def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys: int = KEYS) -> TileOperations:
     """The operations for a head size and keys a warp (multiples of 16), rows a warp (16 times `m_tiles`) and dtype."""
     row_bytes = 2 * head_dim + 16  # 16 bytes of padding: eight rows then lie in different banks
     columns, channels = keys // 8, head_dim // 8
     minus_infinity = ir.Constant(F32, float("-inf"))
-
-    def statement(emit: Callable[..., None]) -> Callable[[Any, Any, Any, Any], Any]:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            values = [
-                context.make_array(kind)(context, builder, value=value).data if isinstance(kind, types.Array) else value
-                for kind, value in zip(signature.args, args, strict=True)
-            ]
-            emit(builder, *values)
-            return context.get_dummy_value()
-
-        return codegen
-
-    def load(builder: Any, pointer: Any, count: int) -> list[Any]:
-        return [builder.load(builder.gep(pointer, [ir.Constant(I32, i)])) for i in range(count)]
-
-    def save(builder: Any, pointer: Any, values: list[Any]) -> None:
-        for i, value in enumerate(values):
-            builder.store(value, builder.gep(pointer, [ir.Constant(I32, i)]))
 
     def at(builder: Any, address: Any, offset: int) -> Any:
         return builder.add(address, ir.Constant(I32, offset)) if offset else address
@@ -86,15 +137,9 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys
                             builder, dtype, queries[m], pieces[2 * half : 2 * half + 2], sums[place]
                         )
         values = [value for group in sums for value in group]
-        if softcap:  # outer * tanh(inner * s), and tanh x = 1 - 2 / (1 + e^2x)
-            values = [emit_cap(builder, value, inner, outer) for value in values]
+        if softcap:
+            values = [cap(builder, value, inner, outer) for value in values]
         save(builder, s, values)
-
-    def emit_cap(builder: Any, value: Any, inner: Any, outer: Any) -> Any:
-        one, two = ir.Constant(F32, 1.0), ir.Constant(F32, 2.0)
-        power = ptx.exp2(builder, builder.fmul(builder.fmul(value, inner), ir.Constant(F32, 2 * LOG2_E)))
-        tanh = builder.fsub(one, builder.fmul(two, ptx.reciprocal(builder, builder.fadd(one, power))))
-        return builder.fmul(outer, tanh)
 
     def emit_hide(builder: Any, s: Any, key: Any, row: Any, lows: Any, reaches: Any) -> None:
         values = load(builder, s, m_tiles * columns * 4)
@@ -116,32 +161,8 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys
     def emit_weights(builder: Any, s: Any, o: Any, largest: Any, total: Any, factor: Any) -> None:
         scores, sums = load(builder, s, m_tiles * columns * 4), load(builder, o, m_tiles * channels * 4)
         before, totals = load(builder, largest, 2 * m_tiles), load(builder, total, 2 * m_tiles)
-        zero = ir.Constant(F32, 0.0)
-        for m in range(m_tiles):
-            for half in range(2):
-                row = 2 * m + half
-                places = [
-                    (m * columns + column) * 4 + 2 * half + side for column in range(columns) for side in range(2)
-                ]
-                top = before[row]
-                for place in places:
-                    top = ptx.maximum(builder, top, scores[place])
-                for flip in (1, 2):
-                    top = ptx.maximum(builder, top, ptx.from_lane(builder, top, flip))
-                # A row that has seen no key yet has minus infinity here; it must not be subtracted from itself.
-                base = builder.select(builder.fcmp_ordered("==", top, minus_infinity), zero, top)
-                shift = builder.fsub(zero, builder.fmul(base, factor))
-                shrink = ptx.exp2(builder, builder.fma(before[row], factor, shift))
-                added = zero
-                for place in places:
-                    scores[place] = ptx.exp2(builder, builder.fma(scores[place], factor, shift))
-                    added = builder.fadd(added, scores[place])
-                totals[row] = builder.fma(totals[row], shrink, added)
-                before[row] = top
-                for channel in range(channels):
-                    for side in range(2):
-                        place = (m * channels + channel) * 4 + 2 * half + side
-                        sums[place] = builder.fmul(sums[place], shrink)
+        shrinks = soften(builder, scores, before, totals, factor, m_tiles)
+        shrink_sums(builder, sums, shrinks, m_tiles)
         save(builder, s, scores)
         save(builder, o, sums)
         save(builder, largest, before)

@@ -115,7 +115,7 @@ class Decoder:
                 if number < len(levels):
                     hidden = hidden.clone()  # what the tap saw stays
                     hidden[rows] += levels[number]
-        hidden = self._normalise(hidden, self.norm)
+        hidden = self.normalise(hidden)
         if tap:
             tap("norm", hidden)
         return hidden
@@ -149,6 +149,11 @@ class Decoder:
         )  # fmt: skip
         added = layer.output(seen.flatten(1))
         return added if layer.after_attention is None else self._normalise(added, layer.after_attention)
+
+    @torch.no_grad()
+    def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The final norm, `[tokens, hidden]`."""
+        return self._normalise(hidden, self.norm)
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,10 @@ from ...errors import ModelError, PromptError
 from ...models import Model
 from ...prompt import Prompt
 from ...taps import decoder_taps
-from ..api import Engine, Keep, parse_device, parse_dtype
+from ..api import Engine, Keep
 from ..cancellation import Cancellation
 from ..messages import Capabilities, EngineOutput, GenerationConfig, ResponseType
+from ..options import parse_device, parse_dtype
 from ..sampling import Answer, stop_tokens
 from . import sequence as requests
 from .batch import Batch
@@ -179,6 +180,10 @@ class NumbaEngine(Engine):
                     return
         finally:
             self._loop.abort(request)
+
+    def lens(self, states: torch.Tensor, *, normed: bool = False) -> torch.Tensor:
+        states = states.to(self.device, self.dtype)
+        return self.decoder.logits(states if normed else self.decoder.normalise(states))
 
     def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, keep: Keep) -> None:
         wanted, rows = set(taps), positions.to(self.device)

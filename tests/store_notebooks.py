@@ -1,0 +1,46 @@
+"""Run notebooks and store them as the repository keeps them: `python -m tests.store_notebooks notebooks/04*.ipynb`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Drop what belongs to one run: times, states of widgets, views without a kernel (they open as "model not found") beside their pictures."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        outputs: list[nbformat.NotebookNode] = []
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                output.data.pop(VIEW, None)
+            before = outputs[-1] if outputs else None
+            if (
+                before is not None
+                and output.output_type == before.output_type == "stream"
+                and output.name == before.name
+            ):
+                before.text += output.text  # how a stream was cut is chance
+            else:
+                outputs.append(output)
+        if cell.cell_type == "code":
+            cell.outputs = outputs
+    return notebook
+
+
+def main() -> None:
+    for path in map(Path, sys.argv[1:]):
+        notebook = nbformat.read(path, as_version=4)
+        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
+        nbformat.write(tidy(notebook), path)
+        print(f"{path} is stored: look at it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Kernel benchmarks as bars: ours in colour, what a user would pick instead in grey."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from .style import ENGINE, QUIET, SPAN
+
+_OURS = ("hopper", "tensor-core", "ours")
+
+
+def kernel_bars(
+    rows: Sequence[Mapping[str, Any]], value: str, unit: str, titles: Mapping[tuple[int, ...], str]
+) -> Figure:
+    """One panel a shape, a bar a kernel, longest on top.
+
+    Args:
+        rows: of a report of `python -m range_kernels.bench`: each has `shape`, `kernel` and the number.
+        value: which number; `unit` is written after it.
+        titles: `{shape: title}` of the panels, in order.
+
+    Raises:
+        ValueError: a shape of which the report has no row.
+    """
+    figure = Figure(figsize=(11, 3.4), dpi=100, layout="constrained")
+    for axes, (shape, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
+        found = sorted((row for row in rows if tuple(row["shape"]) == shape), key=lambda row: float(row[value]))
+        if not found:
+            raise ValueError(f"the report has no row of shape {shape}")
+        names = [str(row["kernel"]) for row in found]
+        numbers = [float(row[value]) for row in found]
+        colours = [(SPAN if "spans" in name else ENGINE) if name.startswith(_OURS) else QUIET for name in names]
+        axes.barh(names, numbers, color=colours, height=0.7)
+        for place, number in enumerate(numbers):
+            axes.text(number, place, f" {number:.3g}", va="center", fontsize=7)
+        axes.set_title(f"{title}, {unit}", fontsize=9, loc="left")
+        axes.tick_params(labelsize=7)
+        axes.set_xlim(0, max(numbers) * 1.15)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return figure

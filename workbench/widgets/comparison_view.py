@@ -1,0 +1,150 @@
+"""An engine against the reference, to look at: verdict, error by layer, map, spans, next words."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import ipywidgets as w
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from ..compare import Comparison
+from ..models import Model
+from ..plots.errors import comparison_figure, error_by_layer
+from ..plots.png import to_png
+from ..prompt import Prompt
+from ..state_maps import StateMaps
+from ..trace import Trace
+from . import parts
+from .hidden_state_map import HiddenStateMap
+from .view import Composite
+
+
+@dataclass(frozen=True)
+class NextWords:
+    """Likeliest next tokens of several runs, by name: `{"engine": [(token, probability), ...]}`, likeliest first."""
+
+    runs: dict[str, list[tuple[str, float]]]
+
+    @classmethod
+    def of_traces(cls, model: Model, traces: Mapping[str, Trace], count: int = 5) -> NextWords | None:
+        """From the last logits of traces by name; None where one holds none."""
+        if not all("logits" in trace for trace in traces.values()):
+            return None
+        return cls.of(model, {name: trace["logits"][-1] for name, trace in traces.items()}, count)
+
+    @classmethod
+    def of(cls, model: Model, logits: dict[str, torch.Tensor], count: int = 5) -> NextWords:
+        """From each run's logits `[vocab]` after the last token."""
+        runs = {}
+        for name, row in logits.items():
+            best = row.float().softmax(dim=-1).topk(count)
+            runs[name] = list(zip(model.tokens(best.indices.tolist()), best.values.tolist(), strict=True))
+        return cls(runs)
+
+
+class ComparisonView(Composite):
+    """`show` takes a comparison; before the first it says that there is none."""
+
+    def __init__(self, height: int = 300) -> None:
+        self.comparison: Comparison | None = None
+        self._tokens: Sequence[str] = ()
+        self._prompt: Prompt | None = None
+        self.banner = w.HTML(parts.note("plain", "not compared yet"))
+        self.chart = w.HTML()
+        self.map = HiddenStateMap(metric="error", height=height)
+        self.spans, self.words, self.table = w.HTML(), w.HTML(), w.HTML()
+        tables = w.HBox([self.spans, self.words], layout={"flex_flow": "row wrap", "grid_gap": "32px"})
+        self.view = w.VBox([self.banner, self.chart, self.map, tables, self.table])
+        self.view.add_class("workbench-verdict")
+
+    def show(
+        self, comparison: Comparison, prompt: Prompt, tokens: Sequence[str], words: NextWords | None = None
+    ) -> None:
+        """Show a comparison of the prompt's run; `tokens` are its ids as text."""
+        chart = base64.b64encode(to_png(error_by_layer(comparison))).decode()
+        self.comparison, self._prompt, self._tokens = comparison, prompt, tokens
+        self.restate()
+        said = f"error by layer beside the noise floor: {comparison}"
+        self.chart.value = f'<img alt="{escape(said)}" style="max-width:100%" src="data:image/png;base64,{chart}">'
+        shown = [tokens[int(place)] for place in comparison.positions]
+        ratios = comparison.ratios.numpy().astype(np.float32)
+        columns = comparison.columns(prompt.embedding_ranges)
+        self.map.show(StateMaps(shown, comparison.taps, columns, {"error": ratios}))
+        first = comparison.first_divergence
+        if first is not None:
+            self.map.chosen = [comparison.taps.index(first.tap), comparison.positions.tolist().index(first.token)]
+        else:
+            self.map.chosen = []
+        self.spans.value = _span_table(comparison)
+        self.words.value = _word_table(words) if words else ""
+        rows = [
+            [
+                str(row["tap"]),
+                f"{row['error']:.1e}",
+                f"{row['floor']:.1e}",
+                f"{row['ratio']:.3g}",
+                f"{row['cosine']:.6f}",
+            ]
+            for row in comparison.table()
+        ]
+        self.table.value = parts.table(
+            ["tap", "largest error", "noise floor", "in noise floors", "least cosine"], rows, "Every tap as a table"
+        )
+
+    def restate(self) -> None:
+        """Put the verdict back where `say` stands."""
+        comparison = self._shown()
+        kind = "good" if comparison.verdict != "bug" else "bad"
+        self.banner.value = parts.note(kind, f"<b>{escape(str(comparison))}</b>")
+
+    def say(self, kind: str, message: str) -> None:
+        """A line in place of the verdict; what was compared last stays below."""
+        self.banner.value = parts.note(kind, message)
+
+    def figure(self) -> Figure:
+        """Verdict, error by layer and the map in noise floors, as a matplotlib figure.
+
+        Raises:
+            RuntimeError: nothing has been compared.
+        """
+        comparison = self._shown()
+        assert self._prompt is not None
+        return comparison_figure(comparison, self._tokens, self._prompt.embedding_ranges)
+
+    def _shown(self) -> Comparison:
+        if self.comparison is None:
+            raise RuntimeError("nothing has been compared yet: call show(), or wait for the bench")
+        return self.comparison
+
+
+def _span_table(comparison: Comparison) -> str:
+    rows = []
+    for row in comparison.by_span():
+        name = "text" if row["span"] is None else f"range {row['span']} ({row['kind']})"
+        wrong = row["first_wrong"] or "nowhere"
+        rows.append([name, str(row["tokens"]), f"{row['ratio']:.3g} at {row['tap']}, token {row['token']}", str(wrong)])
+    return _plain_table("By span", ["span", "tokens", "worst, in noise floors", "first wrong at"], rows)
+
+
+def _word_table(words: NextWords) -> str:
+    columns = list(words.runs.values())
+    rows = [
+        [cell for column in columns for cell in (repr(column[i][0]), f"{column[i][1]:.1%}")]
+        for i in range(len(columns[0]))
+    ]
+    header = [cell for name in words.runs for cell in (name, "")]
+    return _plain_table("Next token", header, rows)
+
+
+def _plain_table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th style='text-align:left;padding:1px 12px 1px 0'>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>" + "".join(f"<td style='padding:1px 12px 1px 0'>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    return f"<b>{escape(title)}</b><table style='line-height:1.4'><tr>{head}</tr>{body}</table>"

@@ -1,0 +1,151 @@
+"""The map of hidden states in the browser: layers by tokens, by any metric, linked with the other views."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import traitlets
+from matplotlib.figure import Figure
+
+from ..plots.maps import hidden_state_map
+from ..state_maps import METRICS, StateMaps
+from .view import View, palette, source
+
+_BARS = 48
+
+
+class HiddenStateMap(View):
+    """Point at a cell to read it, click it (or Enter) to open its state; `metric` says what colours mean.
+
+    Args:
+        maps: from `workbench.state_maps.state_maps`; `show` takes others later.
+        metric: one that `maps.values` holds.
+        height: in pixels.
+
+    Traits to link: `hovered`, the token under the pointer or -1; `row`, the tap whose numbers other views colour by; `chosen`,
+    `[row, token]` of the opened cell or empty.
+    """
+
+    _esm = source("shared.js", "hidden_state_map.js")
+    _css = source("views.css")
+
+    tokens = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    taps = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    spans = traitlets.List(traitlets.List(traitlets.Int())).tag(sync=True)
+    values = traitlets.Bytes(b"").tag(sync=True)
+    words: Any = traitlets.List().tag(sync=True)
+    metrics = traitlets.Dict().tag(sync=True)
+    metric = traitlets.Unicode("change").tag(sync=True)
+    scale = traitlets.Unicode("log").tag(sync=True)
+    bounds = traitlets.List(traitlets.Float(), default_value=[1e-3, 3.0]).tag(sync=True)
+    palette = traitlets.Bytes(palette("magma_r")).tag(sync=True)
+    unit = traitlets.Unicode("").tag(sync=True)
+    hovered = traitlets.Int(-1).tag(sync=True)
+    row = traitlets.Int(-1).tag(sync=True)
+    chosen = traitlets.List(traitlets.Int()).tag(sync=True)
+    detail = traitlets.Dict().tag(sync=True)
+    message = traitlets.Unicode("").tag(sync=True)
+    height = traitlets.Int(330).tag(sync=True)
+
+    def __init__(self, maps: StateMaps | None = None, metric: str = "change", height: int = 330) -> None:
+        if metric not in METRICS:
+            raise ValueError(f"metric={metric!r}: choose one of {', '.join(METRICS)}")
+        self.maps = maps
+        super().__init__(metric=metric, height=height)
+        self._take_metric()
+        self.observe(lambda change: self._chose_metric(), "metric")
+        self.observe(lambda change: self._open(), "chosen")
+        if maps is not None:
+            self.show(maps)
+
+    def show(self, maps: StateMaps, wanted: dict[str, str] | None = None) -> None:
+        """Show other maps; the metric stays where they hold it.
+
+        `wanted`: metrics to offer that are not there yet, by name and title; whoever observes `metric` makes them.
+        """
+        self.maps = maps
+        if self.metric not in maps.values and self.metric not in (wanted or {}):
+            self.metric = next(iter(maps.values))
+        with self.hold_sync():
+            self.metrics = {name: METRICS[name].title for name in maps.values} | (wanted or {})
+            self.tokens, self.taps = list(maps.tokens), list(maps.taps)
+            self.spans = [list(pair) for pair in maps.ranges]
+            self.words = maps.words
+            if not -1 < self.row < len(maps.taps):
+                self.row = len(maps.taps) - 1
+            self.refresh()
+        if self.values:
+            self._open()
+
+    def refresh(self) -> None:
+        """Send the numbers of the metric; where the maps do not hold it there are none, and `message` says so."""
+        if self.maps is None or self.metric not in self.maps.values:
+            self.clear(f"no numbers for {METRICS[self.metric].title} yet" if self.metric in METRICS else self.message)
+            return
+        with self.hold_sync():
+            self.bounds = list(self.maps.bounds(self.metric))
+            self.values = np.ascontiguousarray(self.maps.values[self.metric], np.float32).tobytes()
+            self.words = self.maps.words
+            self.message = ""
+
+    def clear(self, message: str) -> None:
+        """Show no numbers, and why."""
+        with self.hold_sync():
+            self.values, self.words, self.detail, self.message = b"", [], {}, message
+
+    def row_values(self) -> np.ndarray:
+        """The metric's numbers at `row`, float32 `[tokens]`; empty where there are none."""
+        if self.maps is None or self.metric not in self.maps.values or not 0 <= self.row < len(self.maps.taps):
+            return np.zeros(0, np.float32)
+        return self.maps.values[self.metric][self.row]
+
+    def figure(self) -> Figure:
+        if self.maps is None or self.metric not in self.maps.values:
+            return Figure(figsize=(11, 1))
+        maps = self.maps
+        return hidden_state_map(
+            maps.values[self.metric], maps.taps, maps.tokens, maps.ranges, self.metric, maps.bounds(self.metric)
+        )
+
+    def _chose_metric(self) -> None:
+        if self.metric not in METRICS:  # a hand-written value
+            self.clear(f"no metric {self.metric!r}: choose one of {', '.join(METRICS)}")
+            return
+        self._take_metric()
+        self.refresh()
+
+    def _take_metric(self) -> None:
+        kind = METRICS[self.metric]
+        with self.hold_sync():
+            self.scale, self.palette, self.unit = kind.scale, palette(kind.palette), kind.unit
+
+    def _open(self) -> None:
+        maps, at = self.maps, list(self.chosen)
+        if maps is None or maps.row_states is None or len(at) != 2:
+            self.detail = {}
+            return
+        row, token = at
+        if not (0 <= row < len(maps.taps) and 0 <= token < len(maps.tokens)):
+            self.detail = {}
+            return
+        state = maps.row_states(row)[token].double().numpy()
+        finite = state[np.isfinite(state)]
+        ends = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+        margin = 1e-9 + 1e-6 * max(map(abs, ends))  # equal numbers need bars of some width, too
+        counts, edges = np.histogram(finite, bins=_BARS, range=(ends[0] - margin, ends[1] + margin))
+        lines: list[list[str]] = [["nearest at this layer", "token", "cosine"]]
+        for place, near in maps.neighbours(row, token):
+            lines.append([repr(maps.tokens[place]), str(place), f"{near:.4f}"])
+        if maps.words:
+            lines.append(["reads as", repr(maps.words[row][token]), f"{maps.values['lens'][row, token]:.1%}"])
+        self.detail = {
+            "title": f"{maps.taps[row]}, token {token} {maps.tokens[token]!r}: {len(state)} numbers, 2-norm "
+            f"{np.linalg.norm(state):.4g}, largest {_largest(state)}",
+            "size": len(state), "low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist(), "lines": lines,
+        }  # fmt: skip
+
+
+def _largest(state: Any) -> str:
+    at = int(np.abs(np.nan_to_num(state)).argmax())
+    return f"{state[at]:.4g} (channel {at})"
