@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -80,16 +81,28 @@ def copy_notebooks(home):
         shutil.copy(notebook, home / "notebooks" / notebook.name)
 
 
-def kernels_of(address):
-    with urllib.request.urlopen(f"{address}/api/kernels", timeout=30) as answer:
-        return json.load(answer)
+def kernels_of(address, seconds=30):
+    """The server's kernels; it answers 500 as long as one of them is just being started and has no last activity yet."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(f"{address}/api/kernels", timeout=30) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code != 500 or time.monotonic() > until:
+                raise
+        time.sleep(0.1)
 
 
 def end_kernels(address):
     """A closed page leaves its kernel running, with models and threads in it."""
     for kernel in kernels_of(address):
         request = urllib.request.Request(f"{address}/api/kernels/{kernel['id']}", method="DELETE")
-        urllib.request.urlopen(request, timeout=60).close()
+        try:
+            urllib.request.urlopen(request, timeout=60).close()
+        except urllib.error.HTTPError as error:
+            if error.code != 404:  # gone meanwhile
+                raise
 
 
 def serve(application, home):
