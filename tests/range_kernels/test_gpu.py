@@ -313,6 +313,21 @@ def test_ids_that_do_not_lie_end_to_end():
     assert torch.equal(splice(ids.flatten()[::4], table), table[ids.flatten()[::4]])
 
 
+@pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 64, 65, 1023, 1024, 1025, 1057, 3000])
+def test_splice_finds_a_token_s_range_among_many(count):
+    generator = np.random.default_rng(count)
+    widths, gaps = generator.integers(1, 4, count), generator.integers(0, 3, count)
+    starts = np.cumsum(np.concatenate([[gaps[0]], widths[:-1] + gaps[1:]]))
+    ranges = [(int(start), int(start + width)) for start, width in zip(starts, widths, strict=True)]
+    table = torch.randn(50, 64, device="cuda").bfloat16()
+    ids = torch.from_numpy(generator.integers(0, 50, ranges[-1][1] + 2)).cuda()
+    items = [torch.randn(int(width), 64, device="cuda").bfloat16() for width in widths]
+    expected = table[ids]
+    for item, (start, stop) in zip(items, ranges, strict=True):
+        expected[start:stop] = item
+    assert torch.equal(splice(ids, table, items, ranges), expected)
+
+
 def test_splice_reads_items_where_they_lie():
     """Views with gaps between rows, chunks, and rows that begin between 16-byte pieces."""
     table = torch.randn(40, 512, device="cuda").bfloat16()

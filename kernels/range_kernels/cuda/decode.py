@@ -19,15 +19,14 @@ from numba import cuda, float32, int32, uint32, uint64
 
 from .kernel import Kernel, Source
 from .ptx import (
-    add_8_parts,
+    PARTS,
     add_at,
-    add_part,
     copies_commit,
     copies_wait_all,
     copies_wait_but_1,
     copy_16_bytes,
     copy_async,
-    load_fresh_float,
+    join_parts,
     load_int,
     power_of_two,
     prefetch,
@@ -52,9 +51,9 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
     do = tile_operations(head_dim, 1, dtype, softcap, KEYS // _WARPS)
     begin_sums, score, hide, weigh, add_values, keep = do.start, do.scores, do.hide, do.weights, do.add_values, do.keep
     fetch = make_fetch(head_dim, paged=True)
-    fetch_rows = make_row_fetch(head_dim)
+    fetch_rows, write = make_row_fetch(head_dim), make_write(head_dim)
     store = store_rounded[dtype]
-    row_bytes, pieces = 2 * head_dim + 16, head_dim // 8
+    row_bytes = 2 * head_dim + 16
     q_room, kv_room = ROWS * row_bytes, KEYS * row_bytes
     stage = 2 * kv_room
     stages = _STAGES
@@ -108,20 +107,15 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
         copies_commit()
         if key_first + thread * 16 < key_stop:
             prefetch(pages + uint64(4 * ((key_first + thread * 16) >> shift)))
-        if new_keys:  # the last keys of the sequence go into their pages first: each to the one item that reads it
+        fresh = (
+            key_stop  # from here on, keys are still to be written to their pages: each by the one item that reads it
+        )
+        if new_keys:
             fresh_from = load_int(entry + uint64(32)) - count // group
-            first = max(fresh_from, key_first)
-            for place in range(thread, (key_stop - first) * pieces, THREADS):
-                key = first + place // pieces
-                piece = uint64(16 * (place % pieces))
-                at = key + ((load_int(pages + uint64(4 * (key >> shift))) - (key >> shift)) << shift)
-                into = uint64(at) * kv_token + piece
-                token, head = uint64(q_first + key - fresh_from), uint64(kv_head)
-                copy_16_bytes(
-                    k_base + into, new_keys + token * new_keys_token + head * new_keys_head + piece, uint64(0)
-                )
-                source = new_values + token * new_values_token + uint64(kv_head) * new_values_head + piece
-                copy_16_bytes(v_base + into, source, uint64(0))
+            fresh = max(fresh_from, key_first)
+            token, new_head = uint64(q_first + fresh - fresh_from), uint64(kv_head)
+            new_keys += token * new_keys_token + new_head * new_keys_head
+            new_values += token * new_values_token + new_head * new_values_head
         bounds = cuda.shared.array(4, int32)  # smallest low, largest reach, largest low, smallest reach
         lows, reaches = cuda.shared.array(ROWS, int32), cuda.shared.array(ROWS, int32)
         tops, totals = cuda.shared.array(marks_count, float32), cuda.shared.array(marks_count, float32)
@@ -149,7 +143,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
         v_address = v_room_at + uint32((warp * 16 + (lane & 15)) * row_bytes + (lane >> 4) * 16)
         lows_at, reaches_at = shared_address(lows), shared_address(reaches)
 
-        o, four = cuda.local.array(sums, float32), cuda.local.array(4, float32)
+        o, four, running = cuda.local.array(sums, float32), cuda.local.array(4, float32), cuda.local.array(2, float32)
         s = cuda.local.array(score_count, float32)
         largest, total = cuda.local.array(2, float32), cuda.local.array(2, float32)
         begin_sums(o, largest, total)
@@ -158,9 +152,17 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
                 if begin + ahead < end:
                     first = int32((begin + ahead) * KEYS)
                     there = uint32(ahead * stage)
+                    if fresh < min(first + int32(KEYS), key_stop):
+                        write(k_base, v_base, kv_token, new_keys, new_keys_token, new_values, new_values_token,
+                              fresh, key_stop, thread, pages, shift)  # fmt: skip
+                        fresh = key_stop
+                        cuda.syncthreads()
                     fetch(k_room_at + there, k_base, kv_token, first, key_stop, KEYS, thread, pages, shift)
                     fetch(v_room_at + there, v_base, kv_token, first, key_stop, KEYS, thread, pages, shift)
                 copies_commit()
+        # Not among the first tiles: they need not wait for it. The loop's barrier comes before the next is fetched.
+        write(k_base, v_base, kv_token, new_keys, new_keys_token, new_values, new_values_token,
+              fresh, key_stop, thread, pages, shift)  # fmt: skip
         here = uint32(0)  # which of the rooms holds this tile
         for number in range(begin, end):
             key = int32(number * KEYS)
@@ -226,54 +228,26 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
             cuda.syncthreads()
             if bounds[0] == splits - 1:
                 cuda.threadfence()
-                slot = uint64(first_partial) * uint64(kv_heads) + uint64(kv_head)
-                wholes_from = splits * count  # maxima of each split and row, then their totals, which become shares
-                for index in range(thread, splits * count, THREADS):
-                    each = index // count
-                    place = marks + uint64(8) * (
-                        slot * uint64(ROWS) + uint64(each) * step + uint64(index - each * count)
-                    )
-                    joined[index] = load_fresh_float(place)
-                    joined[wholes_from + index] = load_fresh_float(place + uint64(4))
-                cuda.syncthreads()
-                if thread < count:
-                    top = _NONE
-                    for each in range(splits):
-                        top = max(top, joined[each * count + thread])
-                    whole = float32(0.0)
-                    for each in range(splits):
-                        share = float32(0.0)
-                        if top > _NONE:
-                            share = power_of_two(factor * (joined[each * count + thread] - top))
-                        whole += share * joined[wholes_from + each * count + thread]
-                        joined[each * count + thread] = share
-                    tops[thread] = float32(1.0) / whole if whole > float32(0.0) else float32(0.0)
-                cuda.syncthreads()
-                far = uint64(4 * head_dim) * step
-                shares_at = q_room_at
+                first_slot = uint64(first_partial) * uint64(kv_heads) + uint64(kv_head)
                 for quarter in range(thread, count * head_dim // 4, THREADS):
                     row = 4 * quarter // head_dim
-                    part = partials + uint64(4) * (slot * uint64(ROWS * head_dim) + uint64(4 * quarter))
-                    share_at = shares_at + uint32(4 * row)
+                    part = partials + uint64(4) * (first_slot * uint64(ROWS * head_dim) + uint64(4 * quarter))
+                    mark = marks + uint64(8) * (first_slot * uint64(ROWS) + uint64(row))
                     for channel in range(4):
                         four[channel] = float32(0.0)
-                    each = 0
-                    # Eight loads are under way at once: one block has nothing else to wait with.
-                    while each + 8 <= splits:
-                        add_8_parts(four, part, far, share_at, uint32(4 * count))
-                        part += uint64(8) * far
-                        share_at += uint32(32 * count)
-                        each += 8
-                    while each < splits:
-                        add_part(four, part, far, share_at, uint32(4 * count))
-                        part += far
-                        share_at += uint32(4 * count)
-                        each += 1
+                    running[0], running[1] = _NONE, float32(0.0)
+                    for first in range(0, splits, PARTS):
+                        far = uint64(first) * step
+                        join_parts(
+                            four, running, part + far * uint64(4 * head_dim), step * uint64(4 * head_dim),
+                            mark + far * uint64(8), step * uint64(8), splits - first, factor,
+                        )  # fmt: skip
+                    share = float32(1.0) / running[1] if running[1] > float32(0.0) else float32(0.0)
                     query = row // group
                     channel = 4 * quarter - query * group * head_dim
                     place = target + uint64(query) * out_token + uint64(2 * channel)
                     for number in range(4):
-                        store(place + uint64(2 * number), four[number] * tops[row])
+                        store(place + uint64(2 * number), four[number] * share)
 
     return decode
 
@@ -305,6 +279,29 @@ def make_row_fetch(head_dim: int):
                 )
 
     return fetch
+
+
+def make_write(head_dim: int):
+    """The device function that writes new keys and values to their pages: keys from `first` up to `stop` of a sequence."""
+    pieces = head_dim // 8
+
+    @cuda.jit(device=True, inline="always")
+    def write(
+        k_base, v_base, kv_token, new_keys, keys_token, new_values, values_token, first, stop, thread, pages, shift
+    ):
+        half = (stop - first) * pieces
+        for place in range(thread, 2 * half, THREADS):
+            index = place % half
+            key = first + index // pieces
+            piece = uint64(16 * (index % pieces))
+            at = key + ((load_int(pages + uint64(4 * (key >> shift))) - (key >> shift)) << shift)
+            into = uint64(at) * kv_token + piece
+            if place < half:
+                copy_16_bytes(k_base + into, new_keys + uint64(key - first) * keys_token + piece, uint64(0))
+            else:
+                copy_16_bytes(v_base + into, new_values + uint64(key - first) * values_token + piece, uint64(0))
+
+    return write
 
 
 def signature() -> Any:

@@ -224,41 +224,61 @@ if not SIMULATED:
         return function
 
     power_of_two = _function(types.float32, (types.float32,), "ex2.approx.ftz.f32 $0, $1;", "=f,f", False)
-    # What other blocks wrote: past the first-level cache.
-    load_fresh_float = _function(types.float32, (types.uint64,), "ld.global.cg.f32 $0, [$1];", "=f,l,~{memory}", True)
 
-    def _parts(count):
-        """An intrinsic: four sums += share * part, for `count` parts of four floats, whose loads all start before the first is used.
+    PARTS = 8
 
-        Parts lie `far` bytes apart, fresh from other blocks; their shares `step` bytes apart in shared memory.
+    def _emit_join(builder, sums, running, part, far, mark, mark_far, left, factor):
+        zero, nothing = ir.Constant(F32, 0.0), ir.Constant(F32, float("-inf"))
+        loaded, four, two = [], ir.LiteralStructType([F32] * 4), ir.LiteralStructType([F32] * 2)
+        for number in range(PARTS):
+            here = builder.icmp_signed("<", ir.Constant(I32, number), left)
+            index = builder.select(here, ir.Constant(I64, number), ir.Constant(I64, 0))
+            at, mark_at = (
+                builder.add(start, builder.mul(index, step)) for start, step in ((part, far), (mark, mark_far))
+            )
+            values = asm(builder, four, [at], "ld.global.cg.v4.f32 {$0,$1,$2,$3}, [$4];", "=f,=f,=f,=f,l,~{memory}")
+            marks = asm(builder, two, [mark_at], "ld.global.cg.v2.f32 {$0,$1}, [$2];", "=f,=f,l,~{memory}")
+            top = builder.select(here, builder.extract_value(marks, 0), nothing)
+            loaded.append((values, top, builder.extract_value(marks, 1)))
+        top_at, total_at = (builder.gep(running, [ir.Constant(I32, i)]) for i in range(2))
+        before, top = builder.load(top_at), builder.load(top_at)
+        for _, each, _ in loaded:
+            top = maximum(builder, top, each)
+        # Where no part has seen a key, minus infinity must not be subtracted from itself.
+        base = builder.select(builder.fcmp_ordered("==", top, nothing), zero, top)
+        shift = builder.fsub(zero, builder.fmul(base, factor))
+        shares = [exp2(builder, builder.fma(each, factor, shift)) for each in (before, *(x[1] for x in loaded))]
+        total = builder.fmul(builder.load(total_at), shares[0])
+        for (_, _, whole), share in zip(loaded, shares[1:], strict=True):
+            total = builder.fma(whole, share, total)
+        builder.store(top, top_at)
+        builder.store(total, total_at)
+        for channel in range(4):
+            place = builder.gep(sums, [ir.Constant(I32, channel)])
+            value = builder.fmul(builder.load(place), shares[0])
+            for (values, _, _), share in zip(loaded, shares[1:], strict=True):
+                value = builder.fma(builder.extract_value(values, channel), share, value)
+            builder.store(value, place)
+
+    @intrinsic
+    def join_parts(typing_context, sums, running, part, far, mark, mark_far, left, factor):
+        """Partial softmax sums of a row join a running one, up to `PARTS` at once, whose loads are all under way together.
+
+        `running` holds the maximum and the total of what has been joined into the four `sums`. A part is four sums, `far` bytes from
+        the next, its marks (maximum, total) `mark_far` bytes; all were written by other blocks. There are `left` of them.
         """
 
-        def emit(builder, sums, part, far, share, step):
-            loaded, shares = [], []
-            kind, text = ir.LiteralStructType([F32] * 4), "ld.global.cg.v4.f32 {$0,$1,$2,$3}, [$4];"
-            for _ in range(count):
-                loaded.append(asm(builder, kind, [part], text, "=f,=f,=f,=f,l,~{memory}"))
-                shares.append(builder.bitcast(load_shared(builder, share), F32))
-                part, share = builder.add(part, far), builder.add(share, step)
-            for channel in range(4):
-                place = builder.gep(sums, [ir.Constant(I32, channel)])
-                value = builder.load(place)
-                for part_loaded, weight in zip(loaded, shares, strict=True):
-                    value = builder.fma(builder.extract_value(part_loaded, channel), weight, value)
-                builder.store(value, place)
+        def codegen(context, builder, signature, args):
+            pointers = [
+                context.make_array(kind)(context, builder, value=value).data
+                for kind, value in zip(signature.args[:2], args[:2], strict=True)
+            ]
+            _emit_join(builder, *pointers, *args[2:])
+            return context.get_dummy_value()
 
-        @intrinsic
-        def add_parts(typing_context, sums, part, far, share, step):
-            def codegen(context, builder, signature, args):
-                pointer = context.make_array(signature.args[0])(context, builder, value=args[0]).data
-                emit(builder, pointer, *args[1:])
-                return context.get_dummy_value()
+        address = types.uint64
+        return types.void(sums, running, *[address] * 4, types.int32, types.float32), codegen
 
-            return types.void(sums, types.uint64, types.uint64, types.uint32, types.uint32), codegen
-
-        return add_parts
-
-    add_part, add_8_parts = _parts(1), _parts(8)
     add_at = _function(
         types.int32, (types.uint64, types.int32), "atom.global.add.s32 $0, [$1], $2;", "=r,l,r,~{memory}", True
     )

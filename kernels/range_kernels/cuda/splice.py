@@ -1,6 +1,6 @@
-"""Splice on a GPU: one block a token or a few, its threads copy rows in pieces of 16 bytes, or in words where they must.
+"""Splice on a GPU: one block a token, whose threads copy rows in pieces of 16 bytes, or in words where they must.
 
-token -> range of the plan that holds it? (bisection) -> item row : table row of its id -> copy, or cast and scale
+token -> range of the plan that holds it? (search by the warp) -> item row : table row of its id -> copy, or cast and scale
 """
 
 from __future__ import annotations
@@ -54,67 +54,51 @@ def make_kernel(dtype: str, converts: bool):
     from_float32, from_float16 = convert_16_bytes["float32", dtype], convert_16_bytes["float16", dtype]
     from_bfloat16, from_own = convert_16_bytes["bfloat16", dtype], convert_16_bytes[dtype, dtype]
 
-    def copy_wide(input_ids, plan, ranges, tokens, a_block, table, vocab, row_bytes, out, scale):
-        begin = int64(cuda.blockIdx.x) * a_block  # one search serves a block's tokens
-        first, last = int64(0), ranges
-        while first < last:
-            middle = (first + last) // 2
-            if load_long(plan + uint64(entry_bytes * middle)) <= begin:
-                first = middle + 1
-            else:
-                last = middle
-        number = first - 1  # the last range that starts at or before the token
-        start, stop, address, stride, following = int64(0), int64(0), int64(0), int64(0), int64(1) << 62
-        kind = int64(0)
-        if number >= 0:
-            entry = plan + uint64(entry_bytes * number)
+    def copy_wide(input_ids, plan, ranges, table, vocab, row_bytes, out, scale):
+        token, own = int64(cuda.blockIdx.x), int64(cuda.threadIdx.x & 31)
+        row = load_long(input_ids + uint64(8 * token))  # on its way during the search
+        # How many ranges start at or before the token? A warp looks at 32 places at once: two rounds find one of 1,000 ranges.
+        first, last, width = int64(0), ranges, int64(2)
+        while width > 1 and first < last:
+            width = (last - first + 31) >> 5
+            probe = first + (own + 1) * width - 1
+            before = probe < last and load_long(plan + uint64(entry_bytes * probe)) <= token
+            first += cuda.popc(cuda.ballot_sync(0xFFFFFFFF, before)) * width
+            last = min(first + width - 1, last)
+        known, inside, source, kind = 0 <= row < vocab, False, table + uint64(row) * row_bytes, int64(0)
+        if first > 0:
+            entry = plan + uint64(entry_bytes * (first - 1))
             start, stop = load_long(entry), load_long(entry + uint64(8))
             address, stride = load_long(entry + uint64(16)), load_long(entry + uint64(24))
-            kind = load_long(entry + uint64(32))
-        if number + 1 < ranges:
-            following = load_long(plan + uint64(entry_bytes * (number + 1)))
-        lane, step = uint64(cuda.threadIdx.x * 16), uint64(cuda.blockDim.x * 16)
-        for token in range(begin, min(begin + a_block, tokens)):
-            if token == following:
-                number += 1
-                entry = plan + uint64(entry_bytes * number)
-                start, stop = token, load_long(entry + uint64(8))
-                address, stride = load_long(entry + uint64(16)), load_long(entry + uint64(24))
+            if token < stop:
+                known, inside, source = True, True, uint64(address) + uint64(token - start) * uint64(stride)
                 kind = load_long(entry + uint64(32))
-                following = load_long(entry + uint64(entry_bytes)) if number + 1 < ranges else int64(1) << 62
-            known, inside = True, token < stop
-            if inside:
-                source = uint64(address) + uint64(token - start) * uint64(stride)
-            else:
-                row = load_long(input_ids + uint64(8 * token))
-                known = 0 <= row < vocab
-                source = table + uint64(row) * row_bytes
-            target = out + uint64(token) * row_bytes
-            place = lane
-            if not known:
-                while place < row_bytes:
-                    fill_16_bytes(target + place)
-                    place += step
-            elif converts and inside and kind != 0:
-                while place < row_bytes:
-                    if kind == 1:
-                        from_float32(target + place, source + place * uint64(4) // uint64(size), np.float32(1.0))
-                    elif kind == 2:
-                        from_float16(target + place, source + place * uint64(2) // uint64(size), np.float32(1.0))
-                    else:
-                        from_bfloat16(target + place, source + place * uint64(2) // uint64(size), np.float32(1.0))
-                    place += step
-            elif converts and not inside and scale != np.float32(1.0):
-                while place < row_bytes:
-                    from_own(target + place, source + place, scale)
-                    place += step
-            else:
-                while place + uint64(3) * step < row_bytes:
-                    copy_4_times_16_bytes(target + place, source + place, step)
-                    place += uint64(4) * step
-                while place < row_bytes:
-                    copy_16_bytes(target + place, source + place, step)
-                    place += step
+        target = out + uint64(token) * row_bytes
+        place, step = uint64(cuda.threadIdx.x * 16), uint64(cuda.blockDim.x * 16)
+        if not known:
+            while place < row_bytes:
+                fill_16_bytes(target + place)
+                place += step
+        elif converts and inside and kind != 0:
+            while place < row_bytes:
+                if kind == 1:
+                    from_float32(target + place, source + place * uint64(4) // uint64(size), np.float32(1.0))
+                elif kind == 2:
+                    from_float16(target + place, source + place * uint64(2) // uint64(size), np.float32(1.0))
+                else:
+                    from_bfloat16(target + place, source + place * uint64(2) // uint64(size), np.float32(1.0))
+                place += step
+        elif converts and not inside and scale != np.float32(1.0):
+            while place < row_bytes:
+                from_own(target + place, source + place, scale)
+                place += step
+        else:
+            while place + uint64(3) * step < row_bytes:
+                copy_4_times_16_bytes(target + place, source + place, step)
+                place += uint64(4) * step
+            while place < row_bytes:
+                copy_16_bytes(target + place, source + place, step)
+                place += step
 
     return copy_wide
 
@@ -122,7 +106,7 @@ def make_kernel(dtype: str, converts: bool):
 def source(dtype: str, converts: bool) -> Source:
     """What the kernel is made from."""
     number, unsigned = types.int64, types.uint64
-    kinds = types.void(unsigned, unsigned, number, number, number, unsigned, number, unsigned, unsigned, types.float32)
+    kinds = types.void(unsigned, unsigned, number, unsigned, number, unsigned, unsigned, types.float32)
     return Source(f"splice {dtype} converts={converts}", partial(make_kernel, dtype, converts), kinds, 256)
 
 
@@ -174,12 +158,11 @@ def launch(
         if plan.wide:
             converts = plan.converts or scale != 1.0
             kernel = compiled(DTYPES[table.dtype], converts, table.device.index or 0)
-            pieces, tokens = row_bytes // 16, len(input_ids)
+            pieces = row_bytes // 16
             threads = min(256, max(32, -(-pieces // 4 // 32) * 32))
-            a_block = 8 if tokens >= 16384 else 2 if tokens >= 4096 else 1
             kernel.launch(
-                (-(-tokens // a_block), 1), table, input_ids.data_ptr(), plan.entries.data_ptr(), len(plan.entries), tokens,
-                a_block, table.data_ptr(), table.shape[0], row_bytes, out.data_ptr(), scale, threads=threads,
+                (len(input_ids), 1), table, input_ids.data_ptr(), plan.entries.data_ptr(), len(plan.entries),
+                table.data_ptr(), table.shape[0], row_bytes, out.data_ptr(), scale, threads=threads,
             )  # fmt: skip
             return
     _launch_words(input_ids, table, *pack_rows(cast(clipped, table), table), out)
