@@ -98,6 +98,19 @@ def test_internlm2_is_noise(tmp_path, llama, prompt):
     assert comparison.verdict == "noise", str(comparison)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_answer_as_one_does(llama, engine, prompt):
+    """LMDeploy's tensor parallelism: the sums of two halves round differently, and nothing else may differ."""
+    with workbench.open_engine("turbomind", llama, tp=2, communicator="nccl", depth_sweep=True, **SMALL) as two:
+        found = first_divergence(two, prompt, device="cuda")
+        assert found.divergence is None, str(found)
+        text = compare_text(engine.generate(prompt, CONFIG), two.generate(prompt, CONFIG))
+        assert text.close, str(text)
+        with ThreadPoolExecutor(8) as pool:
+            outputs = list(pool.map(lambda _: two.generate(prompt, CONFIG).token_ids, range(8)))
+    assert [tokens[:1] for tokens in outputs] == [engine.generate(prompt, CONFIG).token_ids[:1]] * 8
+
+
 def test_a_planted_shift_is_a_bug_at_the_first_depth(llama, prompt):
     """One depth after the splice is the earliest that TurboMind shows."""
     from workbench.compare.faults import FaultyEngine, off_by_one
