@@ -107,9 +107,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
         copies_commit()
         if key_first + thread * 16 < key_stop:
             prefetch(pages + uint64(4 * ((key_first + thread * 16) >> shift)))
-        fresh = (
-            key_stop  # from here on, keys are still to be written to their pages: each by the one item that reads it
-        )
+        fresh = key_stop  # keys from here on are still to be written to their pages: each by the one item that reads it
         if new_keys:
             fresh_from = load_int(entry + uint64(32)) - count // group
             fresh = max(fresh_from, key_first)
