@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from .errors import PromptError
 from .prompt import Prompt, Span
@@ -53,7 +53,8 @@ def save_prompt(prompt: Prompt, path: str | Path) -> None:
         record["tensors"] = beside.name
     try:
         if named:
-            save_file(named, beside, metadata={"format": FORMAT})
+            # save_file would make a file that others cannot read beside one that they can.
+            beside.write_bytes(save(named, metadata={"format": FORMAT}))
         path.write_text(_layout(record), encoding="utf-8")
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise PromptError(f"the prompt cannot be written to {path}: {error}") from error

@@ -137,6 +137,8 @@ def test_record_keeps_what_can_be_opened_again(files, capsys):
     assert kept.compare().verdict == "noise"
     assert kept.record["answers"]["engine"]["status"] == "FINISH"
     assert kept.prompt.digest == kept.run.provenance["prompt"]
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (files / "kept").iterdir()}
+    assert set(modes.values()) == {modes["record.json"]}, "a run is kept to be shown to others"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..errors import TraceError
 from ..provenance import check_provenance
@@ -83,7 +83,8 @@ class NoiseFloor:
             "provenance": json.dumps(dict(self.provenance)),
         }
         try:
-            save_file({tap: error.contiguous() for tap, error in self.errors.items()}, path, metadata=metadata)
+            # save_file would make a file that only its owner can read.
+            Path(path).write_bytes(save({tap: error.contiguous() for tap, error in self.errors.items()}, metadata))
         except (SafetensorError, OSError) as error:
             raise TraceError(f"the noise floor cannot be written to {path}: {error}") from error
 
