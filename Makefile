@@ -14,7 +14,7 @@ LAB_QUIET := --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.Neve
 # each other in every parallel loop (range_kernels/cpu/launch.py has the figures).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help setup model lab test test-python test-browser test-notebooks test-gpu check format bench soak update-pins clean
+.PHONY: help setup model lab test test-python test-browser test-notebooks test-first-notebooks test-other-notebooks test-gpu check format bench soak update-pins clean
 
 help:
 	@echo "make lab       set up, fetch the model once, open JupyterLab on notebook 01"
@@ -54,8 +54,16 @@ test-python: model
 test-browser: model
 	$(BIN)/python -m pytest tests/browser
 
-test-notebooks: model
-	$(BIN)/python -m pytest --nbval notebooks
+# In two halves, one for each of two jobs.
+FIRST_NOTEBOOKS := $(wildcard notebooks/0[0-4]*.ipynb)
+
+test-notebooks: test-first-notebooks test-other-notebooks
+
+test-first-notebooks: model
+	$(BIN)/python -m pytest --nbval $(FIRST_NOTEBOOKS)
+
+test-other-notebooks: model
+	$(BIN)/python -m pytest --nbval $(filter-out $(FIRST_NOTEBOOKS),$(wildcard notebooks/*.ipynb))
 
 test-gpu: model
 	$(BIN)/python -m pytest tests -m gpu --ignore=tests/simulator --ignore=tests/browser

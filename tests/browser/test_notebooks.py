@@ -252,17 +252,6 @@ def test_06_inside_the_engine(page, lab):
     check_quiet(page)
 
 
-def test_07_find_the_bug(page, lab):
-    open_and_run(page, lab, "07_find_the_bug.ipynb")
-    wait_idle(page)
-    find(page, "text=the range is off by one")
-    page.screenshot(path=ARTIFACTS / "07_divergence.png")
-    find(page, ".workbench-verdict").locator("text=bug at tap embed, token 3").wait_for(timeout=20 * SECOND)
-    find(page, "text=exit status 1")
-    page.screenshot(path=ARTIFACTS / "07_shell.png")
-    check_quiet(page)
-
-
 def test_09_turbomind_vs_transformers(page, lab):
     open_and_run(page, lab, "09_turbomind_vs_transformers.ipynb")
     wait_idle(page)
