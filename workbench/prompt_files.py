@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 
 from .errors import PromptError
 from .prompt import Prompt, Span
+from .whole_files import write_whole
 
 FORMAT = "workbench-prompt-1"
 _FIELDS = {"format", "input_ids", "embedding_ranges", "spans", "tensors"}
@@ -54,8 +55,8 @@ def save_prompt(prompt: Prompt, path: str | Path) -> None:
     try:
         if named:
             # save_file would make a file that others cannot read beside one that they can.
-            beside.write_bytes(save(named, metadata={"format": FORMAT}))
-        path.write_text(_layout(record), encoding="utf-8")
+            write_whole(beside, save(named, metadata={"format": FORMAT}))
+        write_whole(path, _layout(record).encode())
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise PromptError(f"the prompt cannot be written to {path}: {error}") from error
 

@@ -1,6 +1,7 @@
 """Prompts on disk: everything comes back, a person can edit the ranges, and hostile files are refused by name."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,28 @@ def test_everything_comes_back(make, tmp_path):
     assert again.digest == prompt.digest
     assert again.spans == prompt.spans
     assert (tmp_path / "p.safetensors").exists() == bool(prompt.input_embeddings)
+
+
+def test_rows_that_were_loaded_outlive_their_file(tmp_path):
+    """Loaded rows are the file, mapped into memory: another prompt in its place must not change them."""
+    items = [torch.randn(40_000, 4) for _ in range(2)]
+    Prompt([1] * 80_000, items, [(0, 40_000), (40_000, 80_000)]).save(tmp_path / "p.json")
+    loaded = Prompt.load(tmp_path / "p.json")
+    Prompt([1] * 5, [torch.zeros(5, 4)], [(0, 5)]).save(tmp_path / "p.json")
+    assert all(torch.equal(mine, item) for mine, item in zip(loaded.input_embeddings, items, strict=True))
+
+
+def test_what_was_there_stays_where_writing_fails(tmp_path, monkeypatch):
+    random_prompt().save(tmp_path / "p.json")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(PromptError, match="No space left"):
+        random_prompt().save(tmp_path / "p.json")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

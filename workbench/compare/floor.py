@@ -18,6 +18,7 @@ from ..errors import TraceError
 from ..provenance import check_provenance
 from ..trace import Trace
 from ..trace_files import raw_bytes
+from ..whole_files import write_whole
 from .metrics import relative_error
 
 FORMAT = "workbench-floor-1"
@@ -84,7 +85,7 @@ class NoiseFloor:
         }
         try:
             # save_file would make a file that only its owner can read.
-            Path(path).write_bytes(save({tap: error.contiguous() for tap, error in self.errors.items()}, metadata))
+            write_whole(path, save({tap: error.contiguous() for tap, error in self.errors.items()}, metadata))
         except (SafetensorError, OSError) as error:
             raise TraceError(f"the noise floor cannot be written to {path}: {error}") from error
 

@@ -239,7 +239,9 @@ if not SIMULATED:
             values = asm(builder, four, [at], "ld.global.cg.v4.f32 {$0,$1,$2,$3}, [$4];", "=f,=f,=f,=f,l,~{memory}")
             marks = asm(builder, two, [mark_at], "ld.global.cg.v2.f32 {$0,$1}, [$2];", "=f,=f,l,~{memory}")
             top = builder.select(here, builder.extract_value(marks, 0), nothing)
-            loaded.append((values, top, builder.extract_value(marks, 1)))
+            # Zero times what stands in another part's place would be NaN where that is infinite.
+            channels = [builder.select(here, builder.extract_value(values, channel), zero) for channel in range(4)]
+            loaded.append((channels, top, builder.select(here, builder.extract_value(marks, 1), zero)))
         top_at, total_at = (builder.gep(running, [ir.Constant(I32, i)]) for i in range(2))
         before, top = builder.load(top_at), builder.load(top_at)
         for _, each, _ in loaded:
@@ -256,8 +258,8 @@ if not SIMULATED:
         for channel in range(4):
             place = builder.gep(sums, [ir.Constant(I32, channel)])
             value = builder.fmul(builder.load(place), shares[0])
-            for (values, _, _), share in zip(loaded, shares[1:], strict=True):
-                value = builder.fma(builder.extract_value(values, channel), share, value)
+            for (channels, _, _), share in zip(loaded, shares[1:], strict=True):
+                value = builder.fma(channels[channel], share, value)
             builder.store(value, place)
 
     @intrinsic
