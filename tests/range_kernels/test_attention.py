@@ -190,6 +190,30 @@ print(WIDTH)
         assert done.stdout.strip() == width, done.stderr
 
 
+def test_any_number_of_threads_computes_the_same():
+    code = """
+import torch
+from tests.range_kernels.cases import assert_close, make_case
+from range_kernels import attention
+from range_kernels.cpu import launch
+torch.manual_seed(5)
+case = make_case(2, [(300, 300), (33, 290)], head_dim=64, spans=[[(3, 90)], []])
+out = attention(*case.args, low=case.low, reach=case.reach)
+assert_close(out, case)
+weight, x = torch.randn(700, 640), torch.randn(90, 640)
+product = launch.linear(x, launch.pack_weights(weight), 700)
+torch.testing.assert_close(product.double(), x.double() @ weight.double().T, rtol=1e-4, atol=1e-3)
+print(out.numpy().tobytes().hex()[::97], product.numpy().tobytes().hex()[::97])
+"""
+    said = set()
+    for threads in ("1", "3"):
+        environment = {**os.environ, "NUMBA_NUM_THREADS": threads}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+        assert done.stdout, done.stderr
+        said.add(done.stdout)
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -151,14 +151,14 @@ def test_a_killed_writer_leaves_whole_entries_or_none(tmp_path):
                 assert bool((kept.rows == float(number)).all())
         return found
 
-    for round_number in range(6):
+    for round_number in range(3):
         writers = [
             subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
             for _ in range(2)
         ]
         for writer in writers:
             assert writer.stdout.readline().strip() == "ready"
-        until = time.monotonic() + 0.15 + 0.07 * round_number
+        until = time.monotonic() + 0.15 + 0.15 * round_number
         while time.monotonic() < until:
             whole()
         for writer in writers:
