@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .widgets.explorer import Explorer
 
 QUESTION = "What is in the picture?"
+TEXT_QUESTION = "What is the capital of France?"
 
 
 def explore(
@@ -70,7 +71,7 @@ def explore(
     prompt, pictures, ask = _prompt(model, given, question)
     opened = engine if isinstance(engine, Engine) else open_engine(engine, model, dtype=dtype)
     return Explorer(
-        opened, prompt, pictures, question=question or (QUESTION if pictures else "What is the capital of France?"), ask=ask,
+        opened, prompt, pictures, question=question or (QUESTION if pictures else TEXT_QUESTION), ask=ask,
         target=target, judge=judge, new_tokens=new_tokens,
     )  # fmt: skip
 
@@ -96,7 +97,7 @@ def _prompt(model: Model, given: Any, question: str | None) -> tuple[Prompt, lis
     images = [given] if not isinstance(given, Sequence) or isinstance(given, str) else list(given)
     if not images:
         return (
-            Prompt(model.chat_ids(question or "What is the capital of France?")),
+            Prompt(model.chat_ids(question or TEXT_QUESTION)),
             [],
             lambda text: Prompt(model.chat_ids(text)),
         )

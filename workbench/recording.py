@@ -25,6 +25,7 @@ from .probes import probe
 from .prompt import Prompt
 from .prompt_files import load_prompt
 from .trace import Trace
+from .whole_files import write_whole
 
 FORMAT = "workbench-recording-1"
 _MOST_POSITIONS = 24
@@ -146,7 +147,7 @@ def record(
             close()
     if misuses and kind in _UNCHECKED and len(prompt.input_embeddings) > 1:
         made["misuses"] = _misuses(kind, model, prompt, str(made["engine_version"]), reference_device, options, say)
-    (folder / "record.json").write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(folder / "record.json", f"{json.dumps(made, indent=1, ensure_ascii=False)}\n".encode())
     return Recording.load(folder)
 
 

@@ -17,16 +17,15 @@ import numpy as np
 import torch
 from numba import cuda, float32, int32, uint32, uint64
 
+from .join import PARTS, join_parts
 from .kernel import Kernel, Source
 from .ptx import (
-    PARTS,
     add_at,
     copies_commit,
     copies_wait_all,
     copies_wait_but_1,
     copy_16_bytes,
     copy_async,
-    join_parts,
     load_int,
     power_of_two,
     prefetch,

@@ -225,61 +225,12 @@ if not SIMULATED:
 
     power_of_two = _function(types.float32, (types.float32,), "ex2.approx.ftz.f32 $0, $1;", "=f,f", False)
 
-    PARTS = 8
-
-    def _emit_join(builder, sums, running, part, far, mark, mark_far, left, factor):
-        zero, nothing = ir.Constant(F32, 0.0), ir.Constant(F32, float("-inf"))
-        loaded, four, two = [], ir.LiteralStructType([F32] * 4), ir.LiteralStructType([F32] * 2)
-        for number in range(PARTS):
-            here = builder.icmp_signed("<", ir.Constant(I32, number), left)
-            index = builder.select(here, ir.Constant(I64, number), ir.Constant(I64, 0))
-            at, mark_at = (
-                builder.add(start, builder.mul(index, step)) for start, step in ((part, far), (mark, mark_far))
-            )
-            values = asm(builder, four, [at], "ld.global.cg.v4.f32 {$0,$1,$2,$3}, [$4];", "=f,=f,=f,=f,l,~{memory}")
-            marks = asm(builder, two, [mark_at], "ld.global.cg.v2.f32 {$0,$1}, [$2];", "=f,=f,l,~{memory}")
-            top = builder.select(here, builder.extract_value(marks, 0), nothing)
-            # Zero times what stands in another part's place would be NaN where that is infinite.
-            channels = [builder.select(here, builder.extract_value(values, channel), zero) for channel in range(4)]
-            loaded.append((channels, top, builder.select(here, builder.extract_value(marks, 1), zero)))
-        top_at, total_at = (builder.gep(running, [ir.Constant(I32, i)]) for i in range(2))
-        before, top = builder.load(top_at), builder.load(top_at)
-        for _, each, _ in loaded:
-            top = maximum(builder, top, each)
-        # Where no part has seen a key, minus infinity must not be subtracted from itself.
-        base = builder.select(builder.fcmp_ordered("==", top, nothing), zero, top)
-        shift = builder.fsub(zero, builder.fmul(base, factor))
-        shares = [exp2(builder, builder.fma(each, factor, shift)) for each in (before, *(x[1] for x in loaded))]
-        total = builder.fmul(builder.load(total_at), shares[0])
-        for (_, _, whole), share in zip(loaded, shares[1:], strict=True):
-            total = builder.fma(whole, share, total)
-        builder.store(top, top_at)
-        builder.store(total, total_at)
-        for channel in range(4):
-            place = builder.gep(sums, [ir.Constant(I32, channel)])
-            value = builder.fmul(builder.load(place), shares[0])
-            for (channels, _, _), share in zip(loaded, shares[1:], strict=True):
-                value = builder.fma(channels[channel], share, value)
-            builder.store(value, place)
-
-    @intrinsic
-    def join_parts(typing_context, sums, running, part, far, mark, mark_far, left, factor):
-        """Partial softmax sums of a row join a running one, up to `PARTS` at once, whose loads are all under way together.
-
-        `running` holds the maximum and the total of what has been joined into the four `sums`. A part is four sums, `far` bytes from
-        the next, its marks (maximum, total) `mark_far` bytes; all were written by other blocks. There are `left` of them.
-        """
-
-        def codegen(context, builder, signature, args):
-            pointers = [
-                context.make_array(kind)(context, builder, value=value).data
-                for kind, value in zip(signature.args[:2], args[:2], strict=True)
-            ]
-            _emit_join(builder, *pointers, *args[2:])
-            return context.get_dummy_value()
-
-        address = types.uint64
-        return types.void(sums, running, *[address] * 4, types.int32, types.float32), codegen
+    def load_fresh_floats(builder, address, count):
+        """2 or 4 numbers that other blocks wrote: past the first-level cache."""
+        registers = ",".join(f"${i}" for i in range(count))
+        text = f"ld.global.cg.v{count}.f32 {{{registers}}}, [${count}];"
+        out = asm(builder, ir.LiteralStructType([F32] * count), [address], text, f"{'=f,' * count}l,~{{memory}}")
+        return [builder.extract_value(out, i) for i in range(count)]
 
     add_at = _function(
         types.int32, (types.uint64, types.int32), "atom.global.add.s32 $0, [$1], $2;", "=r,l,r,~{memory}", True
