@@ -14,7 +14,7 @@ from range_kernels.pages import PAGE_SIZES
 from range_kernels.reference import splice as splice_oracle
 
 from .cases import DTYPES, assert_close, make_case
-from .paging import put_in_pages, run_paged
+from .paging import LAYER, put_in_pages, run_paged
 from .test_attention import cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -249,7 +249,7 @@ def test_calls_are_captured_in_a_graph():
     reach = torch.tensor([299, 39], dtype=torch.int32, device="cuda")
 
     def both():
-        return splice(ids, table, plan=plan, scale=2.0), paged_attention(q, pages, 0, paged, low=low, reach=reach)
+        return splice(ids, table, plan=plan, scale=2.0), paged_attention(q, pages, LAYER, paged, low=low, reach=reach)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -266,7 +266,9 @@ def test_calls_are_captured_in_a_graph():
             item.normal_()
         graph.replay()
         assert torch.equal(state, splice(ids, table, items, ranges, scale=2.0))
-        assert torch.equal(seen, paged_attention(q, pages, 0, paged, low=low, reach=reach))
+        assert torch.equal(seen, paged_attention(q, pages, LAYER, paged, low=low, reach=reach))
+        assert seen.isfinite().all()
+        assert seen.any()
 
 
 def test_kernels_come_from_disk_the_second_time(tmp_path, monkeypatch):

@@ -17,46 +17,47 @@ import numpy as np
 import torch
 from numba import cuda, float32, int32, uint32, uint64
 
-from .join import PARTS, join_parts
+from .device import block_room, multiprocessors
+from .join import PARTS, begin_join, join_parts, make_join_of_warps, make_write_row, write_part
+from .fetch import THREADS, make_fetch
 from .kernel import Kernel, Source
 from .ptx import (
     add_at,
     copies_commit,
     copies_wait_all,
-    copies_wait_but_1,
+    copies_wait_but,
     copy_16_bytes,
     copy_async,
+    divide,
     load_int,
-    power_of_two,
+    page_row,
     prefetch,
     shared_address,
-    store_float,
     store_int,
-    store_rounded,
     types,
 )
-from .tensor_core import DTYPES, THREADS, aligned, make_fetch, softmax_factors
-from .tile import KEYS, tile_operations
+from .tensor_core import DTYPES, aligned, softmax_factors
+from .tile import KEYS, sums_row, tile_operations
 
 ROWS = 16
 _WARPS = THREADS // 32
-_STAGES = 3  # tiles of keys and values in shared memory
-_NONE = np.float32(-np.inf)
+_STAGES = 3  # tiles of keys and values in shared memory, two of them under way while one is used; two blocks a multiprocessor
+_DEEP, _SHALLOW = 5, 2  # for one block a multiprocessor; for GPUs with little shared memory
 
 
 @cache
-def make_kernel(head_dim: int, dtype: str, softcap: bool):
+def make_kernel(head_dim: int, dtype: str, softcap: bool, stages: int):
     """The Python function of a kernel."""
     do = tile_operations(head_dim, 1, dtype, softcap, KEYS // _WARPS)
     begin_sums, score, hide, weigh, add_values, keep = do.start, do.scores, do.hide, do.weights, do.add_values, do.keep
-    fetch = make_fetch(head_dim, paged=True)
+    fetch = make_fetch(head_dim, KEYS, paged=True)
     fetch_rows, write = make_row_fetch(head_dim), make_write(head_dim)
-    store = store_rounded[dtype]
-    row_bytes = 2 * head_dim + 16
+    join_warps, write_row = make_join_of_warps(_WARPS), make_write_row(dtype)
+    row_bytes, sum_bytes = 2 * head_dim + 16, sums_row(head_dim)
     q_room, kv_room = ROWS * row_bytes, KEYS * row_bytes
     stage = 2 * kv_room
-    stages = _STAGES
-    sums, score_count, marks_count = head_dim // 2, KEYS // _WARPS // 2, _WARPS * ROWS
+    wait_for_tile = copies_wait_but[stages - 2]
+    sums, score_count = head_dim // 2, KEYS // _WARPS // 2
 
     def decode(
         q,
@@ -92,10 +93,10 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
         lane, warp = thread & 31, thread >> 5
         kv_heads = int32(cuda.gridDim.x)
         room = cuda.shared.array(0, np.uint8)
-        joined = cuda.shared.array(0, float32)  # the same memory
         q_room_at = shared_address(room)
         entry = items + uint64(48 * cuda.blockIdx.y)
-        q_first, count = load_int(entry), load_int(entry + uint64(4)) * group
+        q_first, queries = load_int(entry), load_int(entry + uint64(4))
+        count = queries * group
         sequence, key_first = load_int(entry + uint64(8)), load_int(entry + uint64(12))
         key_stop, number_of_split = load_int(entry + uint64(16)), load_int(entry + uint64(20))
         splits, first_partial = load_int(entry + uint64(24)), load_int(entry + uint64(28))
@@ -108,21 +109,20 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
             prefetch(pages + uint64(4 * ((key_first + thread * 16) >> shift)))
         fresh = key_stop  # keys from here on are still to be written to their pages: each by the one item that reads it
         if new_keys:
-            fresh_from = load_int(entry + uint64(32)) - count // group
+            fresh_from = load_int(entry + uint64(32)) - queries
             fresh = max(fresh_from, key_first)
             token, new_head = uint64(q_first + fresh - fresh_from), uint64(kv_head)
             new_keys += token * new_keys_token + new_head * new_keys_head
             new_values += token * new_values_token + new_head * new_values_head
         bounds = cuda.shared.array(4, int32)  # smallest low, largest reach, largest low, smallest reach
         lows, reaches = cuda.shared.array(ROWS, int32), cuda.shared.array(ROWS, int32)
-        tops, totals = cuda.shared.array(marks_count, float32), cuda.shared.array(marks_count, float32)
         if thread == 0:
             bounds[0], bounds[1], bounds[2], bounds[3] = int32(1 << 30), int32(-1), int32(-1), int32(1 << 30)
         cuda.syncthreads()
         if thread < ROWS:
             lows[thread], reaches[thread] = int32(1 << 30), int32(-1)
             if thread < count:
-                place = uint64(4 * (q_first + thread // group))
+                place = uint64(4 * (q_first + divide(thread, group)))
                 first, last = max(load_int(low + place), key_first), min(load_int(reach + place), key_stop - 1)
                 lows[thread], reaches[thread] = first, last
                 cuda.atomic.max(bounds, 2, first)
@@ -154,8 +154,8 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
                               fresh, key_stop, thread, pages, shift)  # fmt: skip
                         fresh = key_stop
                         cuda.syncthreads()
-                    fetch(k_room_at + there, k_base, kv_token, first, key_stop, KEYS, thread, pages, shift)
-                    fetch(v_room_at + there, v_base, kv_token, first, key_stop, KEYS, thread, pages, shift)
+                    fetch(k_room_at + there, k_base, kv_token, first, key_stop, thread, pages, shift)
+                    fetch(v_room_at + there, v_base, kv_token, first, key_stop, thread, pages, shift)
                 copies_commit()
         # Not among the first tiles: they need not wait for it. The loop's barrier comes before the next is fetched.
         write(k_base, v_base, kv_token, new_keys, new_keys_token, new_values, new_values_token,
@@ -163,15 +163,15 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
         here = uint32(0)  # which of the rooms holds this tile
         for number in range(begin, end):
             key = int32(number * KEYS)
-            copies_wait_but_1()
+            wait_for_tile()
             cuda.syncthreads()  # this tile is here, and all have left the one before
             if number + stages - 1 < end:
                 there = here + uint32((stages - 1) * stage)
                 if there >= uint32(stages * stage):
                     there -= uint32(stages * stage)
                 first = key + int32((stages - 1) * KEYS)
-                fetch(k_room_at + there, k_base, kv_token, first, key_stop, KEYS, thread, pages, shift)
-                fetch(v_room_at + there, v_base, kv_token, first, key_stop, KEYS, thread, pages, shift)
+                fetch(k_room_at + there, k_base, kv_token, first, key_stop, thread, pages, shift)
+                fetch(v_room_at + there, v_base, kv_token, first, key_stop, thread, pages, shift)
             copies_commit()
             score(s, q_address, k_address + here, inner, outer)
             if key < whole_from or key + KEYS - 1 > whole_to:
@@ -184,38 +184,28 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
 
         copies_wait_all()
         cuda.syncthreads()  # all have left the tiles; the sums go where they lay
-        own = uint32(warp * ROWS * 4)
-        sums_at = q_room_at + own * uint32(head_dim)
-        keep(o, largest, total, sums_at, shared_address(tops) + own, shared_address(totals) + own, lane)
+        warp_sums, warp_marks = uint32(ROWS * sum_bytes), uint32(ROWS * 8)
+        marks_at = q_room_at + uint32(_WARPS) * warp_sums
+        own = uint32(warp)
+        keep(o, largest, total, q_room_at + own * warp_sums, marks_at + own * warp_marks, count, lane)
         cuda.syncthreads()
         slot = uint64(first_partial + number_of_split) * uint64(kv_heads) + uint64(kv_head)
         step = uint64(kv_heads * ROWS)  # from one split's marks to the next
         target = out + uint64(q_first) * out_token + uint64(kv_head * group * head_dim * 2)
-        for index in range(thread, count * head_dim, THREADS):
-            row = index // head_dim
-            top = _NONE
-            for each in range(_WARPS):
-                top = max(top, tops[each * ROWS + row])
-            whole, value = float32(0.0), float32(0.0)
-            if top > _NONE:
-                for each in range(_WARPS):
-                    share = power_of_two(factor * (tops[each * ROWS + row] - top))
-                    whole += share * totals[each * ROWS + row]
-                    value += share * joined[each * ROWS * head_dim + index]
+        for quarter in range(thread, count * head_dim // 4, THREADS):
+            row = 4 * quarter // head_dim
+            channel = 4 * quarter - row * head_dim
+            begin_join(four, running)
+            sums_at = q_room_at + uint32(row * sum_bytes + 4 * channel)
+            join_warps(four, running, sums_at, warp_sums, marks_at + uint32(8 * row), warp_marks, factor)
             if splits == 1:
-                if whole > float32(0.0):
-                    value /= whole
-                query = row // group
-                channel = index - query * group * head_dim
-                store(target + uint64(query) * out_token + uint64(2 * channel), value)
+                query = divide(row, group)
+                place = target + uint64(query) * out_token
+                write_row(four, running, place + uint64(2 * (4 * quarter - query * group * head_dim)))
             else:
-                store_float(partials + uint64(4) * (slot * uint64(ROWS * head_dim) + uint64(index)), value)
-                if index == row * head_dim:
-                    place = marks + uint64(8) * (slot * uint64(ROWS) + uint64(row))
-                    store_float(place, top)
-                    store_float(place + uint64(4), whole)
+                part = partials + uint64(4) * (slot * uint64(ROWS * head_dim) + uint64(4 * quarter))
+                write_part(four, running, part, marks + uint64(8) * (slot * uint64(ROWS) + uint64(row)))
         if splits > 1:
-            cuda.threadfence()
             cuda.syncthreads()
             if thread == 0:
                 counter = counters + uint64(4 * (sequence * kv_heads + kv_head))
@@ -224,35 +214,29 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool):
                     store_int(counter, int32(0))
             cuda.syncthreads()
             if bounds[0] == splits - 1:
-                cuda.threadfence()
                 first_slot = uint64(first_partial) * uint64(kv_heads) + uint64(kv_head)
                 for quarter in range(thread, count * head_dim // 4, THREADS):
                     row = 4 * quarter // head_dim
                     part = partials + uint64(4) * (first_slot * uint64(ROWS * head_dim) + uint64(4 * quarter))
                     mark = marks + uint64(8) * (first_slot * uint64(ROWS) + uint64(row))
-                    for channel in range(4):
-                        four[channel] = float32(0.0)
-                    running[0], running[1] = _NONE, float32(0.0)
+                    begin_join(four, running)
                     for first in range(0, splits, PARTS):
                         far = uint64(first) * step
                         join_parts(
                             four, running, part + far * uint64(4 * head_dim), step * uint64(4 * head_dim),
                             mark + far * uint64(8), step * uint64(8), splits - first, factor,
                         )  # fmt: skip
-                    share = float32(1.0) / running[1] if running[1] > float32(0.0) else float32(0.0)
-                    query = row // group
+                    query = divide(row, group)
                     channel = 4 * quarter - query * group * head_dim
-                    place = target + uint64(query) * out_token + uint64(2 * channel)
-                    for number in range(4):
-                        store(place + uint64(2 * number), four[number] * share)
+                    write_row(four, running, target + uint64(query) * out_token + uint64(2 * channel))
 
     return decode
 
 
-def _room(head_dim: int) -> int:
-    """Bytes of shared memory: queries and tiles, or afterwards the sums of all warps."""
+def _room(head_dim: int, stages: int) -> int:
+    """Bytes of shared memory: queries and tiles, or afterwards the sums and marks of all warps."""
     row_bytes = 2 * head_dim + 16
-    return max((ROWS + _STAGES * 2 * KEYS) * row_bytes, _WARPS * ROWS * head_dim * 4)
+    return max((ROWS + stages * 2 * KEYS) * row_bytes, _WARPS * ROWS * (sums_row(head_dim) + 8))
 
 
 def make_row_fetch(head_dim: int):
@@ -262,13 +246,13 @@ def make_row_fetch(head_dim: int):
     @cuda.jit(device=True, inline="always")
     def fetch(target, source, token_stride, head_stride, group, count, thread):
         for step in range((ROWS * chunks + THREADS - 1) // THREADS):
-            place = step * THREADS + thread
-            row = place // chunks
+            place = int32(step * THREADS + thread)
+            row = divide(place, int32(chunks))
             if row < ROWS:
-                chunk = place - row * chunks
+                chunk = int32(place - row * int32(chunks))
                 inside = row < count
-                query = row // group if inside else int32(0)
-                head = row - query * group if inside else int32(0)
+                query = divide(row, group) if inside else int32(0)
+                head = int32(row - query * group) if inside else int32(0)
                 copy_async(
                     target + uint32(row * row_bytes + chunk * 16),
                     source + uint64(query) * token_stride + uint64(head) * head_stride + uint64(chunk * 16),
@@ -286,17 +270,12 @@ def make_write(head_dim: int):
     def write(
         k_base, v_base, kv_token, new_keys, keys_token, new_values, values_token, first, stop, thread, pages, shift
     ):
-        half = (stop - first) * pieces
-        for place in range(thread, 2 * half, THREADS):
-            index = place % half
-            key = first + index // pieces
-            piece = uint64(16 * (index % pieces))
-            at = key + ((load_int(pages + uint64(4 * (key >> shift))) - (key >> shift)) << shift)
-            into = uint64(at) * kv_token + piece
-            if place < half:
-                copy_16_bytes(k_base + into, new_keys + uint64(key - first) * keys_token + piece, uint64(0))
-            else:
-                copy_16_bytes(v_base + into, new_values + uint64(key - first) * values_token + piece, uint64(0))
+        for place in range(thread, int32((stop - first) * pieces), THREADS):
+            row = divide(int32(place), int32(pieces))
+            piece = uint64(16) * uint64(int32(place) - row * int32(pieces))
+            into = uint64(page_row(pages, shift, int32(first + row))) * kv_token + piece
+            copy_16_bytes(k_base + into, new_keys + uint64(row) * keys_token + piece, uint64(0))
+            copy_16_bytes(v_base + into, new_values + uint64(row) * values_token + piece, uint64(0))
 
     return write
 
@@ -313,16 +292,27 @@ def signature() -> Any:
 
 
 @cache
-def compiled(head_dim: int, dtype: str, softcap: bool, device: int) -> Kernel:
+def compiled(head_dim: int, dtype: str, softcap: bool, stages: int, device: int) -> Kernel:
     """The kernel on a device."""
-    return Kernel(source(head_dim, dtype, softcap), device)
+    return Kernel(source(head_dim, dtype, softcap, stages), device)
 
 
-def source(head_dim: int, dtype: str, softcap: bool) -> Source:
+def source(head_dim: int, dtype: str, softcap: bool, stages: int) -> Source:
     """What the kernel is made from."""
-    make = partial(make_kernel, head_dim, dtype, softcap)
-    blocks = 2 if head_dim <= 128 else 1
-    return Source(f"decode {head_dim} {dtype} softcap={softcap}", make, signature(), THREADS, blocks, _room(head_dim))
+    make = partial(make_kernel, head_dim, dtype, softcap, stages)
+    name = f"decode {head_dim} {dtype} softcap={softcap} stages={stages}"
+    return Source(name, make, signature(), THREADS, blocks_of(head_dim, stages), _room(head_dim, stages))
+
+
+def blocks_of(head_dim: int, stages: int) -> int:
+    """Blocks that a multiprocessor holds."""
+    return 2 if head_dim <= 128 and stages == _STAGES else 1
+
+
+def choose_stages(head_dim: int, blocks: int, multiprocessors: int, room: int) -> int:
+    """Stages for a launch of so many blocks on a GPU whose blocks may have `room` bytes of shared memory."""
+    wanted = (_DEEP, _STAGES, _SHALLOW) if blocks <= multiprocessors else (_STAGES, _SHALLOW)
+    return next((stages for stages in wanted if _room(head_dim, stages) <= room), _SHALLOW)
 
 
 def launch(q, keys, values, out, low, reach, plan, new, scale, softcap) -> None:
@@ -330,7 +320,9 @@ def launch(q, keys, values, out, low, reach, plan, new, scale, softcap) -> None:
     q = aligned(q)
     heads, head_dim = q.shape[1:]
     kv_heads = keys.shape[1]
-    kernel = compiled(head_dim, DTYPES[q.dtype], softcap > 0, q.device.index or 0)
+    device = q.device.index or 0
+    stages = choose_stages(head_dim, kv_heads * len(plan.items), multiprocessors(device), block_room(device))
+    kernel = compiled(head_dim, DTYPES[q.dtype], softcap > 0, stages, device)
     factor, inner = softmax_factors(scale, softcap)
     size = q.element_size()
     rows = max(plan.partials, 1) * kv_heads * ROWS

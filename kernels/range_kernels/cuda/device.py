@@ -1,8 +1,8 @@
-"""Torch tensors as Numba device arrays, and the stream to launch on."""
+"""What a GPU has, torch tensors as Numba device arrays, and the stream to launch on."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from numba import cuda
@@ -30,3 +30,15 @@ def stream(tensor: torch.Tensor):
 @lru_cache(maxsize=64)
 def _external(handle: int):
     return cuda.external_stream(handle)
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """How many a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def block_room(device: int) -> int:
+    """Bytes of shared memory that one block may ask for: 227 KiB on an H100, 163 on an A100, 99 on GeForce 30 and 40."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

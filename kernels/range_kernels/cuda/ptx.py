@@ -105,9 +105,6 @@ if not SIMULATED:
     def load_shared(builder, address):
         return asm(builder, I32, [address], "ld.shared.b32 $0, [$1];", "=r,r,~{memory}")
 
-    def store_shared(builder, address, value):
-        asm(builder, VOID, [address, value], "st.shared.f32 [$0], $1;", "r,f,~{memory}")
-
     def store_global(builder, address, value):
         asm(builder, VOID, [address, value], "st.global.b32 [$0], $1;", "l,r,~{memory}")
 
@@ -143,6 +140,11 @@ if not SIMULATED:
 
         return statement
 
+    def emit_copy_async(builder, target, offset, source, size):
+        """`copy_async` to a constant `offset` behind `target`."""
+        text = f"cp.async.cg.shared.global.L2::128B [$0 + {offset}], [$1], 16, $2;"
+        asm(builder, VOID, [target, source, size], text, "r,l,r,~{memory}")
+
     # Copies 16 bytes from global to shared memory, in the background; the third operand is how many are read, the rest is zero.
     copy_async = _statement(
         "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;",
@@ -152,8 +154,9 @@ if not SIMULATED:
     )
     prefetch = _statement("prefetch.global.L1 [$0];", types.uint64)
     copies_commit = _statement("cp.async.commit_group;")
-    copies_wait_all = _statement("cp.async.wait_group 0;")
-    copies_wait_but_1 = _statement("cp.async.wait_group 1;")
+    # Until so many of the youngest groups at most are under way.
+    copies_wait_but = {count: _statement(f"cp.async.wait_group {count};") for count in (0, 1, 3)}
+    copies_wait_all = copies_wait_but[0]
 
     @intrinsic
     def shared_address(typing_context, array):
@@ -223,8 +226,6 @@ if not SIMULATED:
 
         return function
 
-    power_of_two = _function(types.float32, (types.float32,), "ex2.approx.ftz.f32 $0, $1;", "=f,f", False)
-
     def load_fresh_floats(builder, address, count):
         """2 or 4 numbers that other blocks wrote: past the first-level cache."""
         registers = ",".join(f"${i}" for i in range(count))
@@ -232,17 +233,56 @@ if not SIMULATED:
         out = asm(builder, ir.LiteralStructType([F32] * count), [address], text, f"{'=f,' * count}l,~{{memory}}")
         return [builder.extract_value(out, i) for i in range(count)]
 
+    def load_shared_floats(builder, address, count):
+        """2 or 4 numbers from shared memory."""
+        registers = ",".join(f"${i}" for i in range(count))
+        text = f"ld.shared.v{count}.f32 {{{registers}}}, [${count}];"
+        out = asm(builder, ir.LiteralStructType([F32] * count), [address], text, f"{'=f,' * count}r,~{{memory}}")
+        return [builder.extract_value(out, i) for i in range(count)]
+
+    def _store(letter, space, kind):
+        def store(builder, address, values):
+            registers = ", ".join(f"${i}" for i in range(1, len(values) + 1))
+            text = f"st.{space}.v{len(values)}.b32 [$0], {{{registers}}};"
+            constraints = ",".join([letter, *kind * len(values), "~{memory}"])
+            asm(builder, VOID, [address, *values], text, constraints)
+
+        return store
+
+    # 2 or 4 numbers that lie end to end.
+    store_floats, store_words = _store("l", "global", "f"), _store("l", "global", "r")
+    store_shared_floats = _store("r", "shared", "f")
+
+    # What this thread and, before a barrier, its block have written is there for whoever sees the sum.
     add_at = _function(
-        types.int32, (types.uint64, types.int32), "atom.global.add.s32 $0, [$1], $2;", "=r,l,r,~{memory}", True
+        types.int32, (types.uint64, types.int32), "atom.acq_rel.gpu.global.add.s32 $0, [$1], $2;", "=r,l,r,~{memory}", True
     )
-    store_float = _statement("st.global.f32 [$0], $1;", types.uint64, types.float32)
     store_int = _statement("st.global.s32 [$0], $1;", types.uint64, types.int32)
-    store_rounded = {
-        name: _statement(
-            f"{{ .reg .b16 h; cvt.rn.{short}.f32 h, $1; st.global.b16 [$0], h; }}", types.uint64, types.float32
-        )
-        for name, short in SHORT.items()
-    }
+
+    @intrinsic
+    def divide(typing_context, a, b):
+        """a // b of int32 that are not negative; Numba's own division has 64 bits, a hundred instructions."""
+
+        def codegen(context, builder, signature, args):
+            return builder.udiv(*args)
+
+        return types.int32(types.int32, types.int32), codegen
+
+    def emit_page_row(builder, pages, shift, row):
+        """Where a row of a sequence lies, in rows: `pages` is the address of its pages' numbers, of `1 << shift` rows each."""
+        page = builder.lshr(row, shift)
+        at = builder.add(pages, builder.shl(builder.zext(page, I64), ir.Constant(I64, 2)))
+        number = asm(builder, I32, [at], "ld.global.nc.b32 $0, [$1];", "=r,l", False)
+        return builder.add(builder.shl(builder.sub(number, page), shift), row)
+
+    @intrinsic
+    def page_row(typing_context, pages, shift, row):
+        """Where a row of a sequence lies, in rows: `pages` is the address of its pages' numbers, of `1 << shift` rows each."""
+
+        def codegen(context, builder, signature, args):
+            return emit_page_row(builder, *args)
+
+        return types.int32(types.uint64, types.int32, types.int32), codegen
 
     # A number at an address. Numba's array arguments cost 10 us each at a launch, addresses next to nothing.
     load_int, load_long = _loads(types.int32, "r", 4), _loads(types.int64, "l", 8)

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from numba import cuda, float32, int32, uint32, uint64
 
+from .fetch import THREADS, make_fetch
 from .kernel import Kernel, Source
-from .ptx import copies_commit, copies_wait_all, copy_async, load_int, shared_address, types
+from .ptx import copies_commit, copies_wait_all, divide, load_int, shared_address, types
 from .tile import KEYS, LOG2_E, tile_operations
 
-THREADS = 128
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -34,33 +34,6 @@ def can_run(q: torch.Tensor, scale: float) -> bool:
     """Whether this path computes such a call: dtype, head size, device, and a scale that keeps the order of scores."""
     capable = torch.cuda.get_device_capability(q.device) >= (8, 0)
     return capable and q.dtype in DTYPES and q.shape[-1] in HEAD_DIMS and scale > 0
-
-
-def make_fetch(head_dim: int, paged: bool = False):
-    """The device function that starts the copies of rows of one head into shared memory, 16 bytes a thread at a time.
-
-    Where paged, rows are places in a sequence whose pages, of `1 << shift` rows, have their numbers at the address `pages`.
-    """
-    row_bytes, chunks = 2 * head_dim + 16, head_dim // 8
-
-    @cuda.jit(device=True, inline="always")
-    def fetch(target, source, stride, first, limit, count, thread, pages, shift):
-        """`count` rows from row `first` on; rows from `limit` on are zeros."""
-        for step in range(count * chunks // THREADS):
-            place = step * THREADS + thread
-            row = place // chunks
-            chunk = place - row * chunks
-            inside = first + row < limit
-            token = first + row if inside else first
-            if paged:
-                token += (load_int(pages + uint64(4 * (token >> shift))) - (token >> shift)) << shift
-            copy_async(
-                target + uint32(row * row_bytes + chunk * 16),
-                source + uint64(token) * stride + uint64(chunk * 16),
-                uint32(16) if inside else uint32(0),
-            )
-
-    return fetch
 
 
 @cache
@@ -85,7 +58,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
     stage = 2 * kv_room  # keys and values of a tile; the next is fetched while this one is used
     sums, score_count, pairs = m_tiles * head_dim // 2, m_tiles * KEYS // 2, 2 * m_tiles
 
-    fetch_queries, fetch = make_fetch(head_dim), make_fetch(head_dim, paged)
+    fetch_queries, fetch = make_fetch(head_dim, rows), make_fetch(head_dim, KEYS, paged)
 
     def prefill(
         q,
@@ -140,7 +113,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
 
         q_room_at = shared_address(room)
         k_room_at, v_room_at = q_room_at + uint32(q_room), q_room_at + uint32(q_room + kv_room)
-        kv_head = uint64(head // group)
+        kv_head = uint64(divide(int32(head), group))
         q_base = q + uint64(q_first) * q_token + uint64(head) * q_head
         k_base, v_base = k + kv_head * k_head, v + kv_head * v_head
         pages = table + uint64(k_first) * table_stride
@@ -160,9 +133,9 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
         largest, total = cuda.local.array(pairs, float32), cuda.local.array(pairs, float32)
         begin_sums(o, largest, total)
         if begin < end:
-            fetch_queries(q_room_at, q_base, q_token, int32(0), count, rows, thread, pages, shift)
-            fetch(k_room_at, k_base, k_token, begin * KEYS, k_count, KEYS, thread, pages, shift)
-            fetch(v_room_at, v_base, v_token, begin * KEYS, k_count, KEYS, thread, pages, shift)
+            fetch_queries(q_room_at, q_base, q_token, int32(0), count, thread, pages, shift)
+            fetch(k_room_at, k_base, k_token, int32(begin * KEYS), k_count, thread, pages, shift)
+            fetch(v_room_at, v_base, v_token, int32(begin * KEYS), k_count, thread, pages, shift)
             copies_commit()
         here = uint32(0)  # which of two rooms holds this tile
         for number in range(begin, end):
@@ -171,8 +144,8 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
             cuda.syncthreads()  # this tile is here, and all have left the one before
             if number + 1 < end:
                 there = uint32(stage) - here
-                fetch(k_room_at + there, k_base, k_token, key + KEYS, k_count, KEYS, thread, pages, shift)
-                fetch(v_room_at + there, v_base, v_token, key + KEYS, k_count, KEYS, thread, pages, shift)
+                fetch(k_room_at + there, k_base, k_token, int32(key + KEYS), k_count, thread, pages, shift)
+                fetch(v_room_at + there, v_base, v_token, int32(key + KEYS), k_count, thread, pages, shift)
                 copies_commit()
             score(s, q_address, k_address + here, inner, outer)
             if key < whole_from or key + KEYS - 1 > whole_to:

@@ -23,6 +23,11 @@ KEYS = 64  # keys a tile
 LOG2_E = 1.4426950408889634
 
 
+def sums_row(head_dim: int) -> int:
+    """Bytes of a row of float32 sums in shared memory: eight rows lie in different banks."""
+    return 4 * head_dim + 32
+
+
 @dataclass(frozen=True)
 class TileOperations:
     """Intrinsics of one kind of tile; see `tile_operations`."""
@@ -207,7 +212,7 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys
                         ptx.store_global(builder, place, ptx.pack(builder, dtype, low, high))
 
     def emit_keep(
-        builder: Any, o: Any, largest: Any, total: Any, room: Any, tops: Any, totals_at: Any, lane: Any
+        builder: Any, o: Any, largest: Any, total: Any, sums_at: Any, marks_at: Any, rows: Any, lane: Any
     ) -> None:
         sums, maxima = load(builder, o, channels * 4), load(builder, largest, 2)
         totals = load(builder, total, 2)
@@ -217,19 +222,18 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys
             whole = totals[half]
             for flip in (1, 2):
                 whole = builder.fadd(whole, ptx.from_lane(builder, whole, flip))
-            here = builder.add(row, ir.Constant(I32, 8 * half))
-            start = builder.add(
-                builder.add(room, builder.mul(here, ir.Constant(I32, 4 * head_dim))),
-                builder.mul(column, ir.Constant(I32, 8)),
-            )
-            for channel in range(channels):
-                for side in range(2):
-                    value = sums[channel * 4 + 2 * half + side]
-                    ptx.store_shared(builder, at(builder, start, channel * 32 + side * 4), value)
-            offset = builder.mul(here, ir.Constant(I32, 4))
-            # The four lanes of a row hold the same numbers and write the same.
-            ptx.store_shared(builder, builder.add(tops, offset), maxima[half])
-            ptx.store_shared(builder, builder.add(totals_at, offset), whole)
+            with builder.if_then(builder.icmp_signed("<", ir.Constant(I32, 8 * half), rows)):
+                here = builder.add(row, ir.Constant(I32, 8 * half))
+                start = builder.add(
+                    builder.add(sums_at, builder.mul(here, ir.Constant(I32, sums_row(head_dim)))),
+                    builder.mul(column, ir.Constant(I32, 8)),
+                )
+                for channel in range(channels):
+                    first = channel * 4 + 2 * half
+                    ptx.store_shared_floats(builder, at(builder, start, channel * 32), sums[first : first + 2])
+                # The four lanes of a row hold the same numbers and write the same.
+                mark = builder.add(marks_at, builder.mul(here, ir.Constant(I32, 8)))
+                ptx.store_shared_floats(builder, mark, [maxima[half], whole])
 
     @intrinsic
     def start(typing_context, o, largest, total):
@@ -265,9 +269,12 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys
         return signature, statement(emit_store)
 
     @intrinsic
-    def keep(typing_context, o, largest, total, room, tops, totals, lane):
-        """Write 16 rows as they are to shared memory: sums `[16, head_dim]`, maxima and totals `[16]`, all float32."""
-        address = types.uint32
-        return types.void(o, largest, total, address, address, address, types.int32), statement(emit_keep)
+    def keep(typing_context, o, largest, total, sums, marks, rows, lane):
+        """Write 16 rows as they are to shared memory: sums, `sums_row` bytes a row, and marks (maximum, total); all float32.
+
+        Of fewer than 9 `rows`, the first 8 are written.
+        """
+        address, number = types.uint32, types.int32
+        return types.void(o, largest, total, address, address, number, number), statement(emit_keep)
 
     return TileOperations(start, scores, hide, weights, add_values, store, keep)
