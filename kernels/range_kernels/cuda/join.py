@@ -17,7 +17,7 @@ from . import ptx
 from .ptx import F32, I32, types
 from .tile import load, save, statement
 
-PARTS = 8  # at once: all their loads are under way together
+PARTS = 16  # at once: all their loads are under way together
 
 
 def _emit_join(
