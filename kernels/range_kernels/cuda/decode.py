@@ -19,18 +19,15 @@ from numba import cuda, float32, int32, uint32, uint64
 
 from .device import block_room, multiprocessors
 from .join import PARTS, begin_join, join_parts, make_join_of_warps, make_write_row, write_part
-from .fetch import THREADS, make_fetch
+from .fetch import THREADS, make_fetch, make_group_fetch, make_write
 from .kernel import Kernel, Source
 from .ptx import (
     add_at,
     copies_commit,
     copies_wait_all,
     copies_wait_but,
-    copy_16_bytes,
-    copy_async,
     divide,
     load_int,
-    page_row,
     prefetch,
     shared_address,
     store_int,
@@ -51,7 +48,18 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, stages: int):
     do = tile_operations(head_dim, 1, dtype, softcap, KEYS // _WARPS)
     begin_sums, score, hide, weigh, add_values, keep = do.start, do.scores, do.hide, do.weights, do.add_values, do.keep
     fetch = make_fetch(head_dim, KEYS, paged=True)
-    fetch_rows, write = make_row_fetch(head_dim), make_write(head_dim)
+    fetch_queries, write_16_bytes = make_group_fetch(head_dim, ROWS), make_write(head_dim)
+    pieces = head_dim // 8
+
+    @cuda.jit(device=True, inline="always")
+    def write(
+        k_base, v_base, kv_token, new_keys, keys_token, new_values, values_token, first, stop, thread, pages, shift
+    ):
+        """New keys and values go to their pages: keys from `first` up to `stop` of a sequence."""
+        for piece in range(thread, int32((stop - first) * pieces), THREADS):
+            write_16_bytes(k_base, v_base, kv_token, new_keys, keys_token, new_values, values_token,
+                           first, int32(piece), pages, shift)  # fmt: skip
+
     join_warps, write_row = make_join_of_warps(_WARPS), make_write_row(dtype)
     row_bytes, sum_bytes = 2 * head_dim + 16, sums_row(head_dim)
     q_room, kv_room = ROWS * row_bytes, KEYS * row_bytes
@@ -103,7 +111,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, stages: int):
         pages = table + uint64(sequence) * table_stride
         k_base, v_base = keys + uint64(kv_head) * kv_head_stride, values + uint64(kv_head) * kv_head_stride
         head = uint64(kv_head) * uint64(group)
-        fetch_rows(q_room_at, q + uint64(q_first) * q_token + head * q_head, q_token, q_head, group, count, thread)
+        fetch_queries(q_room_at, q + uint64(q_first) * q_token + head * q_head, q_token, q_head, group, count, thread)
         copies_commit()
         if key_first + thread * 16 < key_stop:
             prefetch(pages + uint64(4 * ((key_first + thread * 16) >> shift)))
@@ -237,47 +245,6 @@ def _room(head_dim: int, stages: int) -> int:
     """Bytes of shared memory: queries and tiles, or afterwards the sums and marks of all warps."""
     row_bytes = 2 * head_dim + 16
     return max((ROWS + stages * 2 * KEYS) * row_bytes, _WARPS * ROWS * (sums_row(head_dim) + 8))
-
-
-def make_row_fetch(head_dim: int):
-    """The device function that copies the queries of a group: row i is query i / group, head i % group."""
-    row_bytes, chunks = 2 * head_dim + 16, head_dim // 8
-
-    @cuda.jit(device=True, inline="always")
-    def fetch(target, source, token_stride, head_stride, group, count, thread):
-        for step in range((ROWS * chunks + THREADS - 1) // THREADS):
-            place = int32(step * THREADS + thread)
-            row = divide(place, int32(chunks))
-            if row < ROWS:
-                chunk = int32(place - row * int32(chunks))
-                inside = row < count
-                query = divide(row, group) if inside else int32(0)
-                head = int32(row - query * group) if inside else int32(0)
-                copy_async(
-                    target + uint32(row * row_bytes + chunk * 16),
-                    source + uint64(query) * token_stride + uint64(head) * head_stride + uint64(chunk * 16),
-                    uint32(16) if inside else uint32(0),
-                )
-
-    return fetch
-
-
-def make_write(head_dim: int):
-    """The device function that writes new keys and values to their pages: keys from `first` up to `stop` of a sequence."""
-    pieces = head_dim // 8
-
-    @cuda.jit(device=True, inline="always")
-    def write(
-        k_base, v_base, kv_token, new_keys, keys_token, new_values, values_token, first, stop, thread, pages, shift
-    ):
-        for place in range(thread, int32((stop - first) * pieces), THREADS):
-            row = divide(int32(place), int32(pieces))
-            piece = uint64(16) * uint64(int32(place) - row * int32(pieces))
-            into = uint64(page_row(pages, shift, int32(first + row))) * kv_token + piece
-            copy_16_bytes(k_base + into, new_keys + uint64(row) * keys_token + piece, uint64(0))
-            copy_16_bytes(v_base + into, new_values + uint64(row) * values_token + piece, uint64(0))
-
-    return write
 
 
 def signature() -> Any:

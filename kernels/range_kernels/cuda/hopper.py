@@ -13,6 +13,8 @@ end of a sequence, where TMA would bring the next one's rows, NaN included.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
@@ -20,8 +22,10 @@ import torch
 from numba import cuda, float32, int32, uint32, uint64
 
 from . import tensor_core
+from .device import multiprocessors
+from .fetch import LINE, make_swizzled_fetch
 from .kernel import Kernel, Source
-from .ptx import copy_async, load_int, shared_address
+from .ptx import divide, shared_address, take_number, types
 from .ptx_hopper import (
     barrier_arrive,
     barrier_arrive_after_copies,
@@ -29,16 +33,20 @@ from .ptx_hopper import (
     barrier_wait,
     barriers_ready,
     fence_for_wgmma,
+    largest_of_warp,
     meet,
     registers,
     signal,
+    smallest_of_warp,
     uniform,
 )
 from .tile import tile_operations
-from .warpgroup import LINE, groups_of, keys_of, rows_of, warpgroup_operations
+from .warpgroup import groups_of, keys_of, rows_of, warpgroup_operations
+from .works import HEAD, K_FIRST, KEYS, NOTES, Q_FIRST, QUERIES, Notes, make_note
 
 GROUP = 128  # threads of a warpgroup
 HEAD_DIMS = (64, 128, 256)
+_COPYING = 8  # the named barrier of the warpgroup that copies
 
 # What the copying warpgroup keeps of registers a thread and what the others take, by how many others there are.
 _REGISTERS = {2: (40, 232), 3: (32, 160)}
@@ -48,32 +56,6 @@ def can_run(q: torch.Tensor, scale: float) -> bool:
     """Whether this path computes such a call."""
     hopper = torch.cuda.get_device_capability(q.device)[0] == 9
     return hopper and q.shape[-1] in HEAD_DIMS and tensor_core.can_run(q, scale)
-
-
-def make_fetch(head_dim: int, rows: int, paged: bool = False):
-    """The device function with which a warpgroup starts the copies of `rows` rows of one head, 16 bytes a thread at a time.
-
-    Where paged, rows are places in a sequence whose pages, of `1 << shift` rows, have their numbers at the address `pages`.
-    """
-    blocks = head_dim // 64
-
-    @cuda.jit(device=True, inline="always")
-    def fetch(target, source, stride, first, limit, thread, pages, shift):
-        """Rows from row `first` on; rows from `limit` on are zeros."""
-        line, piece = thread >> 3, thread & 7
-        place = target + uint32(line * LINE + ((piece ^ (line & 7)) << 4))
-        for step in range(rows // 16):
-            row = first + step * 16 + line
-            inside = row < limit
-            token = row if inside else first
-            if paged:
-                token += (load_int(pages + uint64(4 * (token >> shift))) - (token >> shift)) << shift
-            here = source + uint64(token) * stride + uint64(piece * 16)
-            size = uint32(16) if inside else uint32(0)
-            for block in range(blocks):
-                copy_async(place + uint32(block * rows * LINE + step * 16 * LINE), here + uint64(block * LINE), size)
-
-    return fetch
 
 
 @cache
@@ -94,10 +76,14 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
     )
     warp = tile_operations(head_dim, 1, dtype, softcap, keys)
     begin_sums, hide, store = warp.start, warp.hide, warp.store
-    fetch_queries, fetch = make_fetch(head_dim, rows), make_fetch(head_dim, keys, paged)
+    fetch_queries, fetch = make_swizzled_fetch(head_dim, rows), make_swizzled_fetch(head_dim, keys, paged)
     tile_room = keys * head_dim * 2
     k_room, v_room = rows * head_dim * 2, rows * head_dim * 2 + 2 * tile_room
     s_count, o_count, p_count = keys // 2, head_dim // 2, keys // 4
+    note_work, place = make_note(rows, GROUP, _COPYING), Notes(rows)
+    note_size, bounds_at, lows_in_note, reaches_in_note = place.size, place.bounds, place.lows, place.reaches
+    notes_size, barrier_count = NOTES * note_size, 9 + 2 * NOTES
+    head_at, q_first_at, queries_at, k_first_at, keys_at = HEAD, Q_FIRST, QUERIES, K_FIRST, KEYS
 
     def prefill(
         q,
@@ -121,145 +107,235 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
         factor,
         inner,
         outer,
+        heads,
+        works,
+        counter,
     ):
-        head = cuda.blockIdx.x
-        tile = cuda.gridDim.y - 1 - cuda.blockIdx.y  # late queries see most keys: they start first
         thread = int32(cuda.threadIdx.x)
         lane = thread & 31
-        entry = tiles + uint64(16 * tile)
-        q_first, count = load_int(entry), load_int(entry + uint64(4))
-        k_first, k_count = load_int(entry + uint64(8)), load_int(entry + uint64(12))
-        bounds = cuda.shared.array(2, int32)  # smallest low, largest reach
-        lows, reaches = cuda.shared.array(rows, int32), cuda.shared.array(rows, int32)
-        # Arrivals: queries here; keys here, values here, keys read, values read, of two tiles each.
-        barriers = cuda.shared.array(9, uint64)
+        notes, next_work = cuda.shared.array(notes_size, int32), cuda.shared.array(1, int32)
+        # Arrivals: queries here; keys here, values here, keys read, values read, of two tiles each; notes here, notes read.
+        barriers = cuda.shared.array(barrier_count, uint64)
         room = cuda.shared.array(0, np.uint8)
         queries_here = shared_address(barriers)
         keys_here, values_here = queries_here + uint32(8), queries_here + uint32(24)
         keys_read, values_read = queries_here + uint32(40), queries_here + uint32(56)
+        notes_here, notes_read = queries_here + uint32(72), queries_here + uint32(72 + 8 * NOTES)
         if thread == 0:
-            bounds[0], bounds[1] = int32(1 << 30), int32(-1)
             for number in range(5):
                 barrier_init(queries_here + uint32(8 * number), uint32(GROUP))
             for number in range(5, 9):
                 barrier_init(queries_here + uint32(8 * number), uint32(4 * groups))  # one lane of each warp that reads
+            for number in range(NOTES):
+                barrier_init(notes_here + uint32(8 * number), uint32(GROUP))
+                barrier_init(notes_read + uint32(8 * number), uint32(4 * groups))
             barriers_ready()
         cuda.syncthreads()
-        if thread < rows:
-            lows[thread], reaches[thread] = int32(1 << 30), int32(-1)
-            if thread < count:
-                place = uint64(4 * (q_first + thread))
-                first, last = max(load_int(low + place), 0), min(load_int(reach + place), k_count - 1)
-                lows[thread], reaches[thread] = first, last
-                if first <= last:
-                    cuda.atomic.min(bounds, 0, first)
-                    cuda.atomic.max(bounds, 1, last)
-        cuda.syncthreads()
-        begin, end = bounds[0] // keys, (bounds[1] + keys) // keys
         q_room_at = (shared_address(room) + uint32(1023)) & uint32(0xFFFFFC00)  # swizzled rows repeat every 1024 bytes
         k_room_at, v_room_at = q_room_at + uint32(k_room), q_room_at + uint32(v_room)
         role = uniform(thread >> 7)
+        count_of_tiles = int32(0)  # of keys, in all works so far: they tell which of two rooms is next, and barriers' phases
+        this_work = int32(0)
 
         if role == 0:
             leave_registers()
-            kv_head = uint64(head // group)
-            k_base, v_base = k + kv_head * k_head, v + kv_head * v_head
-            pages = table + uint64(k_first) * table_stride
-            if not paged:
-                k_base += uint64(k_first) * k_token
-                v_base += uint64(k_first) * v_token
-            if begin < end:
-                q_base = q + uint64(q_first) * q_token + uint64(head) * q_head
-                fetch_queries(q_room_at, q_base, q_token, int32(0), count, thread, pages, shift)
-                barrier_arrive_after_copies(queries_here)
-                fetch(k_room_at, k_base, k_token, int32(begin * keys), k_count, thread, pages, shift)
-                barrier_arrive_after_copies(keys_here)
-            for number in range(begin, end):
-                turn = int32(number - begin)
-                if number + 1 < end:  # the next tile's keys are wanted before this one's values
-                    there = uint32((turn + 1) & 1)
-                    if turn >= 1:
-                        barrier_wait(keys_read + there * uint32(8), uint32((((turn + 1) >> 1) - 1) & 1))
-                    first = int32((number + 1) * keys)
-                    fetch(k_room_at + there * uint32(tile_room), k_base, k_token, first, k_count, thread, pages, shift)
+            following = int32(cuda.blockIdx.x)
+            note_work(notes, notes_here, notes_read, int32(0), following, works, heads, tiles, low, reach, thread)
+            following = works
+            if thread == 0 and counter:
+                following = int32(cuda.gridDim.x) + take_number(counter, int32(1))
+            while True:
+                note = int32((this_work & (NOTES - 1)) * note_size)
+                head = notes[note + head_at]
+                if head < 0:
+                    break
+                q_first, count = notes[note + q_first_at], notes[note + queries_at]
+                k_first, k_count = notes[note + k_first_at], notes[note + keys_at]
+                least, most = notes[note + bounds_at], notes[note + bounds_at + 1]
+                for number in range(1, groups):
+                    least = min(least, notes[note + bounds_at + 2 * number])
+                    most = max(most, notes[note + bounds_at + 2 * number + 1])
+                begin, end = int32(least // keys), int32((most + keys) // keys)
+                kv_head = uint64(divide(head, group))
+                k_base, v_base = k + kv_head * k_head, v + kv_head * v_head
+                pages = table + uint64(k_first) * table_stride
+                if not paged:
+                    k_base += uint64(k_first) * k_token
+                    v_base += uint64(k_first) * v_token
+                if begin < end:
+                    there = uint32(count_of_tiles & 1)
+                    if count_of_tiles >= 2:
+                        barrier_wait(keys_read + there * uint32(8), uint32(((count_of_tiles >> 1) - 1) & 1))
+                    fetch(k_room_at + there * uint32(tile_room), k_base, k_token, int32(begin * keys), k_count, thread, pages, shift)
                     barrier_arrive_after_copies(keys_here + there * uint32(8))
-                here = uint32(turn & 1)
-                if turn >= 2:
-                    barrier_wait(values_read + here * uint32(8), uint32(((turn >> 1) - 1) & 1))
-                first = int32(number * keys)
-                fetch(v_room_at + here * uint32(tile_room), v_base, v_token, first, k_count, thread, pages, shift)
-                barrier_arrive_after_copies(values_here + here * uint32(8))
+                    if count_of_tiles >= 1:  # whoever has read the last keys of the work before needs its queries no more
+                        before = int32(count_of_tiles - 1)
+                        barrier_wait(keys_read + uint32(8 * (before & 1)), uint32((before >> 1) & 1))
+                    q_base = q + uint64(q_first) * q_token + uint64(head) * q_head
+                    fetch_queries(q_room_at, q_base, q_token, int32(0), count, thread, pages, shift)
+                    barrier_arrive_after_copies(queries_here)
+                for number in range(begin, max(end, begin + 1)):
+                    turn = int32(count_of_tiles + number - begin)
+                    if number + 1 < end:  # the next tile's keys are wanted before this one's values
+                        there = uint32((turn + 1) & 1)
+                        if turn >= 1:
+                            barrier_wait(keys_read + there * uint32(8), uint32((((turn + 1) >> 1) - 1) & 1))
+                        first = int32((number + 1) * keys)
+                        fetch(k_room_at + there * uint32(tile_room), k_base, k_token, first, k_count, thread, pages, shift)
+                        barrier_arrive_after_copies(keys_here + there * uint32(8))
+                    if number < end:
+                        here = uint32(turn & 1)
+                        if turn >= 2:
+                            barrier_wait(values_read + here * uint32(8), uint32(((turn >> 1) - 1) & 1))
+                        first = int32(number * keys)
+                        fetch(v_room_at + here * uint32(tile_room), v_base, v_token, first, k_count, thread, pages, shift)
+                        barrier_arrive_after_copies(values_here + here * uint32(8))
+                    if number == begin:  # the first tiles are under way: time to note the next work
+                        if thread == 0:
+                            next_work[0] = following
+                        meet(_COPYING, GROUP)
+                        work = next_work[0]
+                        note_work(notes, notes_here, notes_read, int32(this_work + 1), work, works, heads, tiles, low, reach, thread)
+                        if thread == 0 and work < works:
+                            following = int32(cuda.gridDim.x) + take_number(counter, int32(1))
+                count_of_tiles = int32(count_of_tiles + max(end - begin, 0))
+                this_work = int32(this_work + 1)
         else:
             take_registers()
             first_row = int32((role - 1) * 64 + ((thread >> 5) & 3) * 16)  # of the warp
             row = first_row + (lane >> 2)
-            lows_at, reaches_at = shared_address(lows), shared_address(reaches)
-            whole_from, whole_to = int32(-1), int32(1 << 30)  # keys that all rows of the warp see
-            for number in range(first_row, min(first_row + 16, count)):
-                whole_from, whole_to = max(whole_from, lows[number]), min(whole_to, reaches[number])
+            notes_at = shared_address(notes)
             q_at = q_room_at + uint32((role - 1) * 64 * LINE)
             turn_of, turn_of_next = int32(role), int32(role % groups + 1)  # named barriers from 1 on: whose turn it is
             o, s = cuda.local.array(o_count, float32), cuda.local.array(s_count, float32)
             p = cuda.local.array(p_count, int32)
             largest, total = cuda.local.array(2, float32), cuda.local.array(2, float32)
             shrinks = cuda.local.array(2, float32)
-            begin_sums(o, largest, total)
             column = int32(2 * (lane & 3))
-            if begin < end:
-                if role == groups:
-                    signal(turn_of_next, 2 * GROUP)
-                barrier_wait(queries_here, uint32(0))
-                barrier_wait(keys_here, uint32(0))
-                fence_for_wgmma()
-                start_scores(s, q_at, k_room_at)
-                wait_all_scores(s, inner, outer)
-                if lane == 0:
-                    barrier_arrive(keys_read)
-                key = int32(begin * keys)
-                if key < whole_from or key + keys - 1 > whole_to:
-                    hide(s, key + column, row, lows_at, reaches_at)
-                weigh(s, shrinks, largest, total, factor)
-                pack(p, s)
-                for number in range(begin + 1, end):
-                    turn = int32(number - begin)
-                    here, before = uint32(turn & 1), uint32((turn - 1) & 1)
-                    barrier_wait(keys_here + here * uint32(8), uint32((turn >> 1) & 1))
-                    fence_for_wgmma()
-                    meet(turn_of, 2 * GROUP)
-                    start_scores(s, q_at, k_room_at + here * uint32(tile_room))
-                    barrier_wait(values_here + before * uint32(8), uint32(((turn - 1) >> 1) & 1))
-                    fence_for_wgmma()
-                    start_values(o, p, v_room_at + before * uint32(tile_room))
-                    if role < groups or number + 1 < end:
+            works_with_keys = int32(0)
+            if role == groups:
+                signal(turn_of_next, 2 * GROUP)
+            while True:
+                slot = int32(this_work & (NOTES - 1))
+                note = int32(slot * note_size)
+                barrier_wait(notes_here + uint32(8 * slot), uint32((this_work >> 2) & 1))
+                head = notes[note + head_at]
+                if head < 0:
+                    break
+                q_first, count = notes[note + q_first_at], notes[note + queries_at]
+                least, most = notes[note + bounds_at], notes[note + bounds_at + 1]
+                for number in range(1, groups):
+                    least = min(least, notes[note + bounds_at + 2 * number])
+                    most = max(most, notes[note + bounds_at + 2 * number + 1])
+                begin, end = int32(least // keys), int32((most + keys) // keys)
+                own = int32(note + bounds_at + 2 * (role - 1))  # this warpgroup sees these tiles, perhaps none
+                own_begin, own_end = int32(min(notes[own] // keys, end)), int32((notes[own + 1] + keys) // keys)
+                lows_at, reaches_at = notes_at + uint32(4 * (note + lows_in_note)), notes_at + uint32(4 * (note + reaches_in_note))
+                of_warp = int32(first_row + (lane & 15))
+                whole_from, whole_to = int32(-1), int32(1 << 30)  # keys that all rows of the warp see
+                if of_warp < count:
+                    whole_from, whole_to = notes[note + lows_in_note + of_warp], notes[note + reaches_in_note + of_warp]
+                whole_from, whole_to = largest_of_warp(whole_from), smallest_of_warp(whole_to)
+                begin_sums(o, largest, total)
+                if begin < end:
+                    barrier_wait(queries_here, uint32(works_with_keys & 1))
+                    works_with_keys = int32(works_with_keys + 1)
+                    for number in range(begin, own_begin):
+                        pass_by(int32(count_of_tiles + number - begin), keys_here, keys_read, values_here, values_read,
+                                turn_of, turn_of_next, lane)  # fmt: skip
+                    if own_begin < own_end:
+                        turn = int32(count_of_tiles + own_begin - begin)
+                        here = uint32(turn & 1)
+                        barrier_wait(keys_here + here * uint32(8), uint32((turn >> 1) & 1))
+                        fence_for_wgmma()
+                        meet(turn_of, 2 * GROUP)
+                        start_scores(s, q_at, k_room_at + here * uint32(tile_room))
                         signal(turn_of_next, 2 * GROUP)
-                    wait_scores(s, inner, outer)
-                    if lane == 0:
-                        barrier_arrive(keys_read + here * uint32(8))
-                    key = int32(number * keys)
-                    if key < whole_from or key + keys - 1 > whole_to:
-                        hide(s, key + column, row, lows_at, reaches_at)
-                    weigh(s, shrinks, largest, total, factor)
-                    wait_values(o, p)
-                    if lane == 0:
-                        barrier_arrive(values_read + before * uint32(8))
-                    shrink(o, shrinks)
-                    pack(p, s)
-                last = int32(end - 1 - begin)
-                here = uint32(last & 1)
-                barrier_wait(values_here + here * uint32(8), uint32((last >> 1) & 1))
-                fence_for_wgmma()
-                start_values(o, p, v_room_at + here * uint32(tile_room))
-                wait_values(o, p)
-            target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2) + uint64(4 * (lane & 3))
-            store(o, total, target, out_token, row, count)
+                        wait_all_scores(s, inner, outer)
+                        if lane == 0:
+                            barrier_arrive(keys_read + here * uint32(8))
+                        key = int32(own_begin * keys)
+                        if key < whole_from or key + keys - 1 > whole_to:
+                            hide(s, key + column, row, lows_at, reaches_at)
+                        weigh(s, shrinks, largest, total, factor)
+                        pack(p, s)
+                        for number in range(own_begin + 1, own_end):
+                            turn = int32(count_of_tiles + number - begin)
+                            here, before = uint32(turn & 1), uint32((turn - 1) & 1)
+                            barrier_wait(keys_here + here * uint32(8), uint32((turn >> 1) & 1))
+                            fence_for_wgmma()
+                            meet(turn_of, 2 * GROUP)
+                            start_scores(s, q_at, k_room_at + here * uint32(tile_room))
+                            barrier_wait(values_here + before * uint32(8), uint32(((turn - 1) >> 1) & 1))
+                            fence_for_wgmma()
+                            start_values(o, p, v_room_at + before * uint32(tile_room))
+                            signal(turn_of_next, 2 * GROUP)
+                            wait_scores(s, inner, outer)
+                            if lane == 0:
+                                barrier_arrive(keys_read + here * uint32(8))
+                            key = int32(number * keys)
+                            if key < whole_from or key + keys - 1 > whole_to:
+                                hide(s, key + column, row, lows_at, reaches_at)
+                            weigh(s, shrinks, largest, total, factor)
+                            wait_values(o, p)
+                            if lane == 0:
+                                barrier_arrive(values_read + before * uint32(8))
+                            shrink(o, shrinks)
+                            pack(p, s)
+                        turn = int32(count_of_tiles + own_end - 1 - begin)
+                        here = uint32(turn & 1)
+                        barrier_wait(values_here + here * uint32(8), uint32((turn >> 1) & 1))
+                        fence_for_wgmma()
+                        start_values(o, p, v_room_at + here * uint32(tile_room))
+                        wait_values(o, p)
+                        if lane == 0:
+                            barrier_arrive(values_read + here * uint32(8))
+                    for number in range(max(own_begin, own_end), end):
+                        pass_by(int32(count_of_tiles + number - begin), keys_here, keys_read, values_here, values_read,
+                                turn_of, turn_of_next, lane)  # fmt: skip
+                    count_of_tiles = int32(count_of_tiles + end - begin)
+                target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2) + uint64(4 * (lane & 3))
+                store(o, total, target, out_token, row, count)
+                if lane == 0:
+                    barrier_arrive(notes_read + uint32(8 * slot))
+                this_work = int32(this_work + 1)
+            if role == 1:
+                meet(turn_of, 2 * GROUP)  # the last signal of the last warpgroup
 
     return prefill
+
+
+@cuda.jit(device=True, inline="always")
+def pass_by(turn, keys_here, keys_read, values_here, values_read, turn_of, turn_of_next, lane):
+    """A warpgroup whose rows see nothing of a tile lets it pass: others count on its arrivals."""
+    here, phase = uint32(turn & 1), uint32((turn >> 1) & 1)
+    barrier_wait(keys_here + here * uint32(8), phase)
+    if lane == 0:
+        barrier_arrive(keys_read + here * uint32(8))
+    meet(turn_of, 2 * GROUP)
+    signal(turn_of_next, 2 * GROUP)
+    barrier_wait(values_here + here * uint32(8), phase)
+    if lane == 0:
+        barrier_arrive(values_read + here * uint32(8))
+
+
+@dataclass(frozen=True)
+class Lasting(tensor_core.Compiled):
+    """A kernel whose blocks outlive a tile, one a multiprocessor."""
+
+    def launch(self, q: torch.Tensor, tiles: torch.Tensor, arguments: Sequence[float]) -> None:
+        works = q.shape[1] * len(tiles)
+        blocks = min(works, multiprocessors(q.device.index or 0))
+        # Set to zero for each launch: one that is shared would count for two launches at once on two streams.
+        counter = torch.zeros(1, dtype=torch.int32, device=q.device) if works > blocks else None
+        at = 0 if counter is None else counter.data_ptr()
+        self.kernel.launch((blocks, 1), q, *arguments, q.shape[1], works, at)
 
 
 @cache
 def compiled(head_dim: int, dtype: str, softcap: bool, paged: bool, device: int) -> tensor_core.Compiled:
     """The kernel on a device."""
-    return tensor_core.Compiled(Kernel(source(head_dim, dtype, softcap, paged), device), rows_of(head_dim))
+    return Lasting(Kernel(source(head_dim, dtype, softcap, paged), device), rows_of(head_dim))
 
 
 def source(head_dim: int, dtype: str, softcap: bool, paged: bool) -> Source:
@@ -268,4 +344,5 @@ def source(head_dim: int, dtype: str, softcap: bool, paged: bool) -> Source:
     room = 2 * head_dim * (rows_of(head_dim) + 4 * keys_of(head_dim)) + 1024
     name = f"hopper prefill {head_dim} {dtype} softcap={softcap} paged={paged}"
     make = partial(make_kernel, head_dim, dtype, softcap, paged)
-    return Source(name, make, tensor_core.signature(), (1 + groups_of(head_dim)) * GROUP, 1, room)
+    signature = types.void(*tensor_core.arguments(), types.int32, types.int32, types.uint64)
+    return Source(name, make, signature, (1 + groups_of(head_dim)) * GROUP, 1, room)

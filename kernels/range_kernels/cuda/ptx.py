@@ -140,18 +140,11 @@ if not SIMULATED:
 
         return statement
 
-    def emit_copy_async(builder, target, offset, source, size):
-        """`copy_async` to a constant `offset` behind `target`."""
+    def copy_async(builder, target, offset, source, size):
+        """16 bytes from global to shared memory, in the background, `offset` behind `target`; `size` are read, the rest is zero."""
         text = f"cp.async.cg.shared.global.L2::128B [$0 + {offset}], [$1], 16, $2;"
         asm(builder, VOID, [target, source, size], text, "r,l,r,~{memory}")
 
-    # Copies 16 bytes from global to shared memory, in the background; the third operand is how many are read, the rest is zero.
-    copy_async = _statement(
-        "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;",
-        types.uint32,
-        types.uint64,
-        types.uint32,
-    )
     prefetch = _statement("prefetch.global.L1 [$0];", types.uint64)
     copies_commit = _statement("cp.async.commit_group;")
     # Until so many of the youngest groups at most are under way.
@@ -195,6 +188,11 @@ if not SIMULATED:
         return copies
 
     copy_16_bytes, copy_4_times_16_bytes = _copies(1), _copies(4)
+
+    def move_16_bytes(builder, target, source):
+        """From one place in global memory to another."""
+        text = "{ .reg .b32 a, b, c, d; ld.global.nc.v4.b32 {a, b, c, d}, [$1]; st.global.v4.b32 [$0], {a, b, c, d}; }"
+        asm(builder, VOID, [target, source], text, "l,l,~{memory}")
 
     def _loads(kind, letter, size):
         @intrinsic
@@ -257,6 +255,10 @@ if not SIMULATED:
     add_at = _function(
         types.int32, (types.uint64, types.int32), "atom.acq_rel.gpu.global.add.s32 $0, [$1], $2;", "=r,l,r,~{memory}", True
     )
+    # Whatever it counts; orders nothing.
+    take_number = _function(
+        types.int32, (types.uint64, types.int32), "atom.relaxed.gpu.global.add.s32 $0, [$1], $2;", "=r,l,r,~{memory}", True
+    )
     store_int = _statement("st.global.s32 [$0], $1;", types.uint64, types.int32)
 
     @intrinsic
@@ -268,21 +270,12 @@ if not SIMULATED:
 
         return types.int32(types.int32, types.int32), codegen
 
-    def emit_page_row(builder, pages, shift, row):
+    def page_row(builder, pages, shift, row):
         """Where a row of a sequence lies, in rows: `pages` is the address of its pages' numbers, of `1 << shift` rows each."""
         page = builder.lshr(row, shift)
         at = builder.add(pages, builder.shl(builder.zext(page, I64), ir.Constant(I64, 2)))
         number = asm(builder, I32, [at], "ld.global.nc.b32 $0, [$1];", "=r,l", False)
         return builder.add(builder.shl(builder.sub(number, page), shift), row)
-
-    @intrinsic
-    def page_row(typing_context, pages, shift, row):
-        """Where a row of a sequence lies, in rows: `pages` is the address of its pages' numbers, of `1 << shift` rows each."""
-
-        def codegen(context, builder, signature, args):
-            return emit_page_row(builder, *args)
-
-        return types.int32(types.uint64, types.int32, types.int32), codegen
 
     # A number at an address. Numba's array arguments cost 10 us each at a launch, addresses next to nothing.
     load_int, load_long = _loads(types.int32, "r", 4), _loads(types.int64, "l", 8)

@@ -166,6 +166,10 @@ class Compiled:
     kernel: Kernel
     rows: int
 
+    def launch(self, q: torch.Tensor, tiles: torch.Tensor, arguments: Sequence[float]) -> None:
+        """Run it over all heads of `q` and all tiles."""
+        self.kernel.launch((q.shape[1], len(tiles)), q, *arguments)
+
 
 @cache
 def compiled(head_dim: int, dtype: str, softcap: bool, paged: bool, device: int) -> Compiled:
@@ -193,23 +197,16 @@ def _m_tiles(head_dim: int) -> int:
 
 def signature() -> Any:
     """Types of a kernel's arguments."""
+    return types.void(*arguments())
+
+
+def arguments() -> tuple[Any, ...]:
+    """Types of the arguments that every prefill kernel takes: addresses, since Numba's arrays cost 10 us each at a launch."""
     address, stride = types.uint64, types.uint64
     tensor = (address, stride, stride)
-    pointers = (address, address, address)  # low, reach, tiles: Numba's array arguments cost 10 us each at a launch
-    table = (address, stride, types.int32)
-    return types.void(
-        *tensor,
-        *tensor,
-        *tensor,
-        address,
-        stride,
-        *pointers,
-        *table,
-        types.int32,
-        types.float32,
-        types.float32,
-        types.float32,
-    )
+    bounds_and_tiles, table = (address, address, address), (address, stride, types.int32)
+    factors = (types.float32, types.float32, types.float32)
+    return *tensor, *tensor, *tensor, address, stride, *bounds_and_tiles, *table, types.int32, *factors
 
 
 def launch(
@@ -236,14 +233,14 @@ def launch_tiles(made: Compiled, qkv, out, low, reach, tiles, table, page_size, 
     """Run a compiled prefill kernel over tiles; `k`, `v` `[places, kv_heads, head_dim]`, with their block table where paged."""
     q, k = qkv[:2]
     factor, inner = softmax_factors(scale, softcap)
-    size, heads = q.element_size(), q.shape[1]
+    size = q.element_size()
     tensors = [number for x in qkv for number in (x.data_ptr(), x.stride(0) * size, x.stride(1) * size)]
     pages = (0, 0) if table is None else (table.data_ptr(), 4 * table.stride(0))
     shift = page_size.bit_length() - 1
-    made.kernel.launch(
-        (heads, len(tiles)), q, *tensors, out.data_ptr(), out.stride(0) * size, low.data_ptr(), reach.data_ptr(),
-        tiles.data_ptr(), *pages, shift, heads // k.shape[1], factor, inner, softcap,
-    )  # fmt: skip
+    bounds = (low.data_ptr(), reach.data_ptr())
+    group = q.shape[1] // k.shape[1]
+    arguments = (*tensors, out.data_ptr(), out.stride(0) * size, *bounds, tiles.data_ptr(), *pages, shift, group)
+    made.launch(q, tiles, (*arguments, factor, inner, softcap))
 
 
 def softmax_factors(scale: float, softcap: float) -> tuple[float, float]:

@@ -14,10 +14,9 @@ from typing import Any
 from numba.cuda.extending import intrinsic
 
 from . import ptx, ptx_hopper
+from .fetch import LINE
 from .ptx import types
 from .tile import cap, load, save, shrink_sums, soften, statement
-
-LINE = 128  # bytes of a row in a block of 64 channels
 
 
 def groups_of(head_dim: int) -> int:
