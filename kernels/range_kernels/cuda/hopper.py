@@ -22,11 +22,13 @@ import torch
 from numba import cuda, float32, int32, uint32, uint64
 
 from . import tensor_core
+from .boxes import MAP, aim_map, copy_maps, make_bring, templates
 from .device import multiprocessors
 from .fetch import LINE, make_swizzled_fetch
 from .kernel import Kernel, Source
 from .ptx import divide, shared_address, take_number, types
 from .ptx_hopper import (
+    accept_map,
     barrier_arrive,
     barrier_arrive_after_copies,
     barrier_init,
@@ -34,6 +36,7 @@ from .ptx_hopper import (
     barriers_ready,
     fence_for_wgmma,
     largest_of_warp,
+    maps_written,
     meet,
     registers,
     signal,
@@ -76,7 +79,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
     )
     warp = tile_operations(head_dim, 1, dtype, softcap, keys)
     begin_sums, hide, store = warp.start, warp.hide, warp.store
-    fetch_queries, fetch = make_swizzled_fetch(head_dim, rows), make_swizzled_fetch(head_dim, keys, paged)
+    fetch, bring, bring_queries = make_swizzled_fetch(head_dim, keys, paged), make_bring(head_dim, keys, paged), make_bring(head_dim, rows, False)
     tile_room = keys * head_dim * 2
     k_room, v_room = rows * head_dim * 2, rows * head_dim * 2 + 2 * tile_room
     s_count, o_count, p_count = keys // 2, head_dim // 2, keys // 4
@@ -84,6 +87,17 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
     note_size, bounds_at, lows_in_note, reaches_in_note = place.size, place.bounds, place.lows, place.reaches
     notes_size, barrier_count = NOTES * note_size, 9 + 2 * NOTES
     head_at, q_first_at, queries_at, k_first_at, keys_at = HEAD, Q_FIRST, QUERIES, K_FIRST, KEYS
+
+    @cuda.jit(device=True, inline="always")
+    def bring_tile(target, map, base, stride, head, number, k_first, k_count, here, thread, pages, shift):
+        """A tile of keys or values: by the copying unit where all of it belongs to the sequence, else by threads, zeros behind."""
+        first = int32(number * keys)
+        if first + keys <= k_count:
+            fence_for_wgmma()  # threads may have written there last
+            bring(target, map, head, first if paged else int32(k_first + first), here, thread, pages, shift)
+        else:
+            fetch(target, base, stride, first, k_count, thread, pages, shift)
+            barrier_arrive_after_copies(here)
 
     def prefill(
         q,
@@ -110,6 +124,10 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
         heads,
         works,
         counter,
+        q_rows,
+        kv_rows,
+        templates,
+        maps,
     ):
         thread = int32(cuda.threadIdx.x)
         lane = thread & 31
@@ -130,6 +148,8 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                 barrier_init(notes_here + uint32(8 * number), uint32(GROUP))
                 barrier_init(notes_read + uint32(8 * number), uint32(4 * groups))
             barriers_ready()
+        maps += uint64(3 * MAP) * uint64(cuda.blockIdx.x)
+        copy_maps(maps, templates, 3, thread)
         cuda.syncthreads()
         q_room_at = (shared_address(room) + uint32(1023)) & uint32(0xFFFFFC00)  # swizzled rows repeat every 1024 bytes
         k_room_at, v_room_at = q_room_at + uint32(k_room), q_room_at + uint32(v_room)
@@ -139,6 +159,17 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
 
         if role == 0:
             leave_registers()
+            k_map, v_map = maps + uint64(MAP), maps + uint64(2 * MAP)
+            if thread < 32:
+                if thread == 0:
+                    aim_map(maps, q, q_rows)
+                    aim_map(k_map, k, kv_rows)
+                    aim_map(v_map, v, kv_rows)
+                    maps_written()
+                cuda.syncwarp()
+                accept_map(maps)
+                accept_map(k_map)
+                accept_map(v_map)
             following = int32(cuda.blockIdx.x)
             note_work(notes, notes_here, notes_read, int32(0), following, works, heads, tiles, low, reach, thread)
             following = works
@@ -149,15 +180,15 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                 head = notes[note + head_at]
                 if head < 0:
                     break
-                q_first, count = notes[note + q_first_at], notes[note + queries_at]
+                q_first = notes[note + q_first_at]
                 k_first, k_count = notes[note + k_first_at], notes[note + keys_at]
                 least, most = notes[note + bounds_at], notes[note + bounds_at + 1]
                 for number in range(1, groups):
                     least = min(least, notes[note + bounds_at + 2 * number])
                     most = max(most, notes[note + bounds_at + 2 * number + 1])
                 begin, end = int32(least // keys), int32((most + keys) // keys)
-                kv_head = uint64(divide(head, group))
-                k_base, v_base = k + kv_head * k_head, v + kv_head * v_head
+                kv_head = divide(head, group)
+                k_base, v_base = k + uint64(kv_head) * k_head, v + uint64(kv_head) * v_head
                 pages = table + uint64(k_first) * table_stride
                 if not paged:
                     k_base += uint64(k_first) * k_token
@@ -166,30 +197,26 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                     there = uint32(count_of_tiles & 1)
                     if count_of_tiles >= 2:
                         barrier_wait(keys_read + there * uint32(8), uint32(((count_of_tiles >> 1) - 1) & 1))
-                    fetch(k_room_at + there * uint32(tile_room), k_base, k_token, int32(begin * keys), k_count, thread, pages, shift)
-                    barrier_arrive_after_copies(keys_here + there * uint32(8))
+                    bring_tile(k_room_at + there * uint32(tile_room), k_map, k_base, k_token, kv_head, begin, k_first, k_count,
+                               keys_here + there * uint32(8), thread, pages, shift)  # fmt: skip
                     if count_of_tiles >= 1:  # whoever has read the last keys of the work before needs its queries no more
                         before = int32(count_of_tiles - 1)
                         barrier_wait(keys_read + uint32(8 * (before & 1)), uint32((before >> 1) & 1))
-                    q_base = q + uint64(q_first) * q_token + uint64(head) * q_head
-                    fetch_queries(q_room_at, q_base, q_token, int32(0), count, thread, pages, shift)
-                    barrier_arrive_after_copies(queries_here)
+                    bring_queries(q_room_at, maps, head, q_first, queries_here, thread, pages, shift)
                 for number in range(begin, max(end, begin + 1)):
                     turn = int32(count_of_tiles + number - begin)
                     if number + 1 < end:  # the next tile's keys are wanted before this one's values
                         there = uint32((turn + 1) & 1)
                         if turn >= 1:
                             barrier_wait(keys_read + there * uint32(8), uint32((((turn + 1) >> 1) - 1) & 1))
-                        first = int32((number + 1) * keys)
-                        fetch(k_room_at + there * uint32(tile_room), k_base, k_token, first, k_count, thread, pages, shift)
-                        barrier_arrive_after_copies(keys_here + there * uint32(8))
+                        bring_tile(k_room_at + there * uint32(tile_room), k_map, k_base, k_token, kv_head, number + 1, k_first, k_count,
+                                   keys_here + there * uint32(8), thread, pages, shift)  # fmt: skip
                     if number < end:
                         here = uint32(turn & 1)
                         if turn >= 2:
                             barrier_wait(values_read + here * uint32(8), uint32(((turn >> 1) - 1) & 1))
-                        first = int32(number * keys)
-                        fetch(v_room_at + here * uint32(tile_room), v_base, v_token, first, k_count, thread, pages, shift)
-                        barrier_arrive_after_copies(values_here + here * uint32(8))
+                        bring_tile(v_room_at + here * uint32(tile_room), v_map, v_base, v_token, kv_head, number, k_first, k_count,
+                                   values_here + here * uint32(8), thread, pages, shift)  # fmt: skip
                     if number == begin:  # the first tiles are under way: time to note the next work
                         if thread == 0:
                             next_work[0] = following
@@ -323,19 +350,30 @@ def pass_by(turn, keys_here, keys_read, values_here, values_read, turn_of, turn_
 class Lasting(tensor_core.Compiled):
     """A kernel whose blocks outlive a tile, one a multiprocessor."""
 
-    def launch(self, q: torch.Tensor, tiles: torch.Tensor, arguments: Sequence[float]) -> None:
+    keys: int
+    """A tile."""
+
+    def launch(
+        self, qkv: Sequence[torch.Tensor], tiles: torch.Tensor, page_size: int | None, arguments: Sequence[float]
+    ) -> None:
+        q, k, _ = qkv
         works = q.shape[1] * len(tiles)
         blocks = min(works, multiprocessors(q.device.index or 0))
         # Set to zero for each launch: one that is shared would count for two launches at once on two streams.
         counter = torch.zeros(1, dtype=torch.int32, device=q.device) if works > blocks else None
         at = 0 if counter is None else counter.data_ptr()
-        self.kernel.launch((blocks, 1), q, *arguments, q.shape[1], works, at)
+        box = min(self.keys, page_size or self.keys)
+        made = templates(qkv, (self.rows, box, box))
+        maps = torch.empty(blocks, 3 * MAP, dtype=torch.uint8, device=q.device)
+        pointers = (made.data_ptr(), maps.data_ptr())
+        self.kernel.launch((blocks, 1), q, *arguments, q.shape[1], works, at, len(q), len(k), *pointers)
 
 
 @cache
 def compiled(head_dim: int, dtype: str, softcap: bool, paged: bool, device: int) -> tensor_core.Compiled:
     """The kernel on a device."""
-    return Lasting(Kernel(source(head_dim, dtype, softcap, paged), device), rows_of(head_dim))
+    kernel = Kernel(source(head_dim, dtype, softcap, paged), device)
+    return Lasting(kernel, rows_of(head_dim), keys_of(head_dim))
 
 
 def source(head_dim: int, dtype: str, softcap: bool, paged: bool) -> Source:
@@ -344,5 +382,5 @@ def source(head_dim: int, dtype: str, softcap: bool, paged: bool) -> Source:
     room = 2 * head_dim * (rows_of(head_dim) + 4 * keys_of(head_dim)) + 1024
     name = f"hopper prefill {head_dim} {dtype} softcap={softcap} paged={paged}"
     make = partial(make_kernel, head_dim, dtype, softcap, paged)
-    signature = types.void(*tensor_core.arguments(), types.int32, types.int32, types.uint64)
+    signature = types.void(*tensor_core.arguments(), *(types.int32, types.int32, types.uint64), *(types.int32, types.int32, types.uint64, types.uint64))
     return Source(name, make, signature, (1 + groups_of(head_dim)) * GROUP, 1, room)

@@ -277,6 +277,15 @@ if not SIMULATED:
         number = asm(builder, I32, [at], "ld.global.nc.b32 $0, [$1];", "=r,l", False)
         return builder.add(builder.shl(builder.sub(number, page), shift), row)
 
+    @intrinsic
+    def page_row_of(typing_context, pages, shift, row):
+        """`page_row` for kernels."""
+
+        def codegen(context, builder, signature, args):
+            return page_row(builder, *args)
+
+        return types.int32(types.uint64, types.int32, types.int32), codegen
+
     # A number at an address. Numba's array arguments cost 10 us each at a launch, addresses next to nothing.
     load_int, load_long = _loads(types.int32, "r", 4), _loads(types.int64, "l", 8)
 

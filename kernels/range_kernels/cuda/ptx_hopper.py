@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
+from numba.cuda.extending import intrinsic
 
-from .ptx import F32, I32, I64, SHORT, _function, _statement, asm, types
+from .ptx import F32, I32, I64, SHORT, VOID, _function, _statement, asm, types
 
 SWIZZLE_128 = 1 << 62  # descriptor bits 62 and 63: 16-byte pieces of a 128-byte row lie at piece ^ (row % 8)
 
@@ -18,6 +19,8 @@ barrier_init = _statement("mbarrier.init.shared::cta.b64 [$0], $1;", types.uint3
 # Seen by the other warps and by the asynchronous units.
 barriers_ready = _statement("fence.mbarrier_init.release.cluster;")
 barrier_arrive = _statement("mbarrier.arrive.shared::cta.b64 _, [$0];", types.uint32)
+# An arrival, after which the phase also waits for so many bytes that copies bring.
+barrier_expect = _statement("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", types.uint32, types.uint32)
 # An arrival as soon as all copies that this thread has started are done; nobody waits here.
 barrier_arrive_after_copies = _statement("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", types.uint32)
 barrier_wait = _statement(
@@ -27,6 +30,27 @@ barrier_wait = _statement(
 )
 # What this thread knows to be written (cp.async included) becomes visible to wgmma, which reads by another path.
 fence_for_wgmma = _statement("fence.proxy.async.shared::cta;")
+
+set_map_address = _statement("tensormap.replace.tile.global_address.global.b1024.b64 [$0], $1;", types.uint64, types.uint64)
+set_map_rows = _statement("tensormap.replace.tile.global_dim.global.b1024.b32 [$0], 2, $1;", types.uint64, types.int32)
+maps_written = _statement("fence.proxy.tensormap::generic.release.gpu;")
+accept_map = _statement("fence.proxy.tensormap::generic.acquire.gpu [$0], 128;", types.uint64)
+
+
+@intrinsic
+def bring_box(typing_context, target, map, channel, head, row, barrier):
+    """The copying unit brings a box from there on; its bytes count at the barrier."""
+    text = (
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [$0], [$1, {$2, $3, $4}], [$5];"
+    )
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        asm(builder, VOID, args, text, "r,l,r,r,r,r,~{memory}")
+        return context.get_dummy_value()
+
+    address, number = types.uint32, types.int32
+    return types.void(address, types.uint64, number, number, number, address), codegen
+
 
 meet = _statement("bar.sync $0, $1;", types.int32, types.int32)  # named barrier, threads that it waits for
 signal = _statement("bar.arrive $0, $1;", types.int32, types.int32)

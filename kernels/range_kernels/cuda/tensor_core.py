@@ -166,8 +166,11 @@ class Compiled:
     kernel: Kernel
     rows: int
 
-    def launch(self, q: torch.Tensor, tiles: torch.Tensor, arguments: Sequence[float]) -> None:
-        """Run it over all heads of `q` and all tiles."""
+    def launch(
+        self, qkv: Sequence[torch.Tensor], tiles: torch.Tensor, page_size: int | None, arguments: Sequence[float]
+    ) -> None:
+        """Run it over all heads of the queries and all tiles; keys are in pages or, where `page_size` is None, not."""
+        q = qkv[0]
         self.kernel.launch((q.shape[1], len(tiles)), q, *arguments)
 
 
@@ -226,7 +229,7 @@ def launch(
     q, k, v = (aligned(x) for x in (q, k, v))
     made = compile(q.shape[2], DTYPES[q.dtype], softcap > 0, False, q.device.index or 0)
     tiles = _device_tiles(tuple(lengths_q.tolist()), tuple(lengths_k.tolist()), made.rows, q.device)
-    launch_tiles(made, (q, k, v), out, low, reach, tiles, None, 1, scale, softcap)
+    launch_tiles(made, (q, k, v), out, low, reach, tiles, None, None, scale, softcap)
 
 
 def launch_tiles(made: Compiled, qkv, out, low, reach, tiles, table, page_size, scale, softcap) -> None:
@@ -236,11 +239,11 @@ def launch_tiles(made: Compiled, qkv, out, low, reach, tiles, table, page_size, 
     size = q.element_size()
     tensors = [number for x in qkv for number in (x.data_ptr(), x.stride(0) * size, x.stride(1) * size)]
     pages = (0, 0) if table is None else (table.data_ptr(), 4 * table.stride(0))
-    shift = page_size.bit_length() - 1
+    shift = (page_size or 1).bit_length() - 1
     bounds = (low.data_ptr(), reach.data_ptr())
     group = q.shape[1] // k.shape[1]
     arguments = (*tensors, out.data_ptr(), out.stride(0) * size, *bounds, tiles.data_ptr(), *pages, shift, group)
-    made.launch(q, tiles, (*arguments, factor, inner, softcap))
+    made.launch(qkv, tiles, page_size, (*arguments, factor, inner, softcap))
 
 
 def softmax_factors(scale: float, softcap: float) -> tuple[float, float]:
