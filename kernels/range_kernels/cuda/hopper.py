@@ -35,17 +35,15 @@ from .ptx_hopper import (
     barrier_wait,
     barriers_ready,
     fence_for_wgmma,
-    largest_of_warp,
     maps_written,
     meet,
     registers,
     signal,
-    smallest_of_warp,
     uniform,
 )
 from .tile import tile_operations
 from .warpgroup import groups_of, keys_of, rows_of, warpgroup_operations
-from .works import HEAD, K_FIRST, KEYS, NOTES, Q_FIRST, QUERIES, Notes, make_note
+from .works import BEGIN, END, HEAD, K_FIRST, KEYS, LOWS, NOTES, OWN, Q_FIRST, QUERIES, WHOLE, make_note, size_of
 
 GROUP = 128  # threads of a warpgroup
 HEAD_DIMS = (64, 128, 256)
@@ -83,10 +81,8 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
     tile_room = keys * head_dim * 2
     k_room, v_room = rows * head_dim * 2, rows * head_dim * 2 + 2 * tile_room
     s_count, o_count, p_count = keys // 2, head_dim // 2, keys // 4
-    note_work, place = make_note(rows, GROUP, _COPYING), Notes(rows)
-    note_size, bounds_at, lows_in_note, reaches_in_note = place.size, place.bounds, place.lows, place.reaches
+    note_work, note_size = make_note(rows, keys, GROUP, _COPYING), size_of(rows)
     notes_size, barrier_count = NOTES * note_size, 9 + 2 * NOTES
-    head_at, q_first_at, queries_at, k_first_at, keys_at = HEAD, Q_FIRST, QUERIES, K_FIRST, KEYS
 
     @cuda.jit(device=True, inline="always")
     def bring_tile(target, map, base, stride, head, number, k_first, k_count, here, thread, pages, shift):
@@ -177,16 +173,11 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                 following = int32(cuda.gridDim.x) + take_number(counter, int32(1))
             while True:
                 note = int32((this_work & (NOTES - 1)) * note_size)
-                head = notes[note + head_at]
+                head = notes[note + HEAD]
                 if head < 0:
                     break
-                q_first = notes[note + q_first_at]
-                k_first, k_count = notes[note + k_first_at], notes[note + keys_at]
-                least, most = notes[note + bounds_at], notes[note + bounds_at + 1]
-                for number in range(1, groups):
-                    least = min(least, notes[note + bounds_at + 2 * number])
-                    most = max(most, notes[note + bounds_at + 2 * number + 1])
-                begin, end = int32(least // keys), int32((most + keys) // keys)
+                k_first, k_count = notes[note + K_FIRST], notes[note + KEYS]
+                begin, end = notes[note + BEGIN], notes[note + END]
                 kv_head = divide(head, group)
                 k_base, v_base = k + uint64(kv_head) * k_head, v + uint64(kv_head) * v_head
                 pages = table + uint64(k_first) * table_stride
@@ -202,7 +193,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                     if count_of_tiles >= 1:  # whoever has read the last keys of the work before needs its queries no more
                         before = int32(count_of_tiles - 1)
                         barrier_wait(keys_read + uint32(8 * (before & 1)), uint32((before >> 1) & 1))
-                    bring_queries(q_room_at, maps, head, q_first, queries_here, thread, pages, shift)
+                    bring_queries(q_room_at, maps, head, notes[note + Q_FIRST], queries_here, thread, pages, shift)
                 for number in range(begin, max(end, begin + 1)):
                     turn = int32(count_of_tiles + number - begin)
                     if number + 1 < end:  # the next tile's keys are wanted before this one's values
@@ -229,8 +220,8 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                 this_work = int32(this_work + 1)
         else:
             take_registers()
-            first_row = int32((role - 1) * 64 + ((thread >> 5) & 3) * 16)  # of the warp
-            row = first_row + (lane >> 2)
+            warp = int32((thread >> 5) - 4)
+            row = int32(warp * 16 + (lane >> 2))
             notes_at = shared_address(notes)
             q_at = q_room_at + uint32((role - 1) * 64 * LINE)
             turn_of, turn_of_next = int32(role), int32(role % groups + 1)  # named barriers from 1 on: whose turn it is
@@ -239,34 +230,27 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
             largest, total = cuda.local.array(2, float32), cuda.local.array(2, float32)
             shrinks = cuda.local.array(2, float32)
             column = int32(2 * (lane & 3))
-            works_with_keys = int32(0)
+            count_of_queries = int32(0)  # that came; a work without keys has none
             if role == groups:
                 signal(turn_of_next, 2 * GROUP)
             while True:
                 slot = int32(this_work & (NOTES - 1))
                 note = int32(slot * note_size)
                 barrier_wait(notes_here + uint32(8 * slot), uint32((this_work >> 2) & 1))
-                head = notes[note + head_at]
+                head = notes[note + HEAD]
                 if head < 0:
                     break
-                q_first, count = notes[note + q_first_at], notes[note + queries_at]
-                least, most = notes[note + bounds_at], notes[note + bounds_at + 1]
-                for number in range(1, groups):
-                    least = min(least, notes[note + bounds_at + 2 * number])
-                    most = max(most, notes[note + bounds_at + 2 * number + 1])
-                begin, end = int32(least // keys), int32((most + keys) // keys)
-                own = int32(note + bounds_at + 2 * (role - 1))  # this warpgroup sees these tiles, perhaps none
-                own_begin, own_end = int32(min(notes[own] // keys, end)), int32((notes[own + 1] + keys) // keys)
-                lows_at, reaches_at = notes_at + uint32(4 * (note + lows_in_note)), notes_at + uint32(4 * (note + reaches_in_note))
-                of_warp = int32(first_row + (lane & 15))
-                whole_from, whole_to = int32(-1), int32(1 << 30)  # keys that all rows of the warp see
-                if of_warp < count:
-                    whole_from, whole_to = notes[note + lows_in_note + of_warp], notes[note + reaches_in_note + of_warp]
-                whole_from, whole_to = largest_of_warp(whole_from), smallest_of_warp(whole_to)
+                q_first, count = notes[note + Q_FIRST], notes[note + QUERIES]
+                begin, end = notes[note + BEGIN], notes[note + END]
+                own = int32(note + OWN + 2 * (role - 1))  # this warpgroup sees these tiles, perhaps none
+                own_begin, own_end = notes[own], notes[own + 1]
+                whole = int32(note + WHOLE + 2 * warp)
+                whole_from, whole_to = notes[whole], notes[whole + 1]
+                lows_at, reaches_at = notes_at + uint32(4 * (note + LOWS)), notes_at + uint32(4 * (note + LOWS + rows))
                 begin_sums(o, largest, total)
                 if begin < end:
-                    barrier_wait(queries_here, uint32(works_with_keys & 1))
-                    works_with_keys = int32(works_with_keys + 1)
+                    barrier_wait(queries_here, uint32(count_of_queries & 1))
+                    count_of_queries = int32(count_of_queries + 1)
                     for number in range(begin, own_begin):
                         pass_by(int32(count_of_tiles + number - begin), keys_here, keys_read, values_here, values_read,
                                 turn_of, turn_of_next, lane)  # fmt: skip
@@ -317,12 +301,12 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                         wait_values(o, p)
                         if lane == 0:
                             barrier_arrive(values_read + here * uint32(8))
-                    for number in range(max(own_begin, own_end), end):
+                    for number in range(own_end, end):
                         pass_by(int32(count_of_tiles + number - begin), keys_here, keys_read, values_here, values_read,
                                 turn_of, turn_of_next, lane)  # fmt: skip
                     count_of_tiles = int32(count_of_tiles + end - begin)
-                target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2) + uint64(4 * (lane & 3))
-                store(o, total, target, out_token, row, count)
+                target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2)
+                store(o, total, target, out_token, row, count, lane)
                 if lane == 0:
                     barrier_arrive(notes_read + uint32(8 * slot))
                 this_work = int32(this_work + 1)

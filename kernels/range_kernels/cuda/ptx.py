@@ -96,7 +96,8 @@ if not SIMULATED:
 
     def from_lane(builder, x, flip):
         """The value of the lane whose number differs in the bits of `flip`."""
-        return asm(builder, F32, [x], f"shfl.sync.bfly.b32 $0, $1, {flip}, 31, -1;", "=f,f")
+        kind = "f" if x.type == F32 else "r"
+        return asm(builder, x.type, [x], f"shfl.sync.bfly.b32 $0, $1, {flip}, 31, -1;", f"={kind},{kind}")
 
     def pack(builder, dtype, low, high):
         """Two float32 as two 16-bit floats in one register, rounded to nearest."""

@@ -61,8 +61,6 @@ def registers(change: str, count: int) -> Any:
     return _statement(f"setmaxnreg.{change}.sync.aligned.u32 {count};")
 
 
-smallest_of_warp = _function(types.int32, (types.int32,), "redux.sync.min.s32 $0, $1, -1;", "=r,r", True)
-largest_of_warp = _function(types.int32, (types.int32,), "redux.sync.max.s32 $0, $1, -1;", "=r,r", True)
 uniform = _function(types.int32, (types.int32,), "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", True)
 
 

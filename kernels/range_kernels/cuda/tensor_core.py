@@ -153,8 +153,8 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
             weigh(s, o, largest, total, factor)
             add_values(o, s, v_address + here)
             here = uint32(stage) - here
-        target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2) + uint64(4 * (lane & 3))
-        store(o, total, target, out_token, row, count)
+        target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2)
+        store(o, total, target, out_token, row, count, lane)
 
     return prefill
 

@@ -88,6 +88,18 @@ def shrink_sums(builder: Any, sums: list[Any], shrinks: list[Any], m_tiles: int 
         sums[place] = builder.fmul(sums[place], shrinks[row])
 
 
+def transpose_in_four_lanes(builder: Any, column: Any, words: list[Any]) -> list[Any]:
+    """Of four words in each of four neighbouring lanes, the `column`th of all: lane after lane what lane `column` is to write."""
+    odd, late = (builder.icmp_unsigned("!=", builder.and_(column, ir.Constant(I32, bit)), ir.Constant(I32, 0)) for bit in (1, 2))
+    pairs = []
+    for first, second in (words[:2], words[2:]):
+        other = ptx.from_lane(builder, builder.select(odd, first, second), 1)
+        pairs.append((builder.select(odd, other, first), builder.select(odd, second, other)))
+    others = [ptx.from_lane(builder, builder.select(late, first, second), 2) for first, second in zip(*pairs, strict=True)]
+    front = [builder.select(late, other, own) for other, own in zip(others, pairs[0], strict=True)]
+    return front + [builder.select(late, own, other) for other, own in zip(others, pairs[1], strict=True)]
+
+
 def cap(builder: Any, value: Any, inner: Any, outer: Any) -> Any:
     """outer * tanh(inner * value), by tanh x = 1 - 2 / (1 + e^2x)."""
     one, two = ir.Constant(F32, 1.0), ir.Constant(F32, 2.0)
@@ -192,9 +204,12 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys
                         )
         save(builder, o, sums)
 
-    def emit_store(builder: Any, o: Any, total: Any, target: Any, stride: Any, row: Any, rows: Any) -> None:
+    def emit_store(
+        builder: Any, o: Any, total: Any, target: Any, stride: Any, row: Any, rows: Any, lane: Any
+    ) -> None:
         sums, totals = load(builder, o, m_tiles * channels * 4), load(builder, total, 2 * m_tiles)
         zero, one = ir.Constant(F32, 0.0), ir.Constant(F32, 1.0)
+        column = builder.and_(lane, ir.Constant(I32, 3))
         for m in range(m_tiles):
             for half in range(2):
                 whole = totals[2 * m + half]
@@ -202,14 +217,22 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys
                     whole = builder.fadd(whole, ptx.from_lane(builder, whole, flip))
                 empty = builder.fcmp_ordered("==", whole, zero)
                 share = builder.fdiv(one, builder.select(empty, one, whole))
+                words = []
+                for channel in range(channels):
+                    first = (m * channels + channel) * 4 + 2 * half
+                    low, high = (builder.fmul(sums[first + side], share) for side in range(2))
+                    words.append(ptx.pack(builder, dtype, low, high))
+                pieces = [words[first : first + 4] for first in range(0, channels // 4 * 4, 4)]
+                pieces = [transpose_in_four_lanes(builder, column, piece) for piece in pieces]
                 here = builder.add(row, ir.Constant(I32, m * 16 + half * 8))
                 with builder.if_then(builder.icmp_signed("<", here, rows)):
                     start = builder.add(target, builder.mul(stride, builder.zext(here, ptx.I64)))
-                    for channel in range(channels):
-                        first = (m * channels + channel) * 4 + 2 * half
-                        low, high = (builder.fmul(sums[first + side], share) for side in range(2))
-                        place = builder.add(start, ir.Constant(ptx.I64, channel * 16))
-                        ptx.store_global(builder, place, ptx.pack(builder, dtype, low, high))
+                    own = builder.add(start, builder.zext(builder.mul(column, ir.Constant(I32, 16)), ptx.I64))
+                    for number, piece in enumerate(pieces):
+                        ptx.store_words(builder, builder.add(own, ir.Constant(ptx.I64, number * 64)), piece)
+                    own = builder.add(start, builder.zext(builder.mul(column, ir.Constant(I32, 4)), ptx.I64))
+                    for number in range(4 * len(pieces), channels):
+                        ptx.store_global(builder, builder.add(own, ir.Constant(ptx.I64, number * 16)), words[number])
 
     def emit_keep(
         builder: Any, o: Any, largest: Any, total: Any, sums_at: Any, marks_at: Any, rows: Any, lane: Any
@@ -263,9 +286,9 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys
         return types.void(o, s, types.uint32), statement(emit_add_values)
 
     @intrinsic
-    def store(typing_context, o, total, target, stride, row, rows):
-        """Write o / total to rows below `rows`; zeros for rows that saw no key."""
-        signature = types.void(o, total, types.uint64, types.uint64, types.int32, types.int32)
+    def store(typing_context, o, total, target, stride, row, rows, lane):
+        """Write o / total to rows below `rows`, `stride` bytes apart; zeros for rows that saw no key."""
+        signature = types.void(o, total, types.uint64, types.uint64, types.int32, types.int32, types.int32)
         return signature, statement(emit_store)
 
     @intrinsic
