@@ -16,9 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from range_kernels import attention
+from range_kernels.cuda import hopper
 from range_kernels.pages import PAGE_SIZES
 
-from .paging import put_in_pages, run_paged
+from .paging import last_keys, put_in_pages, run_paged
 from .test_gpu import dense, random_call
 
 HEAD_DIMS = (64, 80, 96, 128, 256, 8, 72, 192)
@@ -34,10 +35,18 @@ def one(generator: np.random.Generator, head_dims: Sequence[int]) -> str:
     q, k, v, cu_q, cu_k, low, reach = case
     truth = dense(*case, softcap, torch.float64)
     torch.empty_like(q).fill_(torch.nan)  # freed at once: the output is likely to lie here
+    # As if the GPU were smaller: a block then has many tiles of queries to work through.
+    hopper.multiprocessors = lambda device: int(generator.choice([1, 3, 20, 132]))
     if paged:
         page_size = int(generator.choice(PAGE_SIZES))
+        new = None
+        if generator.random() < 0.5:  # the queries' own keys are written by the call, over NaN
+            last = torch.from_numpy(last_keys(cu_q, cu_k)).cuda()
+            new = k[last], v[last]
+            k, v = k.clone(), v.clone()
+            k[last] = v[last] = torch.nan
         pages, table = put_in_pages(generator, k, v, cu_k, page_size)
-        out = run_paged(pages, table, q, cu_q, cu_k, low, reach, softcap=softcap)
+        out = run_paged(pages, table, q, cu_q, cu_k, low, reach, new=new, softcap=softcap)
     else:
         # By itself it takes the fastest path; half of the time the portable one is asked for.
         portable = dtype is not torch.float32 and head_dim in HEAD_DIMS[:5] and generator.random() < 0.5

@@ -33,3 +33,8 @@ def run_paged(pages, table, q, cu_q, cu_k, low, reach, new=None, **options):
     """`paged_attention` of packed queries."""
     plan = PagedPlan(table, cu_q, np.diff(cu_k), pages, q.shape[1])
     return paged_attention(q, pages, LAYER, plan, new=new, low=low, reach=reach, **options)
+
+
+def last_keys(cu_q, cu_k):
+    """Rows of the keys that belong to the queries, the last of each sequence."""
+    return np.concatenate([np.arange(stop - count, stop) for stop, count in zip(cu_k[1:], np.diff(cu_q), strict=True)])

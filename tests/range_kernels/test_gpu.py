@@ -7,14 +7,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from range_kernels import PagedPlan, SplicePlan, attention, paged_attention, splice, visible_keys
-from range_kernels.cuda import hopper
+from range_kernels.cuda import decode, hopper, tensor_core
 from range_kernels.cuda import splice as wide
 from range_kernels.cuda.kernel import Kernel
 from range_kernels.pages import PAGE_SIZES
 from range_kernels.reference import splice as splice_oracle
 
 from .cases import DTYPES, assert_close, make_case
-from .paging import LAYER, put_in_pages, run_paged
+from .paging import LAYER, last_keys, put_in_pages, run_paged
 from .test_attention import cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -147,15 +147,16 @@ def test_paged_attention_errs_at_most_twice_as_much_as_torch(head_dim, dtype, so
 def test_new_keys_are_written_before_they_are_read(queries, page_size):
     """By the decode kernel itself (1 and 3 queries of a group of 4), or before a prefill."""
     generator = np.random.default_rng(page_size + queries)
-    lengths = np.array([queries, 130, 700, 5000])
+    lengths = np.array([queries, 130, 700, 770, 5000])  # of 770, three new keys lie on both sides of an item's border
     cu_k = np.concatenate([[0], np.cumsum(lengths)])
     cu_q = np.arange(len(lengths) + 1) * queries
     k, v = (torch.randn(int(cu_k[-1]), 2, 64, device="cuda").bfloat16() for _ in range(2))
     packed = torch.randn(int(cu_q[-1]), 12, 64, device="cuda").bfloat16()
     q = packed[:, :8]
-    last = np.concatenate([np.arange(stop - queries, stop) for stop in cu_k[1:]])
+    last = last_keys(cu_q, cu_k)
     low = torch.zeros(len(q), dtype=torch.int32, device="cuda")
     reach = torch.from_numpy((last - np.repeat(cu_k[:-1], queries)).astype(np.int32)).cuda()
+    reach[2 * queries : 3 * queries] = -1  # a sequence that sees nothing has keys to write, too
     pages, table = put_in_pages(generator, k, v, cu_k, page_size)
     new = packed[:, 8:10], packed[:, 10:]
     out = run_paged(pages, table, q, cu_q, cu_k, low, reach, new=new)
@@ -165,6 +166,7 @@ def test_new_keys_are_written_before_they_are_read(queries, page_size):
     for mine, theirs in ((pages.keys, wanted.keys), (pages.values, wanted.values)):
         assert torch.equal(mine.view(torch.int16), theirs.view(torch.int16))
     assert torch.equal(out, run_paged(wanted, table, q, cu_q, cu_k, low, reach))
+    assert not out[2 * queries : 3 * queries].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -192,6 +194,100 @@ def test_tensor_cores_take_views_and_queries_that_see_nothing(path):
     assert (out[[0, 70, 299]] == 0).all()
     # Weights are rounded to bfloat16 (2 ** -9) before they meet the values, outputs after.
     assert (out.float() - plain.float()).norm() <= 2**-7 * plain.float().norm()
+
+
+@pytest.mark.parametrize("path", [*PATHS, "plain"])
+def test_nan_is_not_hidden(path):
+    runs(path, 64)
+    q, k, v = (torch.randn(300, heads, 64, device="cuda").bfloat16() for heads in (8, 2, 2))
+    q[77] = torch.nan
+    out = attention(q, k, v, [0, 300], [0, 300], path=path)
+    assert out[77].isnan().all()
+    assert not out[torch.arange(300) != 77].isnan().any()
+
+
+def test_decode_does_not_hide_nan():
+    """In a sequence of one item, and in one that is split: a query, and a key in one of the parts."""
+    lengths = [40, 5000, 5000]
+    cu_k = [0, *accumulate(lengths)]
+    q, k, v = (
+        torch.randn(rows, heads, 128, device="cuda").half() for rows, heads in ((3, 8), (cu_k[-1], 2), (cu_k[-1], 2))
+    )
+    low = torch.zeros(3, dtype=torch.int32, device="cuda")
+    reach = torch.tensor([length - 1 for length in lengths], dtype=torch.int32, device="cuda")
+    for poison, spoilt in ((q[0], 0), (q[1], 1), (k[40 + 4000, 1], 1), (v[40 + 4000, 1], 1)):
+        before = poison.clone()
+        poison[:] = torch.nan
+        pages, table = put_in_pages(np.random.default_rng(0), k, v, cu_k, 64)
+        out = run_paged(pages, table, q, [0, 1, 2, 3], cu_k, low, reach)
+        poison[:] = before
+        assert out[spoilt, 4:].isnan().all()  # heads of the second KV head
+        assert out[[row for row in range(3) if row != spoilt]].isfinite().all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_gpus_with_little_shared_memory(head_dim, monkeypatch):
+    """The shapes that a GeForce takes, on this GPU."""
+    for module in (tensor_core, decode):
+        monkeypatch.setattr(module, "block_room", lambda device: 99 << 10)
+    generator = np.random.default_rng(head_dim)
+    for decoding in (False, True) * 4:
+        case = random_call(generator, head_dim, torch.bfloat16, decoding)
+        q, k, v, cu_q, cu_k, low, reach = case
+        truth, theirs = dense(*case, 0.0, torch.float64), dense(*case, 0.0, torch.bfloat16)
+        pages, table = put_in_pages(generator, k, v, cu_k, 32)
+        for out in (
+            attention(*case[:5], low=low, reach=reach, path="tensor-core"),
+            run_paged(pages, table, q, cu_q, cu_k, low, reach, path="tensor-core"),
+        ):
+            assert (out.double() - truth).norm() <= 2 * (theirs.double() - truth).norm() + 1e-12
+    q = torch.randn(3, 1, 256, device="cuda").half()
+    with pytest.raises(ValueError, match="168960 bytes of shared memory"):
+        attention(q, q, q, [0, 3], [0, 3], path="tensor-core")
+    assert attention(q, q, q, [0, 3], [0, 3]).isfinite().all()  # by the plain kernel
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 132])
+@pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
+def test_hopper_blocks_work_through_many_tiles(head_dim, blocks, monkeypatch):
+    """Long and short sequences, spans, windows, and stretches whose queries see nothing, in hundreds of works."""
+    runs("hopper", head_dim)
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: blocks)
+    generator = np.random.default_rng(blocks)
+    lengths = [1, 900, 130, 2000, 64, 1, 1777, 128]
+    cu = [0, *accumulate(lengths)]
+    bounds = []
+    for length in lengths:
+        edges = sorted({int(edge) for edge in generator.integers(0, length + 1, 8)})
+        window = 300 if length == 2000 else None
+        low, reach = visible_keys(length, list(zip(edges[::2], edges[1::2], strict=False)), window=window)
+        reach[length // 3 : length // 2] = -1
+        bounds.append((low, reach))
+    low, reach = (torch.from_numpy(np.concatenate(each)).cuda() for each in zip(*bounds, strict=True))
+    q, k, v = (torch.randn(cu[-1], heads, head_dim, device="cuda").bfloat16() for heads in (12, 4, 4))
+    wanted = attention(q, k, v, cu, cu, low=low, reach=reach, path="tensor-core")
+    pages, table = put_in_pages(generator, k, v, cu, int(generator.choice(PAGE_SIZES)))
+    torch.empty_like(q).fill_(torch.nan)
+    for out in (
+        attention(q, k, v, cu, cu, low=low, reach=reach, path="hopper"),
+        run_paged(pages, table, q, cu, cu, low, reach, path="hopper"),
+    ):
+        assert (out.float() - wanted.float()).norm() <= 2**-7 * wanted.float().norm()
+        assert not out[reach < 0].any()
+
+
+def test_launches_on_two_streams_do_not_share_their_work():
+    runs("hopper", 64)
+    q, k, v = (torch.randn(6000, heads, 64, device="cuda").bfloat16() for heads in (16, 4, 4))
+    wanted = attention(q, k, v, [0, 6000], [0, 6000], path="hopper")
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    outs = []
+    for turn in range(20):
+        with torch.cuda.stream(streams[turn % 2]):
+            outs.append(attention(q, k, v, [0, 6000], [0, 6000], path="hopper"))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, wanted) for out in outs)
 
 
 def test_a_path_that_cannot_is_refused_by_name():
@@ -233,7 +329,7 @@ def test_hopper_repeats_itself_bit_for_bit():
 
 
 def test_calls_are_captured_in_a_graph():
-    """Splice with a plan and a decode step: replayed, they see what has been written into their inputs since."""
+    """Splice with a plan, a decode step and a prefill: replayed, they see what has been written into their inputs since."""
     table = torch.randn(100, 256, device="cuda").bfloat16()
     items = [torch.randn(5, 256, device="cuda").bfloat16(), torch.randn(3, 256, device="cuda")]
     ranges = [(2, 7), (9, 12)]
@@ -248,20 +344,28 @@ def test_calls_are_captured_in_a_graph():
     low = torch.zeros(2, dtype=torch.int32, device="cuda")
     reach = torch.tensor([299, 39], dtype=torch.int32, device="cuda")
 
-    def both():
-        return splice(ids, table, plan=plan, scale=2.0), paged_attention(q, pages, LAYER, paged, low=low, reach=reach)
+    prompt = torch.randn(3000, 24, 64, device="cuda").bfloat16()  # queries, keys and values side by side
+    causal = dict(zip(("low", "reach"), (torch.from_numpy(each).cuda() for each in visible_keys(3000)), strict=True))
+
+    def prefill():
+        return attention(prompt[:, :16], prompt[:, 16:20], prompt[:, 20:], [0, 3000], [0, 3000], **causal)
+
+    def all_three():
+        decoded = paged_attention(q, pages, LAYER, paged, low=low, reach=reach)
+        return splice(ids, table, plan=plan, scale=2.0), decoded, prefill()
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        both()
+        all_three()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        state, seen = both()
+        state, seen, read = all_three()
     for seed in range(3):
         torch.manual_seed(seed)
         ids.copy_(torch.randint(100, (20,)))
         q.normal_()
+        prompt.normal_()
         for item in items:
             item.normal_()
         graph.replay()
@@ -269,6 +373,7 @@ def test_calls_are_captured_in_a_graph():
         assert torch.equal(seen, paged_attention(q, pages, LAYER, paged, low=low, reach=reach))
         assert seen.isfinite().all()
         assert seen.any()
+        assert torch.equal(read, prefill())
 
 
 def test_kernels_come_from_disk_the_second_time(tmp_path, monkeypatch):

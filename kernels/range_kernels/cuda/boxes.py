@@ -95,7 +95,14 @@ def make_bring(head_dim: int, rows: int, paged: bool) -> Any:
                 row = int32(thread << step)
                 place = page_row_of(pages, shift, int32(first + row))
                 for block in range(blocks):
-                    bring_box(target + uint32(block * rows * LINE) + uint32(row * LINE), map, int32(block * CHANNELS), head, place, here)
+                    bring_box(
+                        target + uint32(block * rows * LINE) + uint32(row * LINE),
+                        map,
+                        int32(block * CHANNELS),
+                        head,
+                        place,
+                        here,
+                    )
         elif thread == 0:
             for block in range(blocks):
                 bring_box(target + uint32(block * rows * LINE), map, int32(block * CHANNELS), head, first, here)

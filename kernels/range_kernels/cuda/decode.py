@@ -18,8 +18,8 @@ import torch
 from numba import cuda, float32, int32, uint32, uint64
 
 from .device import block_room, multiprocessors
-from .join import PARTS, begin_join, join_parts, make_join_of_warps, make_write_row, write_part
 from .fetch import THREADS, make_fetch, make_group_fetch, make_write
+from .join import PARTS, begin_join, join_parts, make_join_of_warps, make_write_row, write_part
 from .kernel import Kernel, Source
 from .ptx import (
     add_at,
@@ -38,7 +38,9 @@ from .tile import KEYS, sums_row, tile_operations
 
 ROWS = 16
 _WARPS = THREADS // 32
-_STAGES = 3  # tiles of keys and values in shared memory, two of them under way while one is used; two blocks a multiprocessor
+_STAGES = (
+    3  # tiles of keys and values in shared memory, two of them under way while one is used; two blocks a multiprocessor
+)
 _DEEP, _SHALLOW = 5, 2  # for one block a multiprocessor; for GPUs with little shared memory
 
 

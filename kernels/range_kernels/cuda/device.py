@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from numba import cuda
@@ -41,4 +42,5 @@ def multiprocessors(device: int) -> int:
 @cache
 def block_room(device: int) -> int:
     """Bytes of shared memory that one block may ask for: 227 KiB on an H100, 163 on an A100, 99 on GeForce 30 and 40."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # whose types lack this one
+    return properties.shared_memory_per_block_optin

@@ -66,7 +66,9 @@ def make_swizzled_fetch(head_dim: int, rows: int, paged: bool = False) -> Any:
         own = builder.add(target, builder.add(builder.mul(line, _number(LINE)), swizzled))
         source = builder.add(source, builder.zext(builder.shl(piece, _number(4)), I64))
         steps = range(0, rows, _SHARE)
-        insides = [builder.icmp_signed("<", builder.add(first, builder.add(line, _number(step))), limit) for step in steps]
+        insides = [
+            builder.icmp_signed("<", builder.add(first, builder.add(line, _number(step))), limit) for step in steps
+        ]
         # All lookups before the first copy: they are under way together.
         places = [find.in_share(step, line, inside) for step, inside in zip(steps, insides, strict=True)]
         for step, inside, place in zip(steps, insides, places, strict=True):
@@ -129,7 +131,9 @@ def make_write(head_dim: int) -> Any:
             ptx.move_16_bytes(builder, builder.add(target, into), at)
 
     @intrinsic
-    def write(typing_context, keys, values, stride, new, new_stride, new_values, new_values_stride, first, piece, pages, shift):
+    def write(
+        typing_context, keys, values, stride, new, new_stride, new_values, new_values_stride, first, piece, pages, shift
+    ):
         number, address = types.int32, types.uint64
         return types.void(*[address] * 7, number, number, address, number), statement(emit)
 

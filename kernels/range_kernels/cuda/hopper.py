@@ -1,14 +1,17 @@
-"""Prefill attention for Hopper (sm_90): wgmma, warp roles, warpgroups that take turns.
+"""Prefill attention for Hopper (sm_90): wgmma, TMA, warp roles, blocks that outlive a tile.
 
-    warpgroup 0          brings tiles of keys and values into shared memory, two of each; needs few registers, gives the rest away
+    a block a multiprocessor takes work after work: a tile of queries of one head (`works`)
+    warpgroup 0          brings queries and tiles of keys and values, two of each at once, and notes the next work; needs few
+                         registers, gives the rest away
     the others           64 queries each; two, or three where the head is 64:
         for each tile:   start s = q k^T of this tile -> start o += weights V of the tile before -> s here? -> hide, weights
                          -> o here? -> shrink o
+        a tile that none of its queries sees, a warpgroup lets pass
 
 So the tensor cores work on one product while the softmax of another runs, twice: inside a warpgroup, and between them, who
 hand the tensor cores on from one to the next. FlashAttention-3's plan (Shah et al. 2024, arXiv:2407.08608) with `low` and `reach` as its
-mask. Rows are copied by cp.async and not by TMA: it reads pages and gaps between rows as they are, and writes zeros after the
-end of a sequence, where TMA would bring the next one's rows, NaN included.
+mask. The copying unit (TMA, `boxes`) brings whole tiles, from pages or not. The end of a sequence is copied by threads, with
+zeros behind: TMA would bring the next sequence's rows, or what lies in a page's free places, and zero times NaN is NaN.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from .ptx_hopper import (
     signal,
     uniform,
 )
+from .rooms import arrive_at, barrier_of, room_of, wait_for
 from .tile import tile_operations
 from .warpgroup import groups_of, keys_of, rows_of, warpgroup_operations
 from .works import BEGIN, END, HEAD, K_FIRST, KEYS, LOWS, NOTES, OWN, Q_FIRST, QUERIES, WHOLE, make_note, size_of
@@ -77,7 +81,8 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
     )
     warp = tile_operations(head_dim, 1, dtype, softcap, keys)
     begin_sums, hide, store = warp.start, warp.hide, warp.store
-    fetch, bring, bring_queries = make_swizzled_fetch(head_dim, keys, paged), make_bring(head_dim, keys, paged), make_bring(head_dim, rows, False)
+    fetch = make_swizzled_fetch(head_dim, keys, paged)
+    bring, bring_queries = make_bring(head_dim, keys, paged), make_bring(head_dim, rows, False)
     tile_room = keys * head_dim * 2
     k_room, v_room = rows * head_dim * 2, rows * head_dim * 2 + 2 * tile_room
     s_count, o_count, p_count = keys // 2, head_dim // 2, keys // 4
@@ -150,7 +155,9 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
         q_room_at = (shared_address(room) + uint32(1023)) & uint32(0xFFFFFC00)  # swizzled rows repeat every 1024 bytes
         k_room_at, v_room_at = q_room_at + uint32(k_room), q_room_at + uint32(v_room)
         role = uniform(thread >> 7)
-        count_of_tiles = int32(0)  # of keys, in all works so far: they tell which of two rooms is next, and barriers' phases
+        count_of_tiles = int32(
+            0
+        )  # of keys, in all works so far: they tell which of two rooms is next, and barriers' phases
         this_work = int32(0)
 
         if role == 0:
@@ -185,38 +192,38 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                     k_base += uint64(k_first) * k_token
                     v_base += uint64(k_first) * v_token
                 if begin < end:
-                    there = uint32(count_of_tiles & 1)
-                    if count_of_tiles >= 2:
-                        barrier_wait(keys_read + there * uint32(8), uint32(((count_of_tiles >> 1) - 1) & 1))
-                    bring_tile(k_room_at + there * uint32(tile_room), k_map, k_base, k_token, kv_head, begin, k_first, k_count,
-                               keys_here + there * uint32(8), thread, pages, shift)  # fmt: skip
-                    if count_of_tiles >= 1:  # whoever has read the last keys of the work before needs its queries no more
-                        before = int32(count_of_tiles - 1)
-                        barrier_wait(keys_read + uint32(8 * (before & 1)), uint32((before >> 1) & 1))
+                    first = count_of_tiles
+                    if first >= 2:
+                        wait_for(keys_read, int32(first - 2))
+                    bring_tile(k_room_at + room_of(first) * uint32(tile_room), k_map, k_base, k_token, kv_head, begin, k_first, k_count,
+                               barrier_of(keys_here, first), thread, pages, shift)  # fmt: skip
+                    if first >= 1:  # whoever has read the last keys of the work before needs its queries no more
+                        wait_for(keys_read, int32(first - 1))
                     bring_queries(q_room_at, maps, head, notes[note + Q_FIRST], queries_here, thread, pages, shift)
+                # Once, too, where there is no tile: the next work is noted here.
                 for number in range(begin, max(end, begin + 1)):
                     turn = int32(count_of_tiles + number - begin)
                     if number + 1 < end:  # the next tile's keys are wanted before this one's values
-                        there = uint32((turn + 1) & 1)
-                        if turn >= 1:
-                            barrier_wait(keys_read + there * uint32(8), uint32((((turn + 1) >> 1) - 1) & 1))
-                        bring_tile(k_room_at + there * uint32(tile_room), k_map, k_base, k_token, kv_head, number + 1, k_first, k_count,
-                                   keys_here + there * uint32(8), thread, pages, shift)  # fmt: skip
+                        after = int32(turn + 1)
+                        if after >= 2:
+                            wait_for(keys_read, int32(after - 2))
+                        bring_tile(k_room_at + room_of(after) * uint32(tile_room), k_map, k_base, k_token, kv_head, number + 1, k_first,
+                                   k_count, barrier_of(keys_here, after), thread, pages, shift)  # fmt: skip
                     if number < end:
-                        here = uint32(turn & 1)
                         if turn >= 2:
-                            barrier_wait(values_read + here * uint32(8), uint32(((turn >> 1) - 1) & 1))
-                        bring_tile(v_room_at + here * uint32(tile_room), v_map, v_base, v_token, kv_head, number, k_first, k_count,
-                                   values_here + here * uint32(8), thread, pages, shift)  # fmt: skip
+                            wait_for(values_read, int32(turn - 2))
+                        bring_tile(v_room_at + room_of(turn) * uint32(tile_room), v_map, v_base, v_token, kv_head, number, k_first, k_count,
+                                   barrier_of(values_here, turn), thread, pages, shift)  # fmt: skip
                     if number == begin:  # the first tiles are under way: time to note the next work
                         if thread == 0:
                             next_work[0] = following
                         meet(_COPYING, GROUP)
                         work = next_work[0]
-                        note_work(notes, notes_here, notes_read, int32(this_work + 1), work, works, heads, tiles, low, reach, thread)
+                        after = int32(this_work + 1)
+                        note_work(notes, notes_here, notes_read, after, work, works, heads, tiles, low, reach, thread)
                         if thread == 0 and work < works:
                             following = int32(cuda.gridDim.x) + take_number(counter, int32(1))
-                count_of_tiles = int32(count_of_tiles + max(end - begin, 0))
+                count_of_tiles = int32(count_of_tiles + end - begin)
                 this_work = int32(this_work + 1)
         else:
             take_registers()
@@ -236,7 +243,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
             while True:
                 slot = int32(this_work & (NOTES - 1))
                 note = int32(slot * note_size)
-                barrier_wait(notes_here + uint32(8 * slot), uint32((this_work >> 2) & 1))
+                barrier_wait(notes_here + uint32(8 * slot), uint32((this_work // NOTES) & 1))
                 head = notes[note + HEAD]
                 if head < 0:
                     break
@@ -251,59 +258,72 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                 if begin < end:
                     barrier_wait(queries_here, uint32(count_of_queries & 1))
                     count_of_queries = int32(count_of_queries + 1)
+                    first = int32(
+                        count_of_tiles - begin
+                    )  # a tile's turn, counted through all works, is this and its number
                     for number in range(begin, own_begin):
-                        pass_by(int32(count_of_tiles + number - begin), keys_here, keys_read, values_here, values_read,
-                                turn_of, turn_of_next, lane)  # fmt: skip
+                        pass_by(
+                            int32(first + number),
+                            keys_here,
+                            keys_read,
+                            values_here,
+                            values_read,
+                            turn_of,
+                            turn_of_next,
+                            lane,
+                        )
                     if own_begin < own_end:
-                        turn = int32(count_of_tiles + own_begin - begin)
-                        here = uint32(turn & 1)
-                        barrier_wait(keys_here + here * uint32(8), uint32((turn >> 1) & 1))
+                        turn = int32(first + own_begin)
+                        wait_for(keys_here, turn)
                         fence_for_wgmma()
                         meet(turn_of, 2 * GROUP)
-                        start_scores(s, q_at, k_room_at + here * uint32(tile_room))
+                        start_scores(s, q_at, k_room_at + room_of(turn) * uint32(tile_room))
                         signal(turn_of_next, 2 * GROUP)
                         wait_all_scores(s, inner, outer)
-                        if lane == 0:
-                            barrier_arrive(keys_read + here * uint32(8))
+                        arrive_at(keys_read, turn, lane)
                         key = int32(own_begin * keys)
                         if key < whole_from or key + keys - 1 > whole_to:
                             hide(s, key + column, row, lows_at, reaches_at)
                         weigh(s, shrinks, largest, total, factor)
                         pack(p, s)
                         for number in range(own_begin + 1, own_end):
-                            turn = int32(count_of_tiles + number - begin)
-                            here, before = uint32(turn & 1), uint32((turn - 1) & 1)
-                            barrier_wait(keys_here + here * uint32(8), uint32((turn >> 1) & 1))
+                            turn = int32(first + number)
+                            before = int32(turn - 1)
+                            wait_for(keys_here, turn)
                             fence_for_wgmma()
                             meet(turn_of, 2 * GROUP)
-                            start_scores(s, q_at, k_room_at + here * uint32(tile_room))
-                            barrier_wait(values_here + before * uint32(8), uint32(((turn - 1) >> 1) & 1))
+                            start_scores(s, q_at, k_room_at + room_of(turn) * uint32(tile_room))
+                            wait_for(values_here, before)
                             fence_for_wgmma()
-                            start_values(o, p, v_room_at + before * uint32(tile_room))
+                            start_values(o, p, v_room_at + room_of(before) * uint32(tile_room))
                             signal(turn_of_next, 2 * GROUP)
                             wait_scores(s, inner, outer)
-                            if lane == 0:
-                                barrier_arrive(keys_read + here * uint32(8))
+                            arrive_at(keys_read, turn, lane)
                             key = int32(number * keys)
                             if key < whole_from or key + keys - 1 > whole_to:
                                 hide(s, key + column, row, lows_at, reaches_at)
                             weigh(s, shrinks, largest, total, factor)
                             wait_values(o, p)
-                            if lane == 0:
-                                barrier_arrive(values_read + before * uint32(8))
+                            arrive_at(values_read, before, lane)
                             shrink(o, shrinks)
                             pack(p, s)
-                        turn = int32(count_of_tiles + own_end - 1 - begin)
-                        here = uint32(turn & 1)
-                        barrier_wait(values_here + here * uint32(8), uint32((turn >> 1) & 1))
+                        turn = int32(first + own_end - 1)
+                        wait_for(values_here, turn)
                         fence_for_wgmma()
-                        start_values(o, p, v_room_at + here * uint32(tile_room))
+                        start_values(o, p, v_room_at + room_of(turn) * uint32(tile_room))
                         wait_values(o, p)
-                        if lane == 0:
-                            barrier_arrive(values_read + here * uint32(8))
+                        arrive_at(values_read, turn, lane)
                     for number in range(own_end, end):
-                        pass_by(int32(count_of_tiles + number - begin), keys_here, keys_read, values_here, values_read,
-                                turn_of, turn_of_next, lane)  # fmt: skip
+                        pass_by(
+                            int32(first + number),
+                            keys_here,
+                            keys_read,
+                            values_here,
+                            values_read,
+                            turn_of,
+                            turn_of_next,
+                            lane,
+                        )
                     count_of_tiles = int32(count_of_tiles + end - begin)
                 target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2)
                 store(o, total, target, out_token, row, count, lane)
@@ -319,15 +339,12 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
 @cuda.jit(device=True, inline="always")
 def pass_by(turn, keys_here, keys_read, values_here, values_read, turn_of, turn_of_next, lane):
     """A warpgroup whose rows see nothing of a tile lets it pass: others count on its arrivals."""
-    here, phase = uint32(turn & 1), uint32((turn >> 1) & 1)
-    barrier_wait(keys_here + here * uint32(8), phase)
-    if lane == 0:
-        barrier_arrive(keys_read + here * uint32(8))
+    wait_for(keys_here, turn)
+    arrive_at(keys_read, turn, lane)
     meet(turn_of, 2 * GROUP)
     signal(turn_of_next, 2 * GROUP)
-    barrier_wait(values_here + here * uint32(8), phase)
-    if lane == 0:
-        barrier_arrive(values_read + here * uint32(8))
+    wait_for(values_here, turn)
+    arrive_at(values_read, turn, lane)
 
 
 @dataclass(frozen=True)
@@ -366,5 +383,9 @@ def source(head_dim: int, dtype: str, softcap: bool, paged: bool) -> Source:
     room = 2 * head_dim * (rows_of(head_dim) + 4 * keys_of(head_dim)) + 1024
     name = f"hopper prefill {head_dim} {dtype} softcap={softcap} paged={paged}"
     make = partial(make_kernel, head_dim, dtype, softcap, paged)
-    signature = types.void(*tensor_core.arguments(), *(types.int32, types.int32, types.uint64), *(types.int32, types.int32, types.uint64, types.uint64))
+    signature = types.void(
+        *tensor_core.arguments(),
+        *(types.int32, types.int32, types.uint64),
+        *(types.int32, types.int32, types.uint64, types.uint64),
+    )
     return Source(name, make, signature, (1 + groups_of(head_dim)) * GROUP, 1, room)

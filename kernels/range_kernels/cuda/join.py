@@ -33,7 +33,9 @@ def _emit_join(
         for number in range(parts):
             here = builder.icmp_signed("<", ir.Constant(I32, number), left)
             index = builder.select(here, ir.Constant(part.type, number), ir.Constant(part.type, 0))
-            at, mark_at = (builder.add(start, builder.mul(index, step)) for start, step in ((part, far), (mark, mark_far)))
+            at, mark_at = (
+                builder.add(start, builder.mul(index, step)) for start, step in ((part, far), (mark, mark_far))
+            )
             values, (top, total) = load_floats(builder, at, 4), load_floats(builder, mark_at, 2)
             tops.append(builder.select(here, top, nothing))
             # Zero times what stands in another part's place would be NaN where that is infinite.
@@ -78,8 +80,9 @@ def make_join_of_warps(warps: int) -> Any:
     @intrinsic
     def join_warps(typing_context, four, running, part, far, mark, mark_far, factor):
         def emit(builder: Any, *args: Any) -> None:
-            *places, factor = args
-            _emit_join(ptx.load_shared_floats, warps)(builder, *places, ir.Constant(I32, warps), factor)
+            four, running, part, far, mark, mark_far, factor = args
+            join = _emit_join(ptx.load_shared_floats, warps)
+            join(builder, four, running, part, far, mark, mark_far, ir.Constant(I32, warps), factor)
 
         return types.void(four, running, *[types.uint32] * 4, types.float32), statement(emit)
 

@@ -254,11 +254,19 @@ if not SIMULATED:
 
     # What this thread and, before a barrier, its block have written is there for whoever sees the sum.
     add_at = _function(
-        types.int32, (types.uint64, types.int32), "atom.acq_rel.gpu.global.add.s32 $0, [$1], $2;", "=r,l,r,~{memory}", True
+        types.int32,
+        (types.uint64, types.int32),
+        "atom.acq_rel.gpu.global.add.s32 $0, [$1], $2;",
+        "=r,l,r,~{memory}",
+        True,
     )
     # Whatever it counts; orders nothing.
     take_number = _function(
-        types.int32, (types.uint64, types.int32), "atom.relaxed.gpu.global.add.s32 $0, [$1], $2;", "=r,l,r,~{memory}", True
+        types.int32,
+        (types.uint64, types.int32),
+        "atom.relaxed.gpu.global.add.s32 $0, [$1], $2;",
+        "=r,l,r,~{memory}",
+        True,
     )
     store_int = _statement("st.global.s32 [$0], $1;", types.uint64, types.int32)
 

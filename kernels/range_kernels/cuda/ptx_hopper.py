@@ -31,7 +31,9 @@ barrier_wait = _statement(
 # What this thread knows to be written (cp.async included) becomes visible to wgmma, which reads by another path.
 fence_for_wgmma = _statement("fence.proxy.async.shared::cta;")
 
-set_map_address = _statement("tensormap.replace.tile.global_address.global.b1024.b64 [$0], $1;", types.uint64, types.uint64)
+set_map_address = _statement(
+    "tensormap.replace.tile.global_address.global.b1024.b64 [$0], $1;", types.uint64, types.uint64
+)
 set_map_rows = _statement("tensormap.replace.tile.global_dim.global.b1024.b32 [$0], 2, $1;", types.uint64, types.int32)
 maps_written = _statement("fence.proxy.tensormap::generic.release.gpu;")
 accept_map = _statement("fence.proxy.tensormap::generic.acquire.gpu [$0], 128;", types.uint64)
@@ -40,9 +42,7 @@ accept_map = _statement("fence.proxy.tensormap::generic.acquire.gpu [$0], 128;",
 @intrinsic
 def bring_box(typing_context, target, map, channel, head, row, barrier):
     """The copying unit brings a box from there on; its bytes count at the barrier."""
-    text = (
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [$0], [$1, {$2, $3, $4}], [$5];"
-    )
+    text = "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [$0], [$1, {$2, $3, $4}], [$5];"
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         asm(builder, VOID, args, text, "r,l,r,r,r,r,~{memory}")

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numba import cuda, float32, int32, uint32, uint64
 
+from .device import block_room
 from .fetch import THREADS, make_fetch
 from .kernel import Kernel, Source
 from .ptx import copies_commit, copies_wait_all, divide, load_int, shared_address, types
@@ -31,19 +32,20 @@ DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def can_run(q: torch.Tensor, scale: float) -> bool:
-    """Whether this path computes such a call: dtype, head size, device, and a scale that keeps the order of scores."""
+    """Whether this path computes such a call: dtype, head size, a scale that keeps the order of scores, a device with room."""
     capable = torch.cuda.get_device_capability(q.device) >= (8, 0)
-    return capable and q.dtype in DTYPES and q.shape[-1] in HEAD_DIMS and scale > 0
+    if not capable or q.dtype not in DTYPES or q.shape[-1] not in HEAD_DIMS or scale <= 0:
+        return False
+    return choose_rows(q.shape[-1], block_room(q.device.index or 0)) > 0
 
 
 @cache
-def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
-    """The Python function of a kernel.
+def make_kernel(head_dim: int, rows: int, dtype: str, softcap: bool, paged: bool):
+    """The Python function of a kernel for `rows` queries a block.
 
     Where paged, keys lie in pages and the third number of a tile is its sequence's row of the block table.
     """
-    m_tiles = _m_tiles(head_dim)
-    rows = 64 * m_tiles
+    m_tiles = rows // 64
     do = tile_operations(head_dim, m_tiles, dtype, softcap)
     begin_sums, score, hide, weigh, add_values, store = (
         do.start,
@@ -174,28 +176,33 @@ class Compiled:
         self.kernel.launch((q.shape[1], len(tiles)), q, *arguments)
 
 
-@cache
 def compiled(head_dim: int, dtype: str, softcap: bool, paged: bool, device: int) -> Compiled:
     """The kernel on a device."""
-    return Compiled(Kernel(source(head_dim, dtype, softcap, paged), device), shape(head_dim)[0])
+    return _compiled(head_dim, choose_rows(head_dim, block_room(device)), dtype, softcap, paged, device)
 
 
-def source(head_dim: int, dtype: str, softcap: bool, paged: bool) -> Source:
+@cache
+def _compiled(head_dim: int, rows: int, dtype: str, softcap: bool, paged: bool, device: int) -> Compiled:
+    return Compiled(Kernel(source(head_dim, rows, dtype, softcap, paged), device), rows)
+
+
+def source(head_dim: int, rows: int, dtype: str, softcap: bool, paged: bool) -> Source:
     """What the kernel is made from."""
-    name = f"tensor-core prefill {head_dim} {dtype} softcap={softcap} paged={paged}"
+    name = f"tensor-core prefill {head_dim} rows={rows} {dtype} softcap={softcap} paged={paged}"
     blocks = 2 if head_dim <= 128 else 1
-    make = partial(make_kernel, head_dim, dtype, softcap, paged)
-    return Source(name, make, signature(), THREADS, blocks, shape(head_dim)[1])
+    make = partial(make_kernel, head_dim, rows, dtype, softcap, paged)
+    return Source(name, make, signature(), THREADS, blocks, room_of(head_dim, rows))
 
 
-def shape(head_dim: int) -> tuple[int, int]:
-    """Queries a block and bytes of shared memory: those queries, and two tiles of keys and values."""
-    rows, row_bytes = 64 * _m_tiles(head_dim), 2 * head_dim + 16
-    return rows, (rows + 4 * KEYS) * row_bytes
+def room_of(head_dim: int, rows: int) -> int:
+    """Bytes of shared memory: queries, and two tiles of keys and values."""
+    return (rows + 4 * KEYS) * (2 * head_dim + 16)
 
 
-def _m_tiles(head_dim: int) -> int:
-    return 2 if head_dim <= 128 else 1
+def choose_rows(head_dim: int, room: int) -> int:
+    """Queries a block, where it may have `room` bytes of shared memory; 0 where nothing fits."""
+    wanted = (128, 64) if head_dim <= 128 else (64,)  # the sums of more do not fit in registers
+    return next((rows for rows in wanted if room_of(head_dim, rows) <= room), 0)
 
 
 def signature() -> Any:

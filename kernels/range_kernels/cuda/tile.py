@@ -90,12 +90,16 @@ def shrink_sums(builder: Any, sums: list[Any], shrinks: list[Any], m_tiles: int 
 
 def transpose_in_four_lanes(builder: Any, column: Any, words: list[Any]) -> list[Any]:
     """Of four words in each of four neighbouring lanes, the `column`th of all: lane after lane what lane `column` is to write."""
-    odd, late = (builder.icmp_unsigned("!=", builder.and_(column, ir.Constant(I32, bit)), ir.Constant(I32, 0)) for bit in (1, 2))
+    odd, late = (
+        builder.icmp_unsigned("!=", builder.and_(column, ir.Constant(I32, bit)), ir.Constant(I32, 0)) for bit in (1, 2)
+    )
     pairs = []
     for first, second in (words[:2], words[2:]):
         other = ptx.from_lane(builder, builder.select(odd, first, second), 1)
         pairs.append((builder.select(odd, other, first), builder.select(odd, second, other)))
-    others = [ptx.from_lane(builder, builder.select(late, first, second), 2) for first, second in zip(*pairs, strict=True)]
+    others = [
+        ptx.from_lane(builder, builder.select(late, first, second), 2) for first, second in zip(*pairs, strict=True)
+    ]
     front = [builder.select(late, other, own) for other, own in zip(others, pairs[0], strict=True)]
     return front + [builder.select(late, own, other) for other, own in zip(others, pairs[1], strict=True)]
 
@@ -204,9 +208,7 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys
                         )
         save(builder, o, sums)
 
-    def emit_store(
-        builder: Any, o: Any, total: Any, target: Any, stride: Any, row: Any, rows: Any, lane: Any
-    ) -> None:
+    def emit_store(builder: Any, o: Any, total: Any, target: Any, stride: Any, row: Any, rows: Any, lane: Any) -> None:
         sums, totals = load(builder, o, m_tiles * channels * 4), load(builder, total, 2 * m_tiles)
         zero, one = ir.Constant(F32, 0.0), ir.Constant(F32, 1.0)
         column = builder.and_(lane, ir.Constant(I32, 3))

@@ -49,7 +49,9 @@ def make_note(rows: int, tile: int, threads: int, barrier: int) -> Any:
         else:
             row_of_heads = divide(work, heads)
             last_tile = divide(int32(works - 1), heads)
-            entry = tiles + uint64(16) * uint64(int32(last_tile - row_of_heads))  # late queries see most keys: they come first
+            entry = tiles + uint64(16) * uint64(
+                int32(last_tile - row_of_heads)
+            )  # late queries see most keys: they come first
             q_first, count = load_int(entry), load_int(entry + uint64(4))
             k_first, k_count = load_int(entry + uint64(8)), load_int(entry + uint64(12))
             if thread < 2 * groups:
@@ -62,7 +64,10 @@ def make_note(rows: int, tile: int, threads: int, barrier: int) -> Any:
                     whole_from, whole_to = int32(-1), int32(nowhere)
                     if row < count:
                         place = uint64(4) * uint64(int32(q_first + row))
-                        first, last = max(load_int(low + place), int32(0)), min(load_int(reach + place), int32(k_count - 1))
+                        first, last = (
+                            max(load_int(low + place), int32(0)),
+                            min(load_int(reach + place), int32(k_count - 1)),
+                        )
                         whole_from, whole_to = first, last
                         if first <= last:
                             cuda.atomic.min(notes, base + _BOUNDS + 2 * (row >> 6), first)
