@@ -68,6 +68,8 @@ class KVPages:
 class PagedPlan:
     """Which pages a batch reads and how its work is cut up: checked and made once a step, used by every layer.
 
+    On a GPU, calls with one plan must follow each other (one stream, or streams that wait): they count in its memory.
+
     Args:
         block_table: int32 `[sequences, most pages]`: page of each stretch of `page_size` keys; entries past a sequence's keys
             are not read.

@@ -50,15 +50,24 @@ GEFORCE, AMPERE_100, HOPPER_100 = 99 << 10, 163 << 10, 227 << 10  # bytes of sha
 @pytest.mark.parametrize("head_dim", tensor_core.HEAD_DIMS)
 def test_prefill(head_dim, dtype, softcap, paged):
     capabilities = [AMPERE, HOPPER] if dtype == "bfloat16" else [AMPERE]
-    rows = tensor_core.choose_rows(head_dim, HOPPER_100)
-    ptx = check(tensor_core.source(head_dim, rows, dtype, softcap, paged), capabilities, spills=256)
+    for capability in capabilities:
+        shape = tensor_core.choose_shape(head_dim, AMPERE_100 if capability == AMPERE else HOPPER_100)
+        ptx = check(tensor_core.source(head_dim, shape, dtype, softcap, paged), [capability], spills=256)
     assert "mma.sync.aligned.m16n8k16" in ptx
 
 
 def test_what_fits_a_gpu_s_shared_memory():
-    rows = {room: [tensor_core.choose_rows(dim, room) for dim in (64, 96, 128, 256)] for room in (GEFORCE, HOPPER_100)}
-    assert rows == {GEFORCE: [128, 128, 64, 0], HOPPER_100: [128, 128, 128, 64]}
-    check(tensor_core.source(128, 64, "bfloat16", False, True), [(8, 6)])
+    shapes = {
+        room: [tensor_core.choose_shape(dim, room) for dim in (64, 96, 128, 256)]
+        for room in (GEFORCE, AMPERE_100, HOPPER_100)
+    }
+    whole, half = tensor_core.Shape(128, 2), tensor_core.Shape(64, 2)
+    assert shapes == {
+        GEFORCE: [whole, whole, half, None],
+        AMPERE_100: [whole, whole, whole, tensor_core.Shape(64, 1)],
+        HOPPER_100: [whole, whole, whole, half],
+    }
+    check(tensor_core.source(128, half, "bfloat16", False, True), [(8, 6)])
     for room, alone, many in ((GEFORCE, 2, 2), (AMPERE_100, 3, 3), (HOPPER_100, 5, 3)):
         assert decode.choose_stages(128, 132, 132, room) == alone
         assert decode.choose_stages(128, 133, 132, room) == many
@@ -94,8 +103,9 @@ def test_wide_splice(dtype, converts):
 def test_a_source_says_all_that_its_kernel_depends_on():
     """Its name is the key of the cache on disk: two kernels of one name would be taken for each other."""
     both = [("bfloat16", "float16"), (False, True)]
+    shapes = [tensor_core.Shape(128, 2), tensor_core.Shape(64, 2), tensor_core.Shape(64, 1)]
     sources = [
-        *(tensor_core.source(*kind) for kind in product(tensor_core.HEAD_DIMS, (64, 128), *both, (False, True))),
+        *(tensor_core.source(*kind) for kind in product(tensor_core.HEAD_DIMS, shapes, *both, (False, True))),
         *(hopper.source(*kind) for kind in product(hopper.HEAD_DIMS, *both, (False, True))),
         *(decode.source(*kind) for kind in product(tensor_core.HEAD_DIMS, *both, (2, 3, 5))),
         *(splice.source(*kind) for kind in product(splice.DTYPES.values(), (False, True))),

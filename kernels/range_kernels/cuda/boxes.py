@@ -1,14 +1,14 @@
 """Boxes of a tensor: what the copying unit of Hopper (TMA) brings into shared memory by itself, a tile of rows at a time.
 
 A tensor map says how a tensor lies. The host makes templates, which depend on strides and sizes of boxes alone and are kept on the
-device; each block of a kernel copies them and puts addresses and lengths of this call in. So a call makes no map on the host, and
-a captured graph holds none.
+device for good; each block of a kernel copies them and puts addresses and lengths of this call in. So maps are encoded once for
+each way that tensors lie, and a captured graph works on whatever its kernels are given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,17 @@ CHANNELS = LINE // 2  # of a box: a row of it is a line of shared memory, its 16
 
 def templates(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
     """Tensor maps of `[tokens, heads, head_dim]` tensors of 16-bit floats, in boxes of so many rows of one head; on the device."""
-    shapes = tuple((x.shape[1], x.shape[2], x.stride(0), x.stride(1)) for x in tensors)
+    shapes = tuple((x.shape[1], x.shape[2], *_strides(x)) for x in tensors)
     return _templates(tensors[0].dtype, shapes, tuple(rows), tensors[0].device)
 
 
-@lru_cache(maxsize=128)
+def _strides(x: torch.Tensor) -> tuple[int, int]:
+    """From token to token and from head to head; of a single one, the stride to the next may be any number."""
+    tokens, heads, head_dim = x.shape
+    return x.stride(0) if tokens > 1 else heads * head_dim, x.stride(1) if heads > 1 else head_dim
+
+
+@cache
 def _templates(
     dtype: torch.dtype, shapes: Sequence[tuple[int, int, int, int]], rows: Sequence[int], device: torch.device
 ) -> torch.Tensor:
@@ -43,8 +49,7 @@ def _encode(dtype: torch.dtype, heads: int, head_dim: int, token_stride: int, he
     size, long, short = dtype.itemsize, driver.cuuint64_t, driver.cuuint32_t
     kinds = driver.CUtensorMapDataType
     kind = kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype is torch.bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-    # Of a single head, the stride to the next may be any number.
-    strides = [head_stride * size if heads > 1 else head_dim * size, token_stride * size]
+    strides = [head_stride * size, token_stride * size]
     status, made = driver.cuTensorMapEncodeTiled(
         kind, 3, MAP,  # an address of no meaning: the kernel knows the tensor's
         [long(head_dim), long(heads), long(rows)], [long(stride) for stride in strides],

@@ -127,7 +127,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
         counter,
         q_rows,
         kv_rows,
-        templates,
+        map_templates,
         maps,
     ):
         thread = int32(cuda.threadIdx.x)
@@ -150,7 +150,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                 barrier_init(notes_read + uint32(8 * number), uint32(4 * groups))
             barriers_ready()
         maps += uint64(3 * MAP) * uint64(cuda.blockIdx.x)
-        copy_maps(maps, templates, 3, thread)
+        copy_maps(maps, map_templates, 3, thread)
         cuda.syncthreads()
         q_room_at = (shared_address(room) + uint32(1023)) & uint32(0xFFFFFC00)  # swizzled rows repeat every 1024 bytes
         k_room_at, v_room_at = q_room_at + uint32(k_room), q_room_at + uint32(v_room)
@@ -327,6 +327,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                     count_of_tiles = int32(count_of_tiles + end - begin)
                 target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2)
                 store(o, total, target, out_token, row, count, lane)
+                cuda.syncwarp()
                 if lane == 0:
                     barrier_arrive(notes_read + uint32(8 * slot))
                 this_work = int32(this_work + 1)
@@ -378,7 +379,7 @@ def compiled(head_dim: int, dtype: str, softcap: bool, paged: bool, device: int)
 
 
 def source(head_dim: int, dtype: str, softcap: bool, paged: bool) -> Source:
-    """What the kernel is made from; arguments as `tensor_core.signature` has them."""
+    """What the kernel is made from; arguments as `tensor_core` has them, strides of queries unused, and those of `Lasting.launch`."""
     # Queries, two tiles of keys and of values, from an address on that 1,024 divides.
     room = 2 * head_dim * (rows_of(head_dim) + 4 * keys_of(head_dim)) + 1024
     name = f"hopper prefill {head_dim} {dtype} softcap={softcap} paged={paged}"

@@ -1,4 +1,4 @@
-"""Inline PTX of Hopper alone (sm_90a): wgmma, mbarriers, named barriers, registers moved between warp roles.
+"""Inline PTX of Hopper alone (sm_90a): wgmma, mbarriers, named barriers, TMA and its tensor maps, registers moved between roles.
 
 The rest of the intrinsics is in `ptx`. Sources: PTX ISA 9.0, "Asynchronous Warpgroup Level Matrix Instructions" (descriptors,
 "Strides" of the canonical layouts) and "mbarrier".

@@ -27,6 +27,7 @@ def wait_for(barriers, turn):
 
 @cuda.jit(device=True, inline="always")
 def arrive_at(barriers, turn, lane):
-    """A warp arrives at a turn."""
+    """A warp arrives at a turn, when all of its lanes have come here."""
+    cuda.syncwarp()
     if lane == 0:
         barrier_arrive(barriers + uint32(8) * uint32(turn & 1))

@@ -36,15 +36,33 @@ def can_run(q: torch.Tensor, scale: float) -> bool:
     capable = torch.cuda.get_device_capability(q.device) >= (8, 0)
     if not capable or q.dtype not in DTYPES or q.shape[-1] not in HEAD_DIMS or scale <= 0:
         return False
-    return choose_rows(q.shape[-1], block_room(q.device.index or 0)) > 0
+    return choose_shape(q.shape[-1], block_room(q.device.index or 0)) is not None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Queries of a block, and tiles of keys and values that it has room for: the next comes while one is used, or after it."""
+
+    rows: int
+    stages: int
+
+    def room(self, head_dim: int) -> int:
+        """Bytes of dynamic shared memory."""
+        return (self.rows + 2 * self.stages * KEYS) * (2 * head_dim + 16)
+
+    @property
+    def bounds(self) -> int:
+        """Bytes of shared memory beside that."""
+        return 8 * self.rows + 16
 
 
 @cache
-def make_kernel(head_dim: int, rows: int, dtype: str, softcap: bool, paged: bool):
-    """The Python function of a kernel for `rows` queries a block.
+def make_kernel(head_dim: int, shape: Shape, dtype: str, softcap: bool, paged: bool):
+    """The Python function of a kernel.
 
     Where paged, keys lie in pages and the third number of a tile is its sequence's row of the block table.
     """
+    rows, ahead = shape.rows, shape.stages == 2
     m_tiles = rows // 64
     do = tile_operations(head_dim, m_tiles, dtype, softcap)
     begin_sums, score, hide, weigh, add_values, store = (
@@ -144,7 +162,7 @@ def make_kernel(head_dim: int, rows: int, dtype: str, softcap: bool, paged: bool
             key = int32(number * KEYS)
             copies_wait_all()
             cuda.syncthreads()  # this tile is here, and all have left the one before
-            if number + 1 < end:
+            if ahead and number + 1 < end:
                 there = uint32(stage) - here
                 fetch(k_room_at + there, k_base, k_token, int32(key + KEYS), k_count, thread, pages, shift)
                 fetch(v_room_at + there, v_base, v_token, int32(key + KEYS), k_count, thread, pages, shift)
@@ -154,7 +172,14 @@ def make_kernel(head_dim: int, rows: int, dtype: str, softcap: bool, paged: bool
                 hide(s, key + int32(2 * (lane & 3)), row, lows_at, reaches_at)
             weigh(s, o, largest, total, factor)
             add_values(o, s, v_address + here)
-            here = uint32(stage) - here
+            if ahead:
+                here = uint32(stage) - here
+            else:
+                cuda.syncthreads()  # all have left this tile
+                if number + 1 < end:
+                    fetch(k_room_at, k_base, k_token, int32(key + KEYS), k_count, thread, pages, shift)
+                    fetch(v_room_at, v_base, v_token, int32(key + KEYS), k_count, thread, pages, shift)
+                    copies_commit()
         target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2)
         store(o, total, target, out_token, row, count, lane)
 
@@ -177,32 +202,29 @@ class Compiled:
 
 
 def compiled(head_dim: int, dtype: str, softcap: bool, paged: bool, device: int) -> Compiled:
-    """The kernel on a device."""
-    return _compiled(head_dim, choose_rows(head_dim, block_room(device)), dtype, softcap, paged, device)
+    """The kernel on a device. Needs `can_run`."""
+    shape = choose_shape(head_dim, block_room(device))
+    assert shape is not None
+    return _compiled(head_dim, shape, dtype, softcap, paged, device)
 
 
 @cache
-def _compiled(head_dim: int, rows: int, dtype: str, softcap: bool, paged: bool, device: int) -> Compiled:
-    return Compiled(Kernel(source(head_dim, rows, dtype, softcap, paged), device), rows)
+def _compiled(head_dim: int, shape: Shape, dtype: str, softcap: bool, paged: bool, device: int) -> Compiled:
+    return Compiled(Kernel(source(head_dim, shape, dtype, softcap, paged), device), shape.rows)
 
 
-def source(head_dim: int, rows: int, dtype: str, softcap: bool, paged: bool) -> Source:
+def source(head_dim: int, shape: Shape, dtype: str, softcap: bool, paged: bool) -> Source:
     """What the kernel is made from."""
-    name = f"tensor-core prefill {head_dim} rows={rows} {dtype} softcap={softcap} paged={paged}"
+    name = f"tensor-core prefill {head_dim} {shape} {dtype} softcap={softcap} paged={paged}"
     blocks = 2 if head_dim <= 128 else 1
-    make = partial(make_kernel, head_dim, rows, dtype, softcap, paged)
-    return Source(name, make, signature(), THREADS, blocks, room_of(head_dim, rows))
+    make = partial(make_kernel, head_dim, shape, dtype, softcap, paged)
+    return Source(name, make, signature(), THREADS, blocks, shape.room(head_dim))
 
 
-def room_of(head_dim: int, rows: int) -> int:
-    """Bytes of shared memory: queries, and two tiles of keys and values."""
-    return (rows + 4 * KEYS) * (2 * head_dim + 16)
-
-
-def choose_rows(head_dim: int, room: int) -> int:
-    """Queries a block, where it may have `room` bytes of shared memory; 0 where nothing fits."""
-    wanted = (128, 64) if head_dim <= 128 else (64,)  # the sums of more do not fit in registers
-    return next((rows for rows in wanted if room_of(head_dim, rows) <= room), 0)
+def choose_shape(head_dim: int, room: int) -> Shape | None:
+    """The largest blocks whose shared memory is at most `room` bytes; None where nothing fits."""
+    wanted = (Shape(128, 2), Shape(64, 2)) if head_dim <= 128 else (Shape(64, 2), Shape(64, 1))
+    return next((shape for shape in wanted if shape.room(head_dim) + shape.bounds <= room), None)
 
 
 def signature() -> Any:
@@ -236,6 +258,11 @@ def launch(
     q, k, v = (aligned(x) for x in (q, k, v))
     made = compile(q.shape[2], DTYPES[q.dtype], softcap > 0, False, q.device.index or 0)
     tiles = _device_tiles(tuple(lengths_q.tolist()), tuple(lengths_k.tolist()), made.rows, q.device)
+    # The cache may let go of them while this stream or a captured graph still reads them.
+    if torch.cuda.is_current_stream_capturing():
+        _of_graphs[tiles.data_ptr()] = tiles
+    else:
+        tiles.record_stream(torch.cuda.current_stream(q.device))
     launch_tiles(made, (q, k, v), out, low, reach, tiles, None, None, scale, softcap)
 
 
@@ -258,6 +285,10 @@ def softmax_factors(scale: float, softcap: float) -> tuple[float, float]:
     return (LOG2_E, scale / softcap) if softcap > 0 else (scale * LOG2_E, 0.0)
 
 
+_of_graphs: dict[int, torch.Tensor] = {}
+"""Tiles whose addresses are part of a captured graph, which nobody hears ending: kept for good, 16 bytes a tile."""
+
+
 @lru_cache(maxsize=128)
 def _device_tiles(
     lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], rows: int, device: torch.device
@@ -277,8 +308,8 @@ def plan_tiles(lengths_q: Sequence[int], lengths_k: Sequence[int], rows: int) ->
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
-    """The tensor as it is where 16-byte copies of its rows work, else a contiguous copy."""
+    """The tensor as it is where 16-byte copies of its rows work, else a copy where they do."""
     size = x.element_size()
     strides = [x.stride(0) * size, x.stride(1) * size]
     fits = x.stride(2) == 1 and not x.data_ptr() % 16 and not any(stride % 16 or stride < 0 for stride in strides)
-    return x if fits else x.contiguous()
+    return x if fits else x.clone(memory_format=torch.contiguous_format)  # a contiguous one may begin at an odd place

@@ -25,7 +25,7 @@ def groups_of(head_dim: int) -> int:
 
 
 def rows_of(head_dim: int) -> int:
-    """Queries a block."""
+    """Queries a work."""
     return 64 * groups_of(head_dim)
 
 
