@@ -327,7 +327,6 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                     count_of_tiles = int32(count_of_tiles + end - begin)
                 target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2)
                 store(o, total, target, out_token, row, count, lane)
-                cuda.syncwarp()
                 if lane == 0:
                     barrier_arrive(notes_read + uint32(8 * slot))
                 this_work = int32(this_work + 1)

@@ -27,7 +27,6 @@ def wait_for(barriers, turn):
 
 @cuda.jit(device=True, inline="always")
 def arrive_at(barriers, turn, lane):
-    """A warp arrives at a turn, when all of its lanes have come here."""
-    cuda.syncwarp()
+    """A warp arrives at a turn."""
     if lane == 0:
         barrier_arrive(barriers + uint32(8) * uint32(turn & 1))

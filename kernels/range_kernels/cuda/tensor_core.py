@@ -311,5 +311,5 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     """The tensor as it is where 16-byte copies of its rows work, else a copy where they do."""
     size = x.element_size()
     strides = [x.stride(0) * size, x.stride(1) * size]
-    fits = x.stride(2) == 1 and not x.data_ptr() % 16 and not any(stride % 16 or stride < 0 for stride in strides)
+    fits = x.stride(2) == 1 and not x.data_ptr() % 16 and not any(stride % 16 or stride < 1 for stride in strides)
     return x if fits else x.clone(memory_format=torch.contiguous_format)  # a contiguous one may begin at an odd place
