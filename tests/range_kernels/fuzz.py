@@ -36,7 +36,8 @@ def one(generator: np.random.Generator, head_dims: Sequence[int]) -> str:
     truth = dense(*case, softcap, torch.float64)
     torch.empty_like(q).fill_(torch.nan)  # freed at once: the output is likely to lie here
     # As if the GPU were smaller: a block then has many tiles of queries to work through.
-    hopper.multiprocessors = lambda device: int(generator.choice([1, 3, 20, 132]))
+    blocks = int(generator.choice([1, 3, 20, 132]))
+    hopper.multiprocessors = lambda device: blocks
     if paged:
         page_size = int(generator.choice(PAGE_SIZES))
         new = None

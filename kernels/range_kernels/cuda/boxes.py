@@ -60,7 +60,10 @@ def _encode(dtype: torch.dtype, heads: int, head_dim: int, token_stride: int, he
     )  # fmt: skip
     if int(status):
         shape = f"{heads} heads of {head_dim}, strides {token_stride} and {head_stride}, boxes of {rows} rows"
-        raise RuntimeError(f"the driver makes no tensor map of {dtype}, {shape}: {status.name}")
+        raise RuntimeError(
+            f"the driver makes no tensor map of {dtype}, {shape}: {status.name}; copy the tensor (.contiguous()), or name "
+            "path='tensor-core', which needs no map"
+        )
     return [int(word) for word in made.opaque]
 
 
@@ -100,14 +103,8 @@ def make_bring(head_dim: int, rows: int, paged: bool) -> Any:
                 row = int32(thread << step)
                 place = page_row_of(pages, shift, int32(first + row))
                 for block in range(blocks):
-                    bring_box(
-                        target + uint32(block * rows * LINE) + uint32(row * LINE),
-                        map,
-                        int32(block * CHANNELS),
-                        head,
-                        place,
-                        here,
-                    )
+                    at = target + uint32(block * rows * LINE) + uint32(row * LINE)
+                    bring_box(at, map, int32(block * CHANNELS), head, place, here)
         elif thread == 0:
             for block in range(blocks):
                 bring_box(target + uint32(block * rows * LINE), map, int32(block * CHANNELS), head, first, here)

@@ -38,10 +38,9 @@ from .tile import KEYS, sums_row, tile_operations
 
 ROWS = 16
 _WARPS = THREADS // 32
-_STAGES = (
-    3  # tiles of keys and values in shared memory, two of them under way while one is used; two blocks a multiprocessor
-)
-_DEEP, _SHALLOW = 5, 2  # for one block a multiprocessor; for GPUs with little shared memory
+# Tiles of keys and values in shared memory, of which one is used while the others are under way: for two blocks a multiprocessor,
+# for one, and for GPUs with little shared memory.
+_STAGES, _DEEP, _SHALLOW = 3, 5, 2
 
 
 @cache
@@ -52,6 +51,12 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, stages: int):
     fetch = make_fetch(head_dim, KEYS, paged=True)
     fetch_queries, write_16_bytes = make_group_fetch(head_dim, ROWS), make_write(head_dim)
     pieces = head_dim // 8
+    join_warps, write_row = make_join_of_warps(_WARPS), make_write_row(dtype)
+    row_bytes, sum_bytes = 2 * head_dim + 16, sums_row(head_dim)
+    q_room, kv_room = ROWS * row_bytes, KEYS * row_bytes
+    stage = 2 * kv_room
+    wait_for_tile = copies_wait_but[stages - 2]
+    sums, score_count = head_dim // 2, KEYS // _WARPS // 2
 
     @cuda.jit(device=True, inline="always")
     def write(
@@ -61,13 +66,6 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, stages: int):
         for piece in range(thread, int32((stop - first) * pieces), THREADS):
             write_16_bytes(k_base, v_base, kv_token, new_keys, keys_token, new_values, values_token,
                            first, int32(piece), pages, shift)  # fmt: skip
-
-    join_warps, write_row = make_join_of_warps(_WARPS), make_write_row(dtype)
-    row_bytes, sum_bytes = 2 * head_dim + 16, sums_row(head_dim)
-    q_room, kv_room = ROWS * row_bytes, KEYS * row_bytes
-    stage = 2 * kv_room
-    wait_for_tile = copies_wait_but[stages - 2]
-    sums, score_count = head_dim // 2, KEYS // _WARPS // 2
 
     def decode(
         q,

@@ -47,7 +47,7 @@ from .ptx_hopper import (
 from .rooms import arrive_at, barrier_of, room_of, wait_for
 from .tile import tile_operations
 from .warpgroup import groups_of, keys_of, rows_of, warpgroup_operations
-from .works import BEGIN, END, HEAD, K_FIRST, KEYS, LOWS, NOTES, OWN, Q_FIRST, QUERIES, WHOLE, make_note, size_of
+from .works import BEGIN, END, HEAD, K_COUNT, K_FIRST, LOWS, NOTES, OWN, Q_COUNT, Q_FIRST, WHOLE, make_note, size_of
 
 GROUP = 128  # threads of a warpgroup
 HEAD_DIMS = (64, 128, 256)
@@ -155,9 +155,8 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
         q_room_at = (shared_address(room) + uint32(1023)) & uint32(0xFFFFFC00)  # swizzled rows repeat every 1024 bytes
         k_room_at, v_room_at = q_room_at + uint32(k_room), q_room_at + uint32(v_room)
         role = uniform(thread >> 7)
-        count_of_tiles = int32(
-            0
-        )  # of keys, in all works so far: they tell which of two rooms is next, and barriers' phases
+        # Tiles of keys in all works so far: their number is the next tile's turn.
+        count_of_tiles = int32(0)
         this_work = int32(0)
 
         if role == 0:
@@ -183,7 +182,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                 head = notes[note + HEAD]
                 if head < 0:
                     break
-                k_first, k_count = notes[note + K_FIRST], notes[note + KEYS]
+                k_first, k_count = notes[note + K_FIRST], notes[note + K_COUNT]
                 begin, end = notes[note + BEGIN], notes[note + END]
                 kv_head = divide(head, group)
                 k_base, v_base = k + uint64(kv_head) * k_head, v + uint64(kv_head) * v_head
@@ -247,7 +246,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                 head = notes[note + HEAD]
                 if head < 0:
                     break
-                q_first, count = notes[note + Q_FIRST], notes[note + QUERIES]
+                q_first, count = notes[note + Q_FIRST], notes[note + Q_COUNT]
                 begin, end = notes[note + BEGIN], notes[note + END]
                 own = int32(note + OWN + 2 * (role - 1))  # this warpgroup sees these tiles, perhaps none
                 own_begin, own_end = notes[own], notes[own + 1]
@@ -258,20 +257,9 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                 if begin < end:
                     barrier_wait(queries_here, uint32(count_of_queries & 1))
                     count_of_queries = int32(count_of_queries + 1)
-                    first = int32(
-                        count_of_tiles - begin
-                    )  # a tile's turn, counted through all works, is this and its number
+                    first = int32(count_of_tiles - begin)  # and a tile's number make its turn
                     for number in range(begin, own_begin):
-                        pass_by(
-                            int32(first + number),
-                            keys_here,
-                            keys_read,
-                            values_here,
-                            values_read,
-                            turn_of,
-                            turn_of_next,
-                            lane,
-                        )
+                        pass_by(int32(first + number), keys_here, keys_read, values_here, values_read, turn_of, turn_of_next, lane)  # fmt: skip
                     if own_begin < own_end:
                         turn = int32(first + own_begin)
                         wait_for(keys_here, turn)
@@ -314,16 +302,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                         wait_values(o, p)
                         arrive_at(values_read, turn, lane)
                     for number in range(own_end, end):
-                        pass_by(
-                            int32(first + number),
-                            keys_here,
-                            keys_read,
-                            values_here,
-                            values_read,
-                            turn_of,
-                            turn_of_next,
-                            lane,
-                        )
+                        pass_by(int32(first + number), keys_here, keys_read, values_here, values_read, turn_of, turn_of_next, lane)  # fmt: skip
                     count_of_tiles = int32(count_of_tiles + end - begin)
                 target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2)
                 store(o, total, target, out_token, row, count, lane)
@@ -349,10 +328,9 @@ def pass_by(turn, keys_here, keys_read, values_here, values_read, turn_of, turn_
 
 @dataclass(frozen=True)
 class Lasting(tensor_core.Compiled):
-    """A kernel whose blocks outlive a tile, one a multiprocessor."""
+    """A kernel whose blocks outlive a tile, one a multiprocessor; `keys` of a tile."""
 
     keys: int
-    """A tile."""
 
     def launch(
         self, qkv: Sequence[torch.Tensor], tiles: torch.Tensor, page_size: int | None, arguments: Sequence[float]

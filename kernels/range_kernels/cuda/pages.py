@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from . import attention as plain
+from .device import multiprocessors
 from .paths import choose, prefill
 
 ITEM = 12  # numbers of a decode item, the last three unused
@@ -79,7 +80,9 @@ def plan_device(
     device, group = pages.device, q_heads // pages.kv_heads
     table, device_slots = (torch.from_numpy(each).to(device) for each in (block_table, slots))
     plan = DevicePlan(table, device_slots, cu_queries, lengths, block_table, pages.page_size, pages.kv_heads, group)
-    items, plan.partials = plan_items(cu_queries, lengths, group, pages.kv_heads, _blocks(str(device)))
+    # Two blocks of the decode kernel run on a multiprocessor at once.
+    blocks = 2 * multiprocessors(device.index or 0) if device.type == "cuda" else 1
+    items, plan.partials = plan_items(cu_queries, lengths, group, pages.kv_heads, blocks)
     if len(items):
         plan.items = torch.from_numpy(items).to(device)
         plan.counters = torch.zeros(len(lengths) * pages.kv_heads, dtype=torch.int32, device=device)
@@ -115,12 +118,6 @@ def plan_items(
             items.append((start, stop - start, sequence, *stretch, split, splits, partials, keys, 0, 0, 0))
         partials += splits if splits > 1 else 0
     return np.asarray(items, np.int32), partials
-
-
-@cache
-def _blocks(device: str) -> int:
-    """Blocks of the decode kernel that run at once: two on each multiprocessor."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.startswith("cuda") else 1
 
 
 def launch(q, keys, values, out, low, reach, plan, new, scale, softcap, path=None) -> None:

@@ -59,6 +59,6 @@ def choose(q: torch.Tensor, scale: float, path: str | None = None, most_queries:
         f"path={path!r} does not compute {q.dtype}, head_dim={q.shape[2]}, scale={scale} on "
         f"{torch.cuda.get_device_name(q.device)}: paths are {', '.join(PATHS)}; tensor-core takes float16 and bfloat16, "
         f"head sizes {tensor_core.HEAD_DIMS}, a positive scale, and GPUs from compute capability 8.0 on, for head size 256 with "
-        f"163 KiB of shared memory a block; hopper of those "
+        f"{tensor_core.Shape(64, 1).all_room(256)} bytes of shared memory a block; hopper of those "
         f"the head sizes {hopper.HEAD_DIMS}, on compute capability 9"
     )

@@ -225,19 +225,18 @@ if not SIMULATED:
 
         return function
 
-    def load_fresh_floats(builder, address, count):
-        """2 or 4 numbers that other blocks wrote: past the first-level cache."""
-        registers = ",".join(f"${i}" for i in range(count))
-        text = f"ld.global.cg.v{count}.f32 {{{registers}}}, [${count}];"
-        out = asm(builder, ir.LiteralStructType([F32] * count), [address], text, f"{'=f,' * count}l,~{{memory}}")
-        return [builder.extract_value(out, i) for i in range(count)]
+    def _load(letter, kind):
+        def load(builder, address, count):
+            registers = ",".join(f"${i}" for i in range(count))
+            text = f"ld.{kind}.v{count}.f32 {{{registers}}}, [${count}];"
+            constraints = f"{'=f,' * count}{letter},~{{memory}}"
+            out = asm(builder, ir.LiteralStructType([F32] * count), [address], text, constraints)
+            return [builder.extract_value(out, i) for i in range(count)]
 
-    def load_shared_floats(builder, address, count):
-        """2 or 4 numbers from shared memory."""
-        registers = ",".join(f"${i}" for i in range(count))
-        text = f"ld.shared.v{count}.f32 {{{registers}}}, [${count}];"
-        out = asm(builder, ir.LiteralStructType([F32] * count), [address], text, f"{'=f,' * count}r,~{{memory}}")
-        return [builder.extract_value(out, i) for i in range(count)]
+        return load
+
+    # 2 or 4 numbers that lie end to end; fresh ones, which other blocks wrote, come past the first-level cache.
+    load_fresh_floats, load_shared_floats = _load("l", "global.cg"), _load("r", "shared")
 
     def _store(letter, space, kind):
         def store(builder, address, values):
@@ -252,22 +251,12 @@ if not SIMULATED:
     store_floats, store_words = _store("l", "global", "f"), _store("l", "global", "r")
     store_shared_floats = _store("r", "shared", "f")
 
-    # What this thread and, before a barrier, its block have written is there for whoever sees the sum.
-    add_at = _function(
-        types.int32,
-        (types.uint64, types.int32),
-        "atom.acq_rel.gpu.global.add.s32 $0, [$1], $2;",
-        "=r,l,r,~{memory}",
-        True,
-    )
-    # Whatever it counts; orders nothing.
-    take_number = _function(
-        types.int32,
-        (types.uint64, types.int32),
-        "atom.relaxed.gpu.global.add.s32 $0, [$1], $2;",
-        "=r,l,r,~{memory}",
-        True,
-    )
+    def _counter(order):
+        text = f"atom.{order}.gpu.global.add.s32 $0, [$1], $2;"
+        return _function(types.int32, (types.uint64, types.int32), text, "=r,l,r,~{memory}", True)
+
+    # What this thread and, before a barrier, its block have written is there for whoever sees the sum; the second orders nothing.
+    add_at, take_number = _counter("acq_rel"), _counter("relaxed")
     store_int = _statement("st.global.s32 [$0], $1;", types.uint64, types.int32)
 
     @intrinsic

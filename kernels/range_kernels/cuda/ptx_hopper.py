@@ -28,7 +28,7 @@ barrier_wait = _statement(
     types.uint32,
     types.uint32,
 )
-# What this thread knows to be written (cp.async included) becomes visible to wgmma, which reads by another path.
+# What this thread knows to be written (cp.async included) becomes visible to wgmma and TMA, which go another way.
 fence_for_wgmma = _statement("fence.proxy.async.shared::cta;")
 
 set_map_address = _statement(

@@ -16,17 +16,17 @@ def room_of(turn):
 @cuda.jit(device=True, inline="always")
 def barrier_of(barriers, turn):
     """Address of a room's barrier; `barriers` is that of the first."""
-    return barriers + uint32(8) * uint32(turn & 1)
+    return barriers + uint32(8) * room_of(turn)
 
 
 @cuda.jit(device=True, inline="always")
 def wait_for(barriers, turn):
     """Until all have arrived at a turn; it may be the last whose barrier is complete or the one after, no earlier one."""
-    barrier_wait(barriers + uint32(8) * uint32(turn & 1), uint32((turn >> 1) & 1))
+    barrier_wait(barrier_of(barriers, turn), uint32((turn >> 1) & 1))
 
 
 @cuda.jit(device=True, inline="always")
 def arrive_at(barriers, turn, lane):
     """A warp arrives at a turn."""
     if lane == 0:
-        barrier_arrive(barriers + uint32(8) * uint32(turn & 1))
+        barrier_arrive(barrier_of(barriers, turn))

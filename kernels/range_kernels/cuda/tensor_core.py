@@ -50,10 +50,9 @@ class Shape:
         """Bytes of dynamic shared memory."""
         return (self.rows + 2 * self.stages * KEYS) * (2 * head_dim + 16)
 
-    @property
-    def bounds(self) -> int:
-        """Bytes of shared memory beside that."""
-        return 8 * self.rows + 16
+    def all_room(self, head_dim: int) -> int:
+        """That, and the bounds of the queries."""
+        return self.room(head_dim) + 8 * self.rows + 16
 
 
 @cache
@@ -224,7 +223,7 @@ def source(head_dim: int, shape: Shape, dtype: str, softcap: bool, paged: bool) 
 def choose_shape(head_dim: int, room: int) -> Shape | None:
     """The largest blocks whose shared memory is at most `room` bytes; None where nothing fits."""
     wanted = (Shape(128, 2), Shape(64, 2)) if head_dim <= 128 else (Shape(64, 2), Shape(64, 1))
-    return next((shape for shape in wanted if shape.room(head_dim) + shape.bounds <= room), None)
+    return next((shape for shape in wanted if shape.all_room(head_dim) <= room), None)
 
 
 def signature() -> Any:

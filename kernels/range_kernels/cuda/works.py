@@ -17,7 +17,7 @@ from .ptx import divide, load_int
 from .ptx_hopper import barrier_arrive, barrier_wait, meet
 
 NOTES = 4  # a power of two
-HEAD, Q_FIRST, QUERIES, K_FIRST, KEYS = range(5)  # the head is -1 where there is no work left
+HEAD, Q_FIRST, Q_COUNT, K_FIRST, K_COUNT = range(5)  # the head is -1 where there is no work left
 BEGIN, END = 5, 6  # tiles of keys that some query sees: from the first up to the second
 OWN = 8  # the same of each warpgroup's 64 queries, begin and end in turns
 _BOUNDS = 14  # smallest low and largest reach of a warpgroup's queries, in turns
@@ -49,9 +49,8 @@ def make_note(rows: int, tile: int, threads: int, barrier: int) -> Any:
         else:
             row_of_heads = divide(work, heads)
             last_tile = divide(int32(works - 1), heads)
-            entry = tiles + uint64(16) * uint64(
-                int32(last_tile - row_of_heads)
-            )  # late queries see most keys: they come first
+            # Late queries see most keys: they come first.
+            entry = tiles + uint64(16) * uint64(int32(last_tile - row_of_heads))
             q_first, count = load_int(entry), load_int(entry + uint64(4))
             k_first, k_count = load_int(entry + uint64(8)), load_int(entry + uint64(12))
             if thread < 2 * groups:
@@ -64,10 +63,8 @@ def make_note(rows: int, tile: int, threads: int, barrier: int) -> Any:
                     whole_from, whole_to = int32(-1), int32(nowhere)
                     if row < count:
                         place = uint64(4) * uint64(int32(q_first + row))
-                        first, last = (
-                            max(load_int(low + place), int32(0)),
-                            min(load_int(reach + place), int32(k_count - 1)),
-                        )
+                        first = max(load_int(low + place), int32(0))
+                        last = min(load_int(reach + place), int32(k_count - 1))
                         whole_from, whole_to = first, last
                         if first <= last:
                             cuda.atomic.min(notes, base + _BOUNDS + 2 * (row >> 6), first)
@@ -84,9 +81,9 @@ def make_note(rows: int, tile: int, threads: int, barrier: int) -> Any:
             if thread == 0:
                 notes[base + HEAD] = int32(work - row_of_heads * heads)
                 notes[base + Q_FIRST] = q_first
-                notes[base + QUERIES] = count
+                notes[base + Q_COUNT] = count
                 notes[base + K_FIRST] = k_first
-                notes[base + KEYS] = k_count
+                notes[base + K_COUNT] = k_count
                 least, most = int32(nowhere), int32(-1)
                 for group in range(groups):
                     least = int32(min(least, notes[base + _BOUNDS + 2 * group]))
