@@ -19,8 +19,8 @@ from range_kernels import attention
 from range_kernels.cuda import hopper
 from range_kernels.pages import PAGE_SIZES
 
+from .gpu_calls import dense, random_call
 from .paging import last_keys, put_in_pages, run_paged
-from .test_gpu import dense, random_call
 
 HEAD_DIMS = (64, 80, 96, 128, 256, 8, 72, 192)
 

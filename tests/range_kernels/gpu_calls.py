@@ -1,0 +1,69 @@
+"""Random attention calls on a GPU, and the same with a dense mask and plain torch operations: what GPU tests and the fuzz share."""
+
+from itertools import accumulate, pairwise
+
+import numpy as np
+import pytest
+import torch
+from range_kernels import visible_keys
+from range_kernels.cuda import hopper
+
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+PATHS = ["tensor-core", "hopper"]
+
+
+def random_call(generator, head_dim, dtype, decoding=False):
+    """Packed sequences of random lengths, some chunked, with spans and windows; q, k, v and bounds on the GPU.
+
+    `decoding`: most sequences have a few queries at the end of many keys.
+    """
+    kv_heads = int(generator.integers(1, 4))
+    heads = kv_heads * int(generator.integers(1, 4))
+    queries, keys, lows, reaches = [], [], [], []
+    for _ in range(int(generator.integers(1, 4))):
+        length = int(generator.choice([1, 17, 63, 64, 65, 127, 128, 129, 200, 257, 400]))
+        first = int(generator.integers(0, length)) if generator.random() < 0.3 else 0
+        if decoding and generator.random() < 0.8:
+            length = int(generator.choice([1, 2, 63, 64, 65, 300, 1000, 4097, 9000]))
+            first = max(length - int(generator.integers(1, 4)), 0)
+        edges = sorted({int(edge) for edge in generator.integers(0, length + 1, 6)})
+        spans = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=False) if not a < first < b]
+        window = int(generator.integers(1, 100)) if generator.random() < 0.3 else None
+        rule = str(generator.choice(["inside", "union"]))
+        low, reach = visible_keys(length, spans, first=first, window=window, window_rule=rule)
+        queries.append(length - first)
+        keys.append(length)
+        lows.append(low)
+        reaches.append(reach)
+    total_q, total_k = sum(queries), sum(keys)
+    make = torch.Generator("cuda").manual_seed(int(generator.integers(2**31)))
+    q, k, v = (
+        torch.randn(total, count, head_dim, generator=make, device="cuda").to(dtype)
+        for total, count in ((total_q, heads), (total_k, kv_heads), (total_k, kv_heads))
+    )
+    bounds = [torch.from_numpy(np.concatenate(each)).cuda() for each in (lows, reaches)]
+    return q, k, v, [0, *accumulate(queries)], [0, *accumulate(keys)], *bounds
+
+
+def dense(q, k, v, cu_q, cu_k, low, reach, softcap, dtype):
+    """Attention with a dense mask and plain torch operations in `dtype`, one sequence after the other."""
+    outs = []
+    for (a, b), (c, d) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
+        group = q.shape[1] // k.shape[1]
+        x, y, z = (t.to(dtype).transpose(0, 1) for t in (q[a:b], k[c:d], v[c:d]))
+        y, z = (t.repeat_interleave(group, dim=0) for t in (y, z))
+        place = torch.arange(d - c, device="cuda")
+        seen = (place >= low[a:b, None]) & (place <= reach[a:b, None])
+        if softcap:
+            scores = torch.tanh(x @ y.transpose(1, 2) * q.shape[2] ** -0.5 / softcap) * softcap
+            weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
+            outs.append((weights @ z).transpose(0, 1))
+        else:
+            outs.append(torch.nn.functional.scaled_dot_product_attention(x, y, z, attn_mask=seen).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def runs(path, head_dim):
+    """Skip where this GPU has no such path, or it has no such head size."""
+    if path == "hopper" and (torch.cuda.get_device_capability()[0] != 9 or head_dim not in hopper.HEAD_DIMS):
+        pytest.skip("no hopper path here")

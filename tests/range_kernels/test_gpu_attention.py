@@ -1,0 +1,136 @@
+"""Packed attention by every CUDA path, on a GPU: `make test-gpu`."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from range_kernels import attention
+from range_kernels.cuda import tensor_core
+
+from .cases import DTYPES, assert_close, make_case
+from .gpu_calls import NEEDS_GPU, PATHS, dense, random_call, runs
+from .test_attention import cases
+
+pytestmark = NEEDS_GPU
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_attention_matches_the_oracle(case):
+    there = case.to("cuda")
+    out = attention(*there.args, low=there.low, reach=there.reach, softcap=case.softcap)
+    assert out.is_cuda
+    assert_close(out, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [1, 63, 65, 127, 128, 129, 1000])
+def test_attention_at_odd_sizes(keys, dtype):
+    for queries in {1, min(keys, 64), keys}:
+        case = make_case(keys, [(queries, keys)], head_dim=256 if keys == 129 else 64, dtype=dtype)
+        assert_close(attention(*case.to("cuda").args), case)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_tensor_cores_err_at_most_twice_as_much_as_torch(head_dim, dtype, softcap, path):
+    """Error against float64, beside that of torch's attention in the same dtype; outputs are poisoned before."""
+    runs(path, head_dim)
+    generator = np.random.default_rng(head_dim + int(softcap))
+    for _ in range(25):
+        case = random_call(generator, head_dim, dtype)
+        low, reach = case[5:]
+        truth = dense(*case, softcap, torch.float64)
+        torch.empty_like(case[0]).fill_(torch.nan)  # freed at once: the output is likely to lie here
+        out = attention(*case[:5], low=low, reach=reach, softcap=softcap, path=path)
+        theirs = dense(*case, softcap, dtype)
+        mine = (out.double() - truth).norm()
+        assert mine <= 2 * (theirs.double() - truth).norm() + 1e-12, (
+            f"{mine} against {(theirs.double() - truth).norm()}"
+        )
+        assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_tensor_cores_take_views_and_queries_that_see_nothing(path):
+    runs(path, 64)
+    make = torch.Generator("cuda").manual_seed(0)
+    packed = torch.randn(300, 12, 64, generator=make, device="cuda").bfloat16()
+    q, k, v = packed[:, :8], packed[:, 8:10], packed[:, 10:]
+    low = torch.zeros(300, dtype=torch.int32, device="cuda")
+    reach = torch.arange(300, dtype=torch.int32, device="cuda")
+    reach[[0, 70, 299]] = -1
+    out = attention(q, k, v, [0, 300], [0, 300], low=low, reach=reach, path=path)
+    plain = attention(q, k, v, [0, 300], [0, 300], low=low, reach=reach, path="plain")
+    assert (out[[0, 70, 299]] == 0).all()
+    # Weights are rounded to bfloat16 (2 ** -9) before they meet the values, outputs after.
+    assert (out.float() - plain.float()).norm() <= 2**-7 * plain.float().norm()
+
+
+@pytest.mark.parametrize("path", [*PATHS, "plain"])
+def test_nan_is_not_hidden(path):
+    runs(path, 64)
+    q, k, v = (torch.randn(300, heads, 64, device="cuda").bfloat16() for heads in (8, 2, 2))
+    q[77] = torch.nan
+    out = attention(q, k, v, [0, 300], [0, 300], path=path)
+    assert out[77].isnan().all()
+    assert not out[torch.arange(300) != 77].isnan().any()
+
+
+def test_a_gpu_without_room_for_a_head_size_takes_the_plain_kernel(monkeypatch):
+    monkeypatch.setattr(tensor_core, "block_room", lambda device: 99 << 10)
+    q = torch.randn(3, 1, 256, device="cuda").half()
+    with pytest.raises(ValueError, match="101904 bytes of shared memory"):
+        attention(q, q, q, [0, 3], [0, 3], path="tensor-core")
+    assert torch.equal(attention(q, q, q, [0, 3], [0, 3]), attention(q, q, q, [0, 3], [0, 3], path="plain"))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_tensors_may_lie_in_any_way(path):
+    """Heads first, heads that share memory, one token or head with an odd stride, a beginning between 16-byte pieces."""
+    runs(path, 64)
+    flat = torch.randn(400 * 8 * 64 + 1, device="cuda").half()
+    ways = {
+        "heads first": flat[:-1].view(8, 400, 64).transpose(0, 1),
+        "shared heads": flat[: 400 * 64].view(400, 1, 64).expand(-1, 8, -1),
+        "one head": flat[: 400 * 64].as_strided((400, 1, 64), (64, 7, 1)),
+        "one token": flat.as_strided((1, 8, 64), (515, 64, 1)),
+        "odd beginning": flat[1:].view(400, 8, 64),
+    }
+    for name, x in ways.items():
+        cu = [0, len(x)]
+        out = attention(x, x, x, cu, cu, path=path)
+        plain = x.clone(memory_format=torch.contiguous_format)
+        assert torch.equal(out, attention(plain, plain, plain, cu, cu, path=path)), name
+
+
+def test_a_path_that_cannot_is_refused_by_name():
+    case = make_case(0, [(3, 3)], head_dim=72, dtype=torch.float32).to("cuda")
+    with pytest.raises(ValueError, match=r"path='tensor-core' does not compute torch.float32, head_dim=72"):
+        attention(*case.args, path="tensor-core")
+    with pytest.raises(ValueError, match="path='fast' does not compute"):
+        attention(*case.args, path="fast")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_another_sequences_nan_stays_there(head_dim, path):
+    """Tiles reach past the end of a sequence, where the next one's keys lie."""
+    runs(path, head_dim)
+    lengths = [0, 70, 200, 450]
+    q, k, v = (torch.randn(450, 2, head_dim, device="cuda").half() for _ in range(3))
+    clean = attention(q, k, v, lengths, lengths, path=path)
+    for x in (q, k, v):
+        x[70:200] = torch.nan
+    spoilt = attention(q, k, v, lengths, lengths, path=path)
+    assert torch.equal(spoilt[:70], clean[:70])
+    assert torch.equal(spoilt[200:], clean[200:])
+    assert spoilt[70:200].isnan().all()
+
+
+def test_a_head_too_large_is_refused():
+    case = make_case(0, [(3, 3)], head_dim=320).to("cuda")
+    with pytest.raises(ValueError, match="head_dim=320"):
+        attention(*case.args)

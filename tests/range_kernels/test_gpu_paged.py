@@ -1,0 +1,119 @@
+"""Paged attention on a GPU, prefills and decode steps: `make test-gpu`."""
+
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+from range_kernels import attention
+from range_kernels.cuda import decode, tensor_core
+from range_kernels.pages import PAGE_SIZES
+
+from .cases import DTYPES
+from .gpu_calls import NEEDS_GPU, PATHS, dense, random_call, runs
+from .paging import last_keys, put_in_pages, run_paged
+
+pytestmark = NEEDS_GPU
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_paged_attention_errs_at_most_twice_as_much_as_torch(head_dim, dtype, softcap, path):
+    """Decode steps, chunks and whole prompts in one batch, over pages in any order whose free places hold NaN."""
+    runs(path, head_dim)
+    generator = np.random.default_rng(head_dim + int(softcap))
+    for _ in range(25):
+        case = random_call(generator, head_dim, dtype, decoding=True)
+        q, k, v, cu_q, cu_k, low, reach = case
+        truth = dense(*case, softcap, torch.float64)
+        pages, table = put_in_pages(generator, k, v, cu_k, int(generator.choice(PAGE_SIZES)))
+        torch.empty_like(q).fill_(torch.nan)
+        out = run_paged(pages, table, q, cu_q, cu_k, low, reach, softcap=softcap, path=path)
+        theirs = dense(*case, softcap, dtype)
+        mine = (out.double() - truth).norm()
+        assert mine <= 2 * (theirs.double() - truth).norm() + 1e-12
+        assert torch.isfinite(out).all()
+        again = run_paged(pages, table, q, cu_q, cu_k, low, reach, softcap=softcap, path=path)
+        assert torch.equal(out, again)  # splits are joined in one order, and counters are back at zero
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_new_keys_are_written_before_they_are_read(queries, page_size):
+    """By the decode kernel itself (1 and 3 queries of a group of 4), or before a prefill."""
+    generator = np.random.default_rng(page_size + queries)
+    lengths = np.array([queries, 130, 700, 770, 5000])  # of 770, three new keys lie on both sides of an item's border
+    cu_k = np.concatenate([[0], np.cumsum(lengths)])
+    cu_q = np.arange(len(lengths) + 1) * queries
+    k, v = (torch.randn(int(cu_k[-1]), 2, 64, device="cuda").bfloat16() for _ in range(2))
+    packed = torch.randn(int(cu_q[-1]), 12, 64, device="cuda").bfloat16()
+    q = packed[:, :8]
+    last = last_keys(cu_q, cu_k)
+    low = torch.zeros(len(q), dtype=torch.int32, device="cuda")
+    reach = torch.from_numpy((last - np.repeat(cu_k[:-1], queries)).astype(np.int32)).cuda()
+    reach[2 * queries : 3 * queries] = -1  # a sequence that sees nothing has keys to write, too
+    pages, table = put_in_pages(generator, k, v, cu_k, page_size)
+    new = packed[:, 8:10], packed[:, 10:]
+    out = run_paged(pages, table, q, cu_q, cu_k, low, reach, new=new)
+    k[last], v[last] = new
+    wanted, wanted_table = put_in_pages(np.random.default_rng(page_size + queries), k, v, cu_k, page_size)
+    assert np.array_equal(table, wanted_table)
+    for mine, theirs in ((pages.keys, wanted.keys), (pages.values, wanted.values)):
+        assert torch.equal(mine.view(torch.int16), theirs.view(torch.int16))
+    assert torch.equal(out, run_paged(wanted, table, q, cu_q, cu_k, low, reach))
+    assert not out[2 * queries : 3 * queries].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_paged_attention_by_the_plain_kernel(dtype):
+    generator = np.random.default_rng(5)
+    for _ in range(10):
+        case = random_call(generator, 72, dtype, decoding=True)
+        q, k, v, cu_q, cu_k, low, reach = case
+        pages, table = put_in_pages(generator, k, v, cu_k, 16)
+        out = run_paged(pages, table, q, cu_q, cu_k, low, reach, path="plain")
+        assert torch.equal(out, attention(q, k, v, cu_q, cu_k, low=low, reach=reach, path="plain"))
+
+
+def test_decode_does_not_hide_nan():
+    """In a sequence of one item, and in one that is split: a query, and a key in one of the parts."""
+    lengths = [40, 5000, 5000]
+    cu_k = [0, *accumulate(lengths)]
+    q, k, v = (
+        torch.randn(rows, heads, 128, device="cuda").half() for rows, heads in ((3, 8), (cu_k[-1], 2), (cu_k[-1], 2))
+    )
+    low = torch.zeros(3, dtype=torch.int32, device="cuda")
+    reach = torch.tensor([length - 1 for length in lengths], dtype=torch.int32, device="cuda")
+    for poison, spoilt in ((q[0], 0), (q[1], 1), (k[40 + 4000, 1], 1), (v[40 + 4000, 1], 1)):
+        before = poison.clone()
+        poison[:] = torch.nan
+        pages, table = put_in_pages(np.random.default_rng(0), k, v, cu_k, 64)
+        out = run_paged(pages, table, q, [0, 1, 2, 3], cu_k, low, reach)
+        poison[:] = before
+        assert out[spoilt, 4:].isnan().all()  # heads of the second KV head
+        assert out[[row for row in range(3) if row != spoilt]].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "room", "shape", "stages"),
+    [(96, 99 << 10, (128, 2), 3), (128, 99 << 10, (64, 2), 2), (256, 163 << 10, (64, 1), 2)],
+)
+def test_gpus_with_less_shared_memory(head_dim, room, shape, stages, monkeypatch):
+    """The shapes that a GeForce and an A100 take, on this GPU."""
+    for module in (tensor_core, decode):
+        monkeypatch.setattr(module, "block_room", lambda device: room)
+    assert tensor_core.choose_shape(head_dim, room) == tensor_core.Shape(*shape)
+    assert decode.choose_stages(head_dim, 1, 132, room) == stages
+    generator = np.random.default_rng(head_dim)
+    for decoding in (False, True) * 4:
+        case = random_call(generator, head_dim, torch.bfloat16, decoding)
+        q, k, v, cu_q, cu_k, low, reach = case
+        truth, theirs = dense(*case, 0.0, torch.float64), dense(*case, 0.0, torch.bfloat16)
+        pages, table = put_in_pages(generator, k, v, cu_k, 32)
+        for out in (
+            attention(*case[:5], low=low, reach=reach, path="tensor-core"),
+            run_paged(pages, table, q, cu_q, cu_k, low, reach, path="tensor-core"),
+        ):
+            assert (out.double() - truth).norm() <= 2 * (theirs.double() - truth).norm() + 1e-12
