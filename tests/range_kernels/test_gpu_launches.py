@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from range_kernels import PagedPlan, SplicePlan, attention, paged_attention, splice, visible_keys
 from range_kernels.cuda import splice as wide
-from range_kernels.cuda import tensor_core
+from range_kernels.cuda import tiles
 from range_kernels.cuda.kernel import Kernel
 
 from .cases import make_case
@@ -47,7 +47,7 @@ def test_calls_are_captured_in_a_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         state, seen, read = all_three()
-    tensor_core._device_tiles.cache_clear()  # as many other shapes would; what the graph reads must stay
+    tiles._planned.cache_clear()  # as many other shapes would; what the graph reads must stay
     spoilt = [torch.full((64,), -1, dtype=torch.int32, device="cuda") for _ in range(20)]  # would take its place
     for seed in range(3):
         torch.manual_seed(seed)

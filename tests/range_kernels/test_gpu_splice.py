@@ -16,7 +16,7 @@ pytestmark = NEEDS_GPU
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_splice_casts_and_scales_as_torch_does(dtype, scale):
     """Items of every dtype in one launch, wide and in words."""
-    for hidden in (64, 576, 70):
+    for hidden in (64, 576, 70, 5128):
         table = (torch.randn(50, hidden, device="cuda") * 100).to(dtype)
         ids = torch.randint(50, (40,), device="cuda")
         ranges = [(0, 7), (7, 8), (10, 20), (25, 40)]
@@ -71,7 +71,7 @@ def test_splice_reads_items_where_they_lie():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("hidden", [1, 3, 64, 576, 4096])
+@pytest.mark.parametrize("hidden", [1, 3, 64, 576, 4096, 10240, 12296])
 def test_splice_matches_the_oracle(dtype, hidden):
     table = torch.randn(50, hidden).to(dtype)
     ids = torch.randint(50, (300,))

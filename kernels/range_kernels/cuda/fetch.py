@@ -128,7 +128,7 @@ def make_write(head_dim: int) -> Any:
         into = builder.add(builder.mul(builder.zext(place, I64), stride), chunk)
         for target, source, step in ((keys, new, new_stride), (values, new_values, new_values_stride)):
             at = builder.add(source, builder.add(builder.mul(builder.zext(row, I64), step), chunk))
-            ptx.move_16_bytes(builder, builder.add(target, into), at)
+            ptx.move(builder, builder.add(target, into), at, ir.Constant(I64, 0))
 
     @intrinsic
     def write(

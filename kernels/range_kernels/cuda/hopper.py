@@ -306,6 +306,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                     count_of_tiles = int32(count_of_tiles + end - begin)
                 target = out + uint64(q_first) * out_token + uint64(head * head_dim * 2)
                 store(o, total, target, out_token, row, count, lane)
+                cuda.syncwarp()  # all lanes have read the note
                 if lane == 0:
                     barrier_arrive(notes_read + uint32(8 * slot))
                 this_work = int32(this_work + 1)
@@ -319,10 +320,12 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
 def pass_by(turn, keys_here, keys_read, values_here, values_read, turn_of, turn_of_next, lane):
     """A warpgroup whose rows see nothing of a tile lets it pass: others count on its arrivals."""
     wait_for(keys_here, turn)
+    cuda.syncwarp()  # a lane that still asks for this turn would not hear of it after the next
     arrive_at(keys_read, turn, lane)
     meet(turn_of, 2 * GROUP)
     signal(turn_of_next, 2 * GROUP)
     wait_for(values_here, turn)
+    cuda.syncwarp()
     arrive_at(values_read, turn, lane)
 
 

@@ -15,7 +15,7 @@ from numba.cuda.extending import intrinsic
 
 from . import ptx
 from .ptx import F32, I32, types
-from .tile import load, save, statement
+from .tile import load, save, share_of, statement
 
 PARTS = 16  # at once: all their loads are under way together
 
@@ -117,10 +117,7 @@ def make_write_row(dtype: str) -> Any:
     @intrinsic
     def write_row(typing_context, four, running, place):
         def emit(builder: Any, four: Any, running: Any, place: Any) -> None:
-            zero, one = ir.Constant(F32, 0.0), ir.Constant(F32, 1.0)
-            total = load(builder, running, 2)[1]
-            empty = builder.fcmp_ordered("==", total, zero)
-            share = ptx.reciprocal(builder, builder.select(empty, one, total))
+            share = share_of(builder, load(builder, running, 2)[1])
             values = [builder.fmul(value, share) for value in load(builder, four, 4)]
             words = [ptx.pack(builder, dtype, *values[at : at + 2]) for at in (0, 2)]
             ptx.store_words(builder, place, words)

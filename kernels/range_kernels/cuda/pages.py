@@ -12,6 +12,7 @@ import torch
 from . import attention as plain
 from .device import multiprocessors
 from .paths import choose, prefill
+from .tiles import cut
 
 ITEM = 12  # numbers of a decode item, the last three unused
 _MOST_SPLITS = 256  # of a sequence: one block joins them, sixteen at a time
@@ -28,7 +29,7 @@ class DevicePlan:
         items: int32 `[n, 12]`: first query, queries, sequence, first key, end of keys, number of the split, splits of the sequence,
             number of its first partial, keys of the sequence; of sequences whose queries times group fit one tile of 16 rows.
         partials: how many partial results there are; counters: int32 zeros `[sequences * kv_heads]`, and zeros again afterwards.
-        tiles: see `tensor_core.plan_tiles`; of the other sequences, whose third number is the sequence.
+        tiles: see `tiles.plan_tiles`; of the other sequences, whose third number is the sequence.
     """
 
     table: torch.Tensor
@@ -48,10 +49,10 @@ class DevicePlan:
         """Tiles of `rows` queries, or None where every sequence is short."""
         if rows not in self._tiles:
             tiles = [
-                (start, min(rows, stop - start), sequence, keys)
+                (start, count, sequence, keys)
                 for sequence, (begin, stop, keys) in enumerate(self._spans())
                 if (stop - begin) * self.group > 16
-                for start in range(begin, stop, rows)
+                for start, count in cut(begin, stop, rows)
             ]
             plan = np.asarray(tiles, np.int32).reshape(-1, 4)
             self._tiles[rows] = torch.from_numpy(plan).to(self.table.device) if tiles else None

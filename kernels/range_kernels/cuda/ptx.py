@@ -26,7 +26,7 @@ if SIMULATED:
         """Addresses mean nothing in the simulator, which takes the paths without them."""
         raise NotImplementedError
 
-    fill_16_bytes = copy_4_times_16_bytes = load_long = copy_16_bytes
+    fill_16_bytes = copy_2_times_16_bytes = load_int = load_long = copy_16_bytes
     convert_16_bytes: Any = {}
     types: Any = None
 
@@ -162,8 +162,8 @@ if not SIMULATED:
 
         return types.uint32(array), codegen
 
-    def _copies(pieces):
-        """An intrinsic that copies `pieces` times 16 bytes, `step` bytes apart: all loads are under way before the first store."""
+    def move(builder, target, source, step, pieces=1):
+        """`pieces` times 16 bytes, `step` bytes apart, from one place to another: all loads are under way before the first store."""
         loads, stores, names = [], [], []
         for piece in range(pieces):
             regs = ", ".join(f"{letter}{piece}" for letter in "abcd")
@@ -177,23 +177,22 @@ if not SIMULATED:
             + " add.u64 t, t, $2; ".join(stores)
             + " }"
         )
+        asm(builder, VOID, [target, source, step], text, "l,l,l,~{memory}")
 
+    def _copies(pieces):
         @intrinsic
         def copies(typing_context, target, source, step):
+            """`move` for kernels."""
+
             def codegen(context, builder, signature, args):
-                asm(builder, VOID, args, text, "l,l,l,~{memory}")
+                move(builder, *args, pieces)
                 return context.get_dummy_value()
 
             return types.void(types.uint64, types.uint64, types.uint64), codegen
 
         return copies
 
-    copy_16_bytes, copy_4_times_16_bytes = _copies(1), _copies(4)
-
-    def move_16_bytes(builder, target, source):
-        """From one place in global memory to another."""
-        text = "{ .reg .b32 a, b, c, d; ld.global.nc.v4.b32 {a, b, c, d}, [$1]; st.global.v4.b32 [$0], {a, b, c, d}; }"
-        asm(builder, VOID, [target, source], text, "l,l,~{memory}")
+    copy_16_bytes, copy_2_times_16_bytes = _copies(1), _copies(2)
 
     def _loads(kind, letter, size):
         @intrinsic

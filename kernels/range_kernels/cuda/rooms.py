@@ -27,6 +27,6 @@ def wait_for(barriers, turn):
 
 @cuda.jit(device=True, inline="always")
 def arrive_at(barriers, turn, lane):
-    """A warp arrives at a turn."""
+    """A warp whose lanes are together arrives at a turn."""
     if lane == 0:
         barrier_arrive(barrier_of(barriers, turn))

@@ -1,4 +1,4 @@
-"""Splice on a GPU: one block a token, whose threads copy rows in pieces of 16 bytes, or in words where they must.
+"""Splice on a GPU: blocks copy a token's row, or a part of it, in pieces of 16 bytes, or in words where they must.
 
 token -> range of the plan that holds it? (search by the warp) -> item row : table row of its id -> copy, or cast and scale
 """
@@ -10,17 +10,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import cuda, int64, uint64
+from numba import cuda, int32, int64, uint32, uint64
 
 from ..splice import Clipped, cast, pack_rows
 from .device import as_array, stream
 from .kernel import Kernel, Source
-from .ptx import SIMULATED, convert_16_bytes, copy_4_times_16_bytes, copy_16_bytes, fill_16_bytes, load_long, types
+from .ptx import (
+    SIMULATED,
+    convert_16_bytes,
+    copy_2_times_16_bytes,
+    copy_16_bytes,
+    fill_16_bytes,
+    load_int,
+    load_long,
+    types,
+)
 
 _THREADS = 128
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _KINDS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # of rows that are cast; 0 is a copy
-_NUMBERS = 5  # of an entry of the plan: start, stop, address, bytes from row to row, kind
+# An entry of the plan; `stride`: bytes from row to row.
+_FIELDS = [("start", "i4"), ("stop", "i4"), ("kind", "i4"), ("address", "i8"), ("stride", "i8")]
+_ENTRY = np.dtype(_FIELDS, align=True)
 
 
 @cuda.jit
@@ -50,64 +61,75 @@ def _copy_rows(input_ids, plan, table, rows, out):
 @cache
 def make_kernel(dtype: str, converts: bool):
     """The kernel for a table of a dtype; `converts`: where items of other dtypes, or a scale on table rows, may come."""
-    entry_bytes, size = 8 * _NUMBERS, 4 if dtype == "float32" else 2
+    entry_bytes, size = uint64(_ENTRY.itemsize), 4 if dtype == "float32" else 2
     from_float32, from_float16 = convert_16_bytes["float32", dtype], convert_16_bytes["float16", dtype]
     from_bfloat16, from_own = convert_16_bytes["bfloat16", dtype], convert_16_bytes[dtype, dtype]
 
-    def copy_wide(input_ids, plan, ranges, table, vocab, row_bytes, out, scale):
-        token, own = int64(cuda.blockIdx.x), int64(cuda.threadIdx.x & 31)
-        row = load_long(input_ids + uint64(8 * token))  # on its way during the search
-        # How many ranges start at or before the token? A warp looks at 32 places at once: two rounds find one of 1,000 ranges.
-        first, last, width = int64(0), ranges, int64(2)
-        while width > 1 and first < last:
-            width = (last - first + 31) >> 5
-            probe = first + (own + 1) * width - 1
-            before = probe < last and load_long(plan + uint64(entry_bytes * probe)) <= token
-            first += cuda.popc(cuda.ballot_sync(0xFFFFFFFF, before)) * width
-            last = min(first + width - 1, last)
-        known, inside, source, kind = 0 <= row < vocab, False, table + uint64(row) * row_bytes, int64(0)
-        if first > 0:
-            entry = plan + uint64(entry_bytes * (first - 1))
-            start, stop = load_long(entry), load_long(entry + uint64(8))
-            address, stride = load_long(entry + uint64(16)), load_long(entry + uint64(24))
-            if token < stop:
-                known, inside, source = True, True, uint64(address) + uint64(token - start) * uint64(stride)
-                kind = load_long(entry + uint64(32))
-        target = out + uint64(token) * row_bytes
-        place, step = uint64(cuda.threadIdx.x * 16), uint64(cuda.blockDim.x * 16)
+    def copy_wide(input_ids, plan, ranges, table, vocab, row_bytes, out, scale, shift):
+        """A block copies one of `1 << shift` parts of a token's row, two pieces a thread."""
+        block, own = int32(cuda.blockIdx.x), int32(cuda.threadIdx.x & 31)
+        token = int32(block >> shift)
+        row = load_long(input_ids + uint64(8) * uint64(token))  # on its way during the search
+        # The last range that starts at or before the token is in [first, last). A warp looks at 32 starts at once.
+        first, last = int32(0), ranges
+        while last - first > 32:
+            width = int32((last - first + 31) >> 5)
+            probe = int32(first + own * width)
+            before = probe < last and load_int(plan + entry_bytes * uint64(probe)) <= token
+            first = int32(first + max(cuda.popc(cuda.ballot_sync(0xFFFFFFFF, before)) - 1, 0) * width)
+            last = min(int32(first + width), last)
+        # Then each lane has one, all of it: what the token needs is asked for with its place, not after.
+        start, stop, address, stride, kind = int32(0), int32(0), uint64(0), uint64(0), int32(0)
+        if first + own < last:
+            entry = plan + entry_bytes * uint64(int32(first + own))
+            start, stop, kind = load_int(entry), load_int(entry + uint64(4)), load_int(entry + uint64(8))
+            address, stride = uint64(load_long(entry + uint64(16))), uint64(load_long(entry + uint64(24)))
+        before = first + own < last and start <= token
+        holder = int32(max(cuda.popc(cuda.ballot_sync(0xFFFFFFFF, before)) - 1, 0))
+        inside = cuda.shfl_sync(0xFFFFFFFF, int32(before and token < stop), holder) != 0
+        source = uint64(cuda.shfl_sync(0xFFFFFFFF, int64(address + uint64(int32(token - start)) * stride), holder))
+        kind = cuda.shfl_sync(0xFFFFFFFF, kind, holder)
+        known = inside or 0 <= row < vocab
+        if not inside:
+            source = table + uint64(row) * uint64(row_bytes)
+        target = out + uint64(token) * uint64(row_bytes)
+        step = uint32(cuda.blockDim.x * 16)
+        begin = uint32(2 * step * uint32(block - (token << shift)))
+        end = min(uint32(begin + 2 * step), row_bytes)
+        place = uint32(begin + uint32(cuda.threadIdx.x * 16))
         if not known:
-            while place < row_bytes:
-                fill_16_bytes(target + place)
-                place += step
+            while place < end:
+                fill_16_bytes(target + uint64(place))
+                place = uint32(place + step)
         elif converts and inside and kind != 0:
-            while place < row_bytes:
+            while place < end:
+                into, wide, narrow = target + uint64(place), uint64(place) * uint64(4), uint64(place) * uint64(2)
                 if kind == 1:
-                    from_float32(target + place, source + place * uint64(4) // uint64(size), np.float32(1.0))
+                    from_float32(into, source + wide // uint64(size), np.float32(1.0))
                 elif kind == 2:
-                    from_float16(target + place, source + place * uint64(2) // uint64(size), np.float32(1.0))
+                    from_float16(into, source + narrow // uint64(size), np.float32(1.0))
                 else:
-                    from_bfloat16(target + place, source + place * uint64(2) // uint64(size), np.float32(1.0))
-                place += step
+                    from_bfloat16(into, source + narrow // uint64(size), np.float32(1.0))
+                place = uint32(place + step)
         elif converts and not inside and scale != np.float32(1.0):
-            while place < row_bytes:
-                from_own(target + place, source + place, scale)
-                place += step
-        else:
-            while place + uint64(3) * step < row_bytes:
-                copy_4_times_16_bytes(target + place, source + place, step)
-                place += uint64(4) * step
-            while place < row_bytes:
-                copy_16_bytes(target + place, source + place, step)
-                place += step
+            while place < end:
+                from_own(target + uint64(place), source + uint64(place), scale)
+                place = uint32(place + step)
+        elif place + step < end:
+            copy_2_times_16_bytes(target + uint64(place), source + uint64(place), uint64(step))
+        elif place < end:
+            copy_16_bytes(target + uint64(place), source + uint64(place), uint64(step))
 
     return copy_wide
 
 
 def source(dtype: str, converts: bool) -> Source:
     """What the kernel is made from."""
-    number, unsigned = types.int64, types.uint64
-    kinds = types.void(unsigned, unsigned, number, unsigned, number, unsigned, unsigned, types.float32)
-    return Source(f"splice {dtype} converts={converts}", partial(make_kernel, dtype, converts), kinds, 256)
+    address, number = types.uint64, types.int32
+    kinds = types.void(
+        address, address, number, address, types.int64, types.uint32, address, types.float32, number
+    )  # fmt: skip
+    return Source(f"splice {dtype} converts={converts}", partial(make_kernel, dtype, converts), kinds, _THREADS)
 
 
 @cache
@@ -117,7 +139,7 @@ def compiled(dtype: str, converts: bool, device: int) -> Kernel:
 
 
 class DevicePlan:
-    """Where each range's rows lie, on the device: int64 `[ranges, 5]`, start, stop, address, bytes from row to row, kind.
+    """Where each range's rows lie, on the device: `entries`, bytes of `_ENTRY`, one a range.
 
     `rows` are kept alive; `wide` says whether they all lie in pieces of 16 bytes.
     """
@@ -129,8 +151,8 @@ class DevicePlan:
         kinds = [0 if rows.dtype is table.dtype else _KINDS[rows.dtype] for rows in self.rows]
         self.wide = not any(number % 16 for number in sum(lies, ()))
         self.converts = any(kinds)
-        entries = [(start, stop, *lie, kind) for (start, stop, _), lie, kind in zip(clipped, lies, kinds, strict=True)]
-        plan = torch.from_numpy(np.array(entries, dtype=np.int64).reshape(-1, _NUMBERS))
+        entries = [(start, stop, kind, *lie) for (start, stop, _), lie, kind in zip(clipped, lies, kinds, strict=True)]
+        plan = torch.from_numpy(np.array(entries, _ENTRY).view(np.uint8))
         self.entries = plan.to(table.device, non_blocking=True)
 
 
@@ -159,10 +181,11 @@ def launch(
             converts = plan.converts or scale != 1.0
             kernel = compiled(DTYPES[table.dtype], converts, table.device.index or 0)
             pieces = row_bytes // 16
-            threads = min(256, max(32, -(-pieces // 4 // 32) * 32))
+            shift = (-(-pieces // (2 * _THREADS)) - 1).bit_length()
+            threads = -(-pieces // (64 << shift)) * 32  # whole warps, two pieces a thread
             kernel.launch(
-                (len(input_ids), 1), table, input_ids.data_ptr(), plan.entries.data_ptr(), len(plan.entries),
-                table.data_ptr(), table.shape[0], row_bytes, out.data_ptr(), scale, threads=threads,
+                (len(input_ids) << shift, 1), table, input_ids.data_ptr(), plan.entries.data_ptr(), len(plan.rows),
+                table.data_ptr(), table.shape[0], row_bytes, out.data_ptr(), scale, shift, threads=threads,
             )  # fmt: skip
             return
     _launch_words(input_ids, table, *pack_rows(cast(clipped, table), table), out)

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
-from itertools import pairwise
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from .fetch import THREADS, make_fetch
 from .kernel import Kernel, Source
 from .ptx import copies_commit, copies_wait_all, divide, load_int, shared_address, types
 from .tile import KEYS, LOG2_E, tile_operations
+from .tiles import device_tiles
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -256,12 +256,7 @@ def launch(
     """See `range_kernels.attention`; fills `out` by the kernel that `compile` makes. Needs `can_run`."""
     q, k, v = (aligned(x) for x in (q, k, v))
     made = compile(q.shape[2], DTYPES[q.dtype], softcap > 0, False, q.device.index or 0)
-    tiles = _device_tiles(tuple(lengths_q.tolist()), tuple(lengths_k.tolist()), made.rows, q.device)
-    # The cache may let go of them while this stream or a captured graph still reads them.
-    if torch.cuda.is_current_stream_capturing():
-        _of_graphs[tiles.data_ptr()] = tiles
-    else:
-        tiles.record_stream(torch.cuda.current_stream(q.device))
+    tiles = device_tiles(lengths_q, lengths_k, made.rows, q.device)
     launch_tiles(made, (q, k, v), out, low, reach, tiles, None, None, scale, softcap)
 
 
@@ -282,28 +277,6 @@ def launch_tiles(made: Compiled, qkv, out, low, reach, tiles, table, page_size, 
 def softmax_factors(scale: float, softcap: float) -> tuple[float, float]:
     """What scores are multiplied with before exp2, and before tanh."""
     return (LOG2_E, scale / softcap) if softcap > 0 else (scale * LOG2_E, 0.0)
-
-
-_of_graphs: dict[int, torch.Tensor] = {}
-"""Tiles whose addresses are part of a captured graph, which nobody hears ending: kept for good, 16 bytes a tile."""
-
-
-@lru_cache(maxsize=128)
-def _device_tiles(
-    lengths_q: tuple[int, ...], lengths_k: tuple[int, ...], rows: int, device: torch.device
-) -> torch.Tensor:
-    """`plan_tiles` on the device; every layer of a step asks for the same."""
-    return torch.from_numpy(plan_tiles(lengths_q, lengths_k, rows)).to(device)
-
-
-def plan_tiles(lengths_q: Sequence[int], lengths_k: Sequence[int], rows: int) -> np.ndarray:
-    """Blocks of `rows` queries: first query, queries, first key, keys of the sequence; int32 `[tiles, 4]`."""
-    tiles = [
-        (start, min(rows, stop - start), int(first), int(last - first))
-        for (begin, stop), (first, last) in zip(pairwise(lengths_q), pairwise(lengths_k), strict=True)
-        for start in range(int(begin), int(stop), rows)
-    ]
-    return np.asarray(tiles, dtype=np.int32).reshape(-1, 4)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:

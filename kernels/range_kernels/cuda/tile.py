@@ -88,6 +88,12 @@ def shrink_sums(builder: Any, sums: list[Any], shrinks: list[Any], m_tiles: int 
         sums[place] = builder.fmul(sums[place], shrinks[row])
 
 
+def share_of(builder: Any, total: Any) -> Any:
+    """What sums of a row are multiplied with at last: 1 / total; of a row that saw no key, whose sums are zero, 1."""
+    zero, one = ir.Constant(F32, 0.0), ir.Constant(F32, 1.0)
+    return ptx.reciprocal(builder, builder.select(builder.fcmp_ordered("==", total, zero), one, total))
+
+
 def transpose_in_four_lanes(builder: Any, column: Any, words: list[Any]) -> list[Any]:
     """Of four words in each of four neighbouring lanes, the `column`th of all: lane after lane what lane `column` is to write."""
     odd, late = (
@@ -210,15 +216,13 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys
 
     def emit_store(builder: Any, o: Any, total: Any, target: Any, stride: Any, row: Any, rows: Any, lane: Any) -> None:
         sums, totals = load(builder, o, m_tiles * channels * 4), load(builder, total, 2 * m_tiles)
-        zero, one = ir.Constant(F32, 0.0), ir.Constant(F32, 1.0)
         column = builder.and_(lane, ir.Constant(I32, 3))
         for m in range(m_tiles):
             for half in range(2):
                 whole = totals[2 * m + half]
                 for flip in (1, 2):
                     whole = builder.fadd(whole, ptx.from_lane(builder, whole, flip))
-                empty = builder.fcmp_ordered("==", whole, zero)
-                share = builder.fdiv(one, builder.select(empty, one, whole))
+                share = share_of(builder, whole)
                 words = []
                 for channel in range(channels):
                     first = (m * channels + channel) * 4 + 2 * half
