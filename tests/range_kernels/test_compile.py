@@ -96,8 +96,8 @@ def test_decode(head_dim, dtype, softcap, capability):
 @pytest.mark.parametrize("dtype", splice.DTYPES.values())
 def test_wide_splice(dtype, converts):
     ptx = check(splice.source(dtype, converts))
-    # Four pieces at once, and one by one.
-    assert ptx.count("ld.global.nc.L1::no_allocate.v4.b32") >= 5
+    # Two pieces at once, and one alone.
+    assert ptx.count("ld.global.nc.L1::no_allocate.v4.b32") >= 3
 
 
 def test_a_source_says_all_that_its_kernel_depends_on():
