@@ -243,13 +243,13 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                 slot = int32(this_work & (NOTES - 1))
                 note = int32(slot * note_size)
                 barrier_wait(notes_here + uint32(8 * slot), uint32((this_work // NOTES) & 1))
-                head = notes[note + HEAD]
+                head = uniform(notes[note + HEAD])
                 if head < 0:
                     break
                 q_first, count = notes[note + Q_FIRST], notes[note + Q_COUNT]
-                begin, end = notes[note + BEGIN], notes[note + END]
+                begin, end = uniform(notes[note + BEGIN]), uniform(notes[note + END])
                 own = int32(note + OWN + 2 * (role - 1))  # this warpgroup sees these tiles, perhaps none
-                own_begin, own_end = notes[own], notes[own + 1]
+                own_begin, own_end = uniform(notes[own]), uniform(notes[own + 1])
                 whole = int32(note + WHOLE + 2 * warp)
                 whole_from, whole_to = notes[whole], notes[whole + 1]
                 lows_at, reaches_at = notes_at + uint32(4 * (note + LOWS)), notes_at + uint32(4 * (note + LOWS + rows))
