@@ -7,12 +7,14 @@ from .attention import attention
 from .hugging_face import register_with_transformers
 from .pages import KVPages, PagedPlan, paged_attention
 from .splice import SplicePlan, splice
+from .standing import StandingPlan
 from .visibility import visible_keys
 
 __all__ = [
     "KVPages",
     "PagedPlan",
     "SplicePlan",
+    "StandingPlan",
     "attention",
     "paged_attention",
     "register_with_transformers",

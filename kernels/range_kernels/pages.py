@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .attention import cumulative, query_bounds
+
+if TYPE_CHECKING:
+    from .standing import StandingPlan
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
@@ -109,12 +112,18 @@ class PagedPlan:
 
             self.device_plan = plan_device(self.block_table, self.cu_queries, self.lengths, slots, pages, q_heads)
 
+    @property
+    def items(self) -> int:
+        """Pieces of work of the decode kernel on a GPU: stretches of the keys of sequences with few queries."""
+        items = self.device_plan.items
+        return 0 if items is None else len(items)
+
 
 def paged_attention(
     q: torch.Tensor,
     pages: KVPages,
     layer: int,
-    plan: PagedPlan,
+    plan: PagedPlan | StandingPlan,
     *,
     new: tuple[torch.Tensor, torch.Tensor] | None = None,
     low: torch.Tensor | None = None,
@@ -153,6 +162,10 @@ def paged_attention(
                 f"{name} are {given.dtype} {tuple(given.shape)} on {given.device}: expected {q.dtype} {expected} on {q.device}"
             )
     if low is None or reach is None or low.device != q.device or reach.device != q.device:
+        if not isinstance(plan, PagedPlan):
+            raise ValueError(
+                "a standing plan does not know its steps' lengths: give low and reach, on the pages' device"
+            )
         cu_keys = np.concatenate([[0], np.cumsum(plan.lengths)]).astype(np.int32)
         low, reach = query_bounds(low, reach, plan.cu_queries, cu_keys, window, q)
     for name, given in (("low", low), ("reach", reach)):
@@ -165,6 +178,7 @@ def paged_attention(
     if q.device.type == "cpu":
         from .cpu.launch import attend_pages, write_pages
 
+        assert isinstance(plan, PagedPlan)
         if path is not None:
             raise ValueError(f"path={path!r}: on the CPU there is one path")
         if new is not None:

@@ -1,8 +1,18 @@
 """Graphs, streams and the cache of compiled kernels, on a GPU: `make test-gpu`."""
 
 import numpy as np
+import pytest
 import torch
-from range_kernels import PagedPlan, SplicePlan, attention, paged_attention, splice, visible_keys
+from range_kernels import (
+    KVPages,
+    PagedPlan,
+    SplicePlan,
+    StandingPlan,
+    attention,
+    paged_attention,
+    splice,
+    visible_keys,
+)
 from range_kernels.cuda import splice as wide
 from range_kernels.cuda import tiles
 from range_kernels.cuda.kernel import Kernel
@@ -63,6 +73,64 @@ def test_calls_are_captured_in_a_graph():
         assert seen.any()
         assert torch.equal(read, prefill())
     del spoilt
+
+
+def test_a_captured_call_computes_whichever_step_its_plan_holds():
+    """Sequences that grow over bounds of pages and of items, fewer of them and more again: as plans of their own compute them."""
+    generator = np.random.default_rng(3)
+    pages = KVPages(2, 256, 16, 2, 64, torch.bfloat16, "cuda")
+    pages.keys.normal_()
+    pages.values.normal_()
+    standing = StandingPlan(4, 64, 64, pages, 8)
+    q, k, v = (torch.zeros(4, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (8, 2, 2))
+    low, reach = (torch.zeros(4, dtype=torch.int32, device="cuda") for _ in range(2))
+
+    def call(plan, count):
+        given = (q[:count], pages, LAYER, plan)
+        return paged_attention(*given, new=(k[:count], v[:count]), low=low[:count], reach=reach[:count])
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call(standing, 4)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        seen = call(standing, 4)
+    for lengths in ([5], [700, 33, 16, 17], [701, 34, 17, 18], [1024], [64, 1], [1000, 1000, 1000, 1000]):
+        count = len(lengths)
+        plan = PagedPlan(generator.permutation(256).reshape(4, 64)[:count], range(count + 1), lengths, pages, 8)
+        for x in (q, k, v):
+            x.normal_()
+        low[:count] = torch.tensor([max(length - 900, 0) for length in lengths])
+        reach[:count] = torch.tensor(lengths) - 1
+        before = pages.keys.clone(), pages.values.clone()
+        expected = call(plan, count)
+        after = pages.keys.clone(), pages.values.clone()
+        pages.keys, pages.values = (into.copy_(x) for into, x in zip((pages.keys, pages.values), before, strict=True))
+        standing.take(plan)
+        graph.replay()
+        assert torch.equal(seen[:count], expected)
+        assert torch.equal(pages.keys, after[0])
+        assert torch.equal(pages.values, after[1])
+
+
+def test_a_standing_plan_refuses_what_it_has_no_room_for():
+    pages = KVPages(1, 64, 16, 2, 64, torch.bfloat16, "cuda")
+    standing = StandingPlan(2, 8, 2, pages, 4)
+    table = np.arange(64, dtype=np.int32).reshape(4, 16)
+    for lengths, room in (([5, 5, 5], table), ([5], table), ([128], table[:, :8])):
+        plan = PagedPlan(room[: len(lengths)], range(len(lengths) + 1), lengths, pages, 4)
+        if plan.items <= 2 and room.shape[1] <= 8 and len(lengths) <= 2:
+            standing.take(plan)
+            continue
+        with pytest.raises(ValueError, match=r"there is room for \(2, 8, 2\)"):
+            standing.take(plan)
+    several = PagedPlan(table[:1, :8], [0, 2], [9], pages, 4)
+    with pytest.raises(ValueError, match="up to 2 queries"):
+        standing.take(several)
+    with pytest.raises(ValueError, match="give low and reach"):
+        q = torch.zeros(2, 4, 64, dtype=torch.bfloat16, device="cuda")
+        paged_attention(q, pages, 0, standing)
 
 
 def test_kernels_come_from_disk_the_second_time(tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """The engines on a GPU: `make test-gpu`."""
 
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -29,6 +32,77 @@ def test_greedy_tokens_equal_the_reference(tmp_path):
     engines = [workbench.open_engine(kind, model, device="cuda") for kind in ("numba", "transformers")]
     tokens = [engine.generate(prompt, config).token_ids for engine in engines]
     assert tokens[0] == tokens[1]
+
+
+LONG = workbench.GenerationConfig(
+    max_new_tokens=90, ignore_eos=True, output_logits="generation", output_last_hidden_state="generation"
+)
+
+
+def engines_of(model, dtype="bfloat16"):
+    """One that replays its decode steps, one that launches them."""
+    return [
+        workbench.open_engine("numba", model, dtype=dtype, device="cuda", eager_mode=each) for each in (False, True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_replayed_request_is_bit_for_bit_the_launched_one(tmp_path, dtype):
+    """Alone it fills its graph; it grows from one item of the decode kernel to several."""
+    replays, launches = engines_of(save_llama(tmp_path, head_dim=64, max_position_embeddings=1024), dtype)
+    for length in (40, 240, 500):
+        outputs = [list(engine.stream(random_prompt(length, length), LONG)) for engine in (replays, launches)]
+        assert len(outputs[0]) == len(outputs[1])
+        for ours, theirs in zip(*outputs, strict=True):
+            assert ours.token_ids == theirs.token_ids
+            assert torch.equal(ours.logits, theirs.logits)
+            assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
+    assert len(replays.decoder.captured._graphs) > 1
+    assert launches.decoder.captured is None
+
+
+def test_replayed_requests_in_company_are_noise(tmp_path):
+    """Nine that come and end at different times, beside rows of graphs that hold nobody."""
+    replays, launches = engines_of(save_llama(tmp_path, head_dim=64, max_position_embeddings=1024))
+    requests = [
+        (random_prompt(number, 40 + 70 * (number % 4)), dataclasses.replace(LONG, max_new_tokens=20 + 9 * number))
+        for number in range(9)
+    ]
+    with ThreadPoolExecutor(9) as pool:
+        together = list(pool.map(lambda request: list(replays.stream(*request)), requests))
+    for (prompt, config), outputs in zip(requests, together, strict=True):
+        alone = list(launches.stream(prompt, config))
+        assert len(outputs) == len(alone)
+        for ours, theirs in zip(outputs, alone, strict=True):
+            assert float((ours.logits - theirs.logits).norm() / theirs.logits.norm()) < 0.03
+            if ours.token_ids != theirs.token_ids:  # a tie to bfloat16: from here on they read different texts
+                break
+    assert {sequences for sequences, _ in replays.decoder.captured._graphs} >= {1, 8, 16}
+
+
+def test_weights_put_in_the_place_of_others_are_noticed(tmp_path):
+    engines = engines_of(save_llama(tmp_path, head_dim=64))
+    before = [engine.generate(random_prompt(), LONG).logits for engine in engines]
+    for engine in engines:
+        down = engine.decoder.layers[1].down
+        down.weight = -down.weight
+    after = [engine.generate(random_prompt(), LONG).logits for engine in engines]
+    assert torch.equal(before[0], before[1])
+    assert torch.equal(after[0], after[1])
+    assert not torch.equal(before[0], after[0])
+
+
+def test_steps_that_cannot_be_captured_are_launched(tmp_path, monkeypatch):
+    replays, launches = engines_of(save_llama(tmp_path, head_dim=64))
+
+    def fail(*arguments):
+        raise torch.cuda.OutOfMemoryError("no room for a graph")
+
+    monkeypatch.setattr(replays.decoder.captured, "_capture", fail)
+    with pytest.warns(UserWarning, match="without CUDA graphs from here on: no room for a graph"):
+        said = replays.generate(random_prompt(), LONG)
+    assert replays.decoder.captured is None
+    assert torch.equal(said.logits, launches.generate(random_prompt(), LONG).logits)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

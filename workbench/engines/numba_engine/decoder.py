@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from range_kernels import KVPages, PagedPlan, paged_attention
+from range_kernels import KVPages, PagedPlan, StandingPlan, paged_attention
 
 from ...models import Model
 from .backbones import read_backbone
@@ -22,6 +22,9 @@ from .batch import Batch
 from .loading import TensorReader
 from .operations import Linear, operations
 from .rope import Rope, choose_axes
+
+if TYPE_CHECKING:
+    from .captured import CapturedSteps
 
 Tap = Callable[[str, torch.Tensor], None]
 
@@ -41,12 +44,25 @@ class Layer:
     after_mlp: torch.Tensor | None
 
 
+@dataclass
+class Inputs:
+    """What the layers compute from, on the decoder's device; rotations by kind of rope, first keys by window."""
+
+    hidden: torch.Tensor  # [tokens, hidden], hidden state 0
+    rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]]  # cosines and sines, float32 [tokens, pairs]
+    lows: dict[int | None, torch.Tensor]  # int32 [tokens]
+    reach: torch.Tensor  # int32 [tokens]
+    plan: PagedPlan | StandingPlan
+    deepstack: list[tuple[slice, torch.Tensor]]
+
+
 class Decoder:
     """The weights of a model on one device in one dtype, and the forward pass over them.
 
     Attributes:
         table: `[vocab, hidden]`, looked-up rows as they stand in hidden state 0: the embedding scale is in them.
         context: tokens that a sequence may have.
+        captured: decode steps that run as CUDA graphs, where an engine wants them.
     """
 
     def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
@@ -61,6 +77,7 @@ class Decoder:
         self.table = table if backbone.embedding_scale == 1.0 else table * scale.to(device)
         self.norm = read.norm("norm")
         self.layers = [self._layer(read, number) for number in range(backbone.layers)]
+        self.captured: CapturedSteps | None = None
 
     def _layer(self, read: TensorReader, number: int) -> Layer:
         names, at, linear = self.backbone.names, f"layers.{number}.", self.run.linear
@@ -90,16 +107,28 @@ class Decoder:
             tap: called as `tap(name, state)` at every tap; it must copy what it keeps.
 
         Returns:
-            `[tokens, hidden]` after the final norm.
+            `[tokens, hidden]` after the final norm; good until the next call.
         """
-        hidden = batch.hidden
-        rotations = {rope: self._rotation(rope, batch) for rope in set(self.backbone.ropes) if rope is not None}
-        plan = PagedPlan(batch.block_table, batch.cu_queries, batch.lengths, pages, self.backbone.heads)
-        lows = {window: batch.low(window) for window in set(self.backbone.windows)}
+        inputs = Inputs(
+            hidden=batch.hidden,
+            rotations={rope: self._rotation(rope, batch) for rope in set(self.backbone.ropes) if rope is not None},
+            lows={window: batch.low(window) for window in set(self.backbone.windows)},
+            reach=batch.reach,
+            plan=PagedPlan(batch.block_table, batch.cu_queries, batch.lengths, pages, self.backbone.heads),
+            deepstack=batch.deepstack,
+        )
+        if tap is None and self.captured is not None and self.captured.fits(inputs, pages):
+            return self.captured.run(inputs)
+        return self.run_layers(inputs, pages, tap)
+
+    @torch.no_grad()
+    def run_layers(self, inputs: Inputs, pages: KVPages, tap: Tap | None = None) -> torch.Tensor:
+        """What `forward` does once its inputs are laid out: nothing here asks the host."""
+        hidden = inputs.hidden
         if tap:
             tap("embed", hidden)
         for number, layer in enumerate(self.layers):
-            added = self._attention(number, layer, hidden, batch, pages, plan, rotations, lows)
+            added = self._attention(number, layer, hidden, inputs, pages)
             hidden = hidden + added
             if tap:
                 tap(f"layers.{number}.attention", added)
@@ -111,7 +140,7 @@ class Decoder:
             if tap:
                 tap(f"layers.{number}.mlp", added)
                 tap(f"layers.{number}", hidden)
-            for rows, levels in batch.deepstack:
+            for rows, levels in inputs.deepstack:
                 if number < len(levels):
                     hidden = hidden.clone()  # what the tap saw stays
                     hidden[rows] += levels[number]
@@ -121,15 +150,7 @@ class Decoder:
         return hidden
 
     def _attention(
-        self,
-        number: int,
-        layer: Layer,
-        hidden: torch.Tensor,
-        batch: Batch,
-        pages: KVPages,
-        plan: PagedPlan,
-        rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]],
-        lows: dict[int | None, torch.Tensor],
+        self, number: int, layer: Layer, hidden: torch.Tensor, inputs: Inputs, pages: KVPages
     ) -> torch.Tensor:
         backbone, run = self.backbone, self.run
         turned = backbone.heads + backbone.kv_heads
@@ -142,10 +163,10 @@ class Decoder:
             heads = torch.cat(normed, dim=1)
         rope = backbone.ropes[number]
         if rope is not None:
-            heads = run.rotate(heads, *rotations[rope], rope.interleaved)
+            heads = run.rotate(heads, *inputs.rotations[rope], rope.interleaved)
         seen = paged_attention(
-            heads[:, : backbone.heads], pages, number, plan, new=(heads[:, backbone.heads :], values),
-            low=lows[backbone.windows[number]], reach=batch.reach, softcap=backbone.softcap, scale=backbone.scale,
+            heads[:, : backbone.heads], pages, number, inputs.plan, new=(heads[:, backbone.heads :], values),
+            low=inputs.lows[backbone.windows[number]], reach=inputs.reach, softcap=backbone.softcap, scale=backbone.scale,
         )  # fmt: skip
         added = layer.output(seen.flatten(1))
         return added if layer.after_attention is None else self._normalise(added, layer.after_attention)

@@ -23,6 +23,7 @@ from ..sampling import Answer, stop_tokens
 from . import sequence as requests
 from .batch import Batch
 from .blocks import BlockManager
+from .captured import CapturedSteps
 from .decoder import Decoder, Tap
 from .loop import Loop
 from .scheduler import Scheduler
@@ -45,8 +46,9 @@ class NumbaEngine(Engine):
         cache_block_seq_len: tokens a page of the KV cache holds: 32, 64, 128 or 256.
         cache_max_entry_count: the cache's size: a share of the memory that is free now (float), or a number of pages (int).
         enable_prefix_caching: keep pages by content, so that an equal beginning, images included, is not computed again.
+        eager_mode: launch every kernel of a decode step from Python, as all other steps; else a GPU replays them as CUDA graphs.
 
-    The names are those of LMDeploy's `TurbomindEngineConfig`.
+    The names are those of LMDeploy's `TurbomindEngineConfig` and, the last, of its `PytorchEngineConfig`.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class NumbaEngine(Engine):
         cache_block_seq_len: int = 32,
         cache_max_entry_count: float | int = 0.2,
         enable_prefix_caching: bool = True,
+        eager_mode: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -75,7 +78,10 @@ class NumbaEngine(Engine):
         scheduler = Scheduler(
             self._blocks, cache_block_seq_len, max_batch_size, max_prefill_token_num, enable_prefix_caching
         )
-        self._loop = Loop(self.decoder, self.decoder.new_pages(pages, cache_block_seq_len), scheduler)
+        cache = self.decoder.new_pages(pages, cache_block_seq_len)
+        if not eager_mode and CapturedSteps.possible(self.decoder, cache):
+            self.decoder.captured = CapturedSteps(self.decoder, cache)
+        self._loop = Loop(self.decoder, cache, scheduler)
 
     def _count_pages(self, size: float | int, page_size: int, max_batch_size: int) -> int:
         if (
