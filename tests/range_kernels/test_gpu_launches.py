@@ -118,19 +118,20 @@ def test_a_standing_plan_refuses_what_it_has_no_room_for():
     pages = KVPages(1, 64, 16, 2, 64, torch.bfloat16, "cuda")
     standing = StandingPlan(2, 8, 2, pages, 4)
     table = np.arange(64, dtype=np.int32).reshape(4, 16)
-    for lengths, room in (([5, 5, 5], table), ([5], table), ([128], table[:, :8])):
-        plan = PagedPlan(room[: len(lengths)], range(len(lengths) + 1), lengths, pages, 4)
-        if plan.items <= 2 and room.shape[1] <= 8 and len(lengths) <= 2:
-            standing.take(plan)
-            continue
-        with pytest.raises(ValueError, match=r"there is room for \(2, 8, 2\)"):
-            standing.take(plan)
-    several = PagedPlan(table[:1, :8], [0, 2], [9], pages, 4)
-    with pytest.raises(ValueError, match="up to 2 queries"):
-        standing.take(several)
+    q = torch.zeros(2, 4, 64, dtype=torch.bfloat16, device="cuda")
+
+    def step(lengths, most_pages, queries=1):
+        count = len(lengths)
+        return PagedPlan(table[:count, :most_pages], np.arange(count + 1) * queries, lengths, pages, 4)
+
+    standing.take(step([128, 5], 8))
+    for refused in (step([5, 5, 5], 8), step([5], 9), step([9], 8, queries=2)):
+        with pytest.raises(ValueError, match=r"there is room for \(2, 8, 2\) and one query each"):
+            standing.take(refused)
     with pytest.raises(ValueError, match="give low and reach"):
-        q = torch.zeros(2, 4, 64, dtype=torch.bfloat16, device="cuda")
         paged_attention(q, pages, 0, standing)
+    with pytest.raises(ValueError, match="up to 16 query heads a KV head"):
+        StandingPlan(2, 8, 2, pages, 34)
 
 
 def test_kernels_come_from_disk_the_second_time(tmp_path, monkeypatch):

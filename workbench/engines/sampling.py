@@ -157,4 +157,7 @@ def generate(
 def _asked(states: torch.Tensor, extent: str | None) -> torch.Tensor | None:
     if extent is None:
         return None
-    return (states if extent == "all" else states[-1:]).float().cpu()
+    states = (states if extent == "all" else states[-1:]).float().cpu()
+    # Whoever keeps a row must not keep a whole step of everybody's.
+    shared = states.untyped_storage().nbytes() > states.nbytes or states.is_pinned()
+    return states.clone() if shared else states

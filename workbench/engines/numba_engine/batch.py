@@ -16,6 +16,7 @@ class Tokens(Protocol):
     pages: list[int]
 
     def embed(self, table: torch.Tensor, start: int, stop: int) -> torch.Tensor: ...
+    def generated(self, start: int, stop: int) -> list[int] | None: ...
     def positions(self, start: int, stop: int) -> torch.Tensor: ...
     def reach(self, start: int, stop: int) -> np.ndarray: ...
     def rope_lengths(self, start: int, stop: int) -> torch.Tensor: ...
@@ -66,7 +67,7 @@ class Batch:
             for offset, rows in sequence.deepstack(start, stop)
         ]
         return cls(
-            hidden=_join([sequence.embed(table, start, stop) for sequence, start, stop in pieces], 0),
+            hidden=_embed(pieces, table),
             positions=_join(positions, -1),
             rope_lengths=_join([sequence.rope_lengths(start, stop) for sequence, start, stop in pieces], 0),
             places=torch.from_numpy(np.concatenate(places).astype(np.int32)),
@@ -83,6 +84,21 @@ class Batch:
         """First key each token sees, int32 `[tokens]`: a window holds inside bidirectional spans too (Transformers' rule)."""
         low = torch.zeros_like(self.places) if window is None else (self.places - window + 1).clamp(min=0)
         return low.to(self.reach.device)
+
+
+def _embed(pieces: Several[tuple[Tokens, int, int]], table: torch.Tensor) -> torch.Tensor:
+    """Hidden state 0 of all tokens: generated ones, of however many sequences, by one lookup."""
+    ids = [sequence.generated(start, stop) for sequence, start, stop in pieces]
+    said = [token for each in ids for token in each or ()]
+    rows = table[said]
+    if None not in ids:
+        return rows
+    of_each = iter(rows.split([len(each) for each in ids if each is not None]))
+    parts = [
+        sequence.embed(table, start, stop) if each is None else next(of_each)
+        for each, (sequence, start, stop) in zip(ids, pieces, strict=True)
+    ]
+    return _join(parts, 0)
 
 
 def _join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:

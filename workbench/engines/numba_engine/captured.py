@@ -35,7 +35,6 @@ class CapturedSteps:
         self.decoder, self.pages = decoder, pages
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._parts: list[Any] = []
-        self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(pages.device)
         self._most_pages = min(-(-decoder.context // pages.page_size), pages.pages)
 
@@ -54,6 +53,7 @@ class CapturedSteps:
         parts = _parts(self.decoder)
         if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
             self._graphs.clear()
+            self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
             self._parts = parts
         plan = inputs.plan
         assert isinstance(plan, PagedPlan)

@@ -20,6 +20,8 @@ from .scheduler import Piece, Scheduler
 from .sequence import Sequence
 from .stats import Counters, EngineStats, Step, StepPiece
 
+_MOST_PINNED = 64 << 20  # bytes
+
 
 class Loop:
     """Takes requests from any thread and delivers each one's outputs as they come.
@@ -167,7 +169,7 @@ class Loop:
         logits = self.decoder.logits(needed)
         sizes = [rows.stop - rows.start for rows in kept]
         if self.decoder.device.type == "cuda":
-            logits = logits.float().cpu()  # one copy for all requests
+            logits = _on_host(logits.float())  # one copy for all requests
         return list(zip(logits.split(sizes), needed.split(sizes), strict=True))
 
     def _forward_alone(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor] | Exception:
@@ -214,6 +216,16 @@ class Loop:
                 sequence.deliver(error)
             except Exception:  # its consumer is gone
                 sequence.aborted = True
+
+
+def _on_host(x: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU, into memory that the GPU writes to itself where that is not too much to take from the system."""
+    if x.nbytes > _MOST_PINNED:
+        return x.cpu()
+    out = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)  # PyTorch keeps such memory, and gives it out again
+    out.copy_(x, non_blocking=True)
+    torch.cuda.current_stream(x.device).synchronize()
+    return out
 
 
 def _shown(piece: Piece, decoding: bool) -> StepPiece:

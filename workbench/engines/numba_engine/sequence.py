@@ -63,12 +63,16 @@ class Sequence:
         """Take a new token in."""
         self._said.append(token)
 
+    def generated(self, start: int, stop: int) -> list[int] | None:
+        """Ids of tokens `[start, stop)` where all of them were generated, else None."""
+        length = len(self.prompt)
+        return self._said[start - length : stop - length] if start >= length else None
+
     def embed(self, table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Hidden state 0 of tokens `[start, stop)`: ranges are clipped to the chunk."""
         length = len(self.prompt)
         if start >= length:
-            ids = self._said[start - length : stop - length]
-            return table[ids]
+            return table[self._said[start - length : stop - length]]
         within = min(stop, length)
         prompt = self.prompt
         rows = splice(
@@ -79,7 +83,7 @@ class Sequence:
     def positions(self, start: int, stop: int) -> torch.Tensor:
         """Rotary positions, `[..., tokens]`: generated tokens go on after the prompt's largest."""
         length = len(self.prompt)
-        after = torch.arange(max(start, length), max(stop, length)) - length + self._following
+        after = torch.from_numpy(np.arange(max(start, length), max(stop, length)) + (self._following - length))
         if start >= length:
             return after
         return torch.cat([self._positions[..., start:stop], after.expand(*self._positions.shape[:-1], -1)], dim=-1)
