@@ -172,6 +172,8 @@ def paged_attention(
         if given.shape != q.shape[:1] or given.dtype != torch.int32 or not given.is_contiguous():
             raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}: expected int32 [{len(q)}], one a query")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not isinstance(plan, PagedPlan):
+        plan.check(pages, scale, path)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():
         return out

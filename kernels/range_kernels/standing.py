@@ -53,6 +53,17 @@ class StandingPlan:
         q = torch.empty(1, q_heads, pages.head_dim, dtype=pages.dtype, device=pages.device)
         return choose(q, scale) == "tensor-core"
 
+    def check(self, pages: KVPages, scale: float, path: str | None) -> None:
+        """Raises ValueError for a call that would ask the host, or over other pages than a step's."""
+        mine = self.device_plan
+        kinds = (pages.page_size, pages.kv_heads), (mine.page_size, mine.kv_heads)
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"pages of (tokens, KV heads) {kinds[0]}: this plan is for {kinds[1]}")
+        if path not in (None, "tensor-core") or not self.possible(pages, self.q_heads, scale):
+            raise ValueError(
+                f"path={path!r}, scale={scale}: a standing plan is for the tensor-core path, whose scale is positive"
+            )
+
     def take(self, plan: PagedPlan) -> None:
         """Hold this step from now on: copies on the current stream.
 
@@ -61,6 +72,9 @@ class StandingPlan:
         """
         mine, its = self.device_plan, plan.device_plan
         assert mine.items is not None
+        kinds = [(each.page_size, each.kv_heads, each.group) for each in (mine, its)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"a step over pages of (tokens, KV heads, group) {kinds[1]}: this plan is for {kinds[0]}")
         sequences, pages = its.table.shape
         room = (self.queries, mine.table.shape[1], len(mine.items))
         needed = (sequences, pages, plan.items)

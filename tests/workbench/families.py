@@ -87,10 +87,10 @@ _VISION = {"depth": 1, "hidden_size": 16, "embed_dim": 16, "num_heads": 2, "inte
 _WIDTH = {"Qwen2VL": "hidden_size", "Qwen2_5_VL": "out_hidden_size", "Qwen3VL": "out_hidden_size"}
 
 
-def save(name: str, folder: Path) -> workbench.Model:
+def save(name: str, folder: Path, **more: Any) -> workbench.Model:
     """A random model of a family, its norms and biases random too."""
     config_class, changes = FAMILIES[name]
-    config = getattr(transformers, config_class)(**{**BASE, **changes})
+    config = getattr(transformers, config_class)(**{**BASE, **changes, **more})
     torch.manual_seed(0)
     if name in WITH_PICTURES:
         prefix = WITH_PICTURES[name]

@@ -89,11 +89,11 @@ class Batch:
 def _embed(pieces: Several[tuple[Tokens, int, int]], table: torch.Tensor) -> torch.Tensor:
     """Hidden state 0 of all tokens: generated ones, of however many sequences, by one lookup."""
     ids = [sequence.generated(start, stop) for sequence, start, stop in pieces]
-    said = [token for each in ids for token in each or ()]
-    rows = table[said]
-    if None not in ids:
+    said = [each for each in ids if each is not None]
+    rows = table[[token for each in said for token in each]] if said else table[:0]
+    if len(said) == len(pieces):
         return rows
-    of_each = iter(rows.split([len(each) for each in ids if each is not None]))
+    of_each = iter(rows.split([len(each) for each in said]))
     parts = [
         sequence.embed(table, start, stop) if each is None else next(of_each)
         for each, (sequence, start, stop) in zip(ids, pieces, strict=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from range_kernels import KVPages, PagedPlan, StandingPlan
@@ -22,21 +20,29 @@ class _Graph:
     graph: torch.cuda.CUDAGraph
     out: torch.Tensor  # [room for sequences, hidden]
 
+    def take(self, inputs: Inputs) -> None:
+        """Write a step's inputs to where the graph reads them."""
+        _take(self.inputs, self.plan, inputs)
+
 
 class CapturedSteps:
-    """The decode steps of a decoder over one set of pages.
+    """The decode steps of one decoder over one set of pages.
 
     There is a graph for each power of two of sequences and of the decode kernel's items, made when a step first needs it; a step
-    replays the smallest that has room for it. Rows without a sequence are computed from zeros and dropped. Weights or settings
-    that are put in the place of others are noticed: graphs of the others are given up.
+    replays the smallest that has room for it. What stands in rows without a sequence is computed with the others and dropped.
+    Weights or settings that are put in the place of others are noticed: graphs of the others are given up.
+
+    A graph is made while other threads may launch work on the GPU; CUDA does not let them wait for the whole device, nor PyTorch
+    draw random numbers there, in that instant.
     """
 
-    def __init__(self, decoder: Decoder, pages: KVPages) -> None:
-        self.decoder, self.pages = decoder, pages
+    def __init__(self, pages: KVPages, context: int) -> None:
+        self.pages = pages
         self._graphs: dict[tuple[int, int], _Graph] = {}
-        self._parts: list[Any] = []
+        self._parts: list[object] = []
+        self._addresses: list[int] = []
         self._stream = torch.cuda.Stream(pages.device)
-        self._most_pages = min(-(-decoder.context // pages.page_size), pages.pages)
+        self._most_pages = min(-(-context // pages.page_size), pages.pages)
 
     @staticmethod
     def possible(decoder: Decoder, pages: KVPages) -> bool:
@@ -45,37 +51,55 @@ class CapturedSteps:
 
     def fits(self, inputs: Inputs, pages: KVPages) -> bool:
         """Whether such a step is one that is replayed: a token of each sequence, over the pages that graphs were made for."""
-        plan = inputs.plan
-        return pages is self.pages and plan.most_queries == 1 and not inputs.deepstack
+        return pages is self.pages and inputs.plan.most_queries == 1 and not inputs.deepstack
 
-    def run(self, inputs: Inputs) -> torch.Tensor:
-        """What `Decoder.run_layers` returns, `[sequences, hidden]`; the next call writes over it."""
-        parts = _parts(self.decoder)
-        if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
-            self._graphs.clear()
-            self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
-            self._parts = parts
+    def run(self, decoder: Decoder, inputs: Inputs) -> torch.Tensor:
+        """What `decoder.run_layers` returns, `[sequences, hidden]`; the next call writes over it."""
+        self._notice(decoder)
         plan = inputs.plan
         assert isinstance(plan, PagedPlan)
         key = (_power_of_two(plan.queries), _power_of_two(plan.items))
         captured = self._graphs.get(key)
         if captured is not None:
-            _take(captured, inputs)
+            captured.take(inputs)
         else:
-            try:
-                captured = self._graphs[key] = self._capture(*key, inputs)
-            except RuntimeError as error:  # such as too little memory
-                warnings.warn(f"decode steps run without CUDA graphs from here on: {error}", stacklevel=2)
-                self.decoder.captured = None
-                return self.decoder.run_layers(inputs, self.pages)
+            captured = self._make(decoder, *key, inputs)
+            if captured is None:
+                return decoder.run_layers(inputs, self.pages)
+            self._graphs[key] = captured
         captured.graph.replay()
         return captured.out[: plan.queries]
 
-    def _capture(self, sequences: int, items: int, inputs: Inputs) -> _Graph:
-        def room(x: torch.Tensor) -> torch.Tensor:
-            return x.new_zeros((sequences, *x.shape[1:]))
+    def _notice(self, decoder: Decoder) -> None:
+        parts, tensors = decoder.parts()
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        same = len(parts) == len(self._parts) and all(a is b for a, b in zip(parts, self._parts, strict=True))
+        if not same or addresses != self._addresses:
+            self._graphs.clear()
+            self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
+            self._parts, self._addresses = parts, addresses
 
-        plan = StandingPlan(sequences, self._most_pages, items, self.pages, self.decoder.backbone.heads)
+    def _make(self, decoder: Decoder, sequences: int, items: int, inputs: Inputs) -> _Graph | None:
+        """A graph that holds the step of `inputs`; None, and none from now on, where it cannot be made."""
+        for _ in range(2):
+            try:
+                return self._capture(decoder, sequences, items, inputs)
+            except RuntimeError as error:  # such as too little memory
+                said = str(error)  # not the error, whose traceback holds what has been made so far
+            torch.cuda.empty_cache()
+        decoder.captured = None
+        self._graphs.clear()
+        warnings.warn(f"decode steps run without CUDA graphs from here on: {said}", stacklevel=2)
+        return None
+
+    # Tensors made in the caller's inference mode could not be written to outside it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _capture(self, decoder: Decoder, sequences: int, items: int, inputs: Inputs) -> _Graph:
+        def room(x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros((sequences, *x.shape[1:]), dtype=x.dtype, device=x.device)
+
+        plan = StandingPlan(sequences, self._most_pages, items, self.pages, decoder.backbone.heads)
         standing = Inputs(
             hidden=room(inputs.hidden),
             rotations={rope: (room(cosine), room(sine)) for rope, (cosine, sine) in inputs.rotations.items()},
@@ -84,44 +108,32 @@ class CapturedSteps:
             plan=plan,
             deepstack=[],
         )
-        captured = _Graph(standing, plan, torch.cuda.CUDAGraph(), standing.hidden)
-        _take(captured, inputs)
+        _take(standing, plan, inputs)
+        graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self.pages.device))
         with torch.cuda.stream(self._stream):
-            self.decoder.run_layers(standing, self.pages)  # what first calls set up cannot be captured
-            self._stream.synchronize()
-            # Other threads may use the GPU meanwhile.
-            captured.graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                captured.out = self.decoder.run_layers(standing, self.pages)
+                decoder.run_layers(standing, self.pages)  # what first calls set up cannot be captured
+                self._stream.synchronize()
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    out = decoder.run_layers(standing, self.pages)
+                finally:
+                    graph.capture_end()
             finally:
-                captured.graph.capture_end()
-        return captured
+                self._stream.synchronize()  # whatever happens: what it reads may be given up now
+        return _Graph(standing, plan, graph, out)
 
 
-def _take(captured: _Graph, inputs: Inputs) -> None:
-    """Write a step's inputs to where its graph reads them."""
+def _take(standing: Inputs, plan: StandingPlan, inputs: Inputs) -> None:
     assert isinstance(inputs.plan, PagedPlan)
-    captured.plan.take(inputs.plan)
-    for into, given in _pairs(captured.inputs, inputs):
-        into[: len(given)].copy_(given)
-
-
-def _pairs(standing: Inputs, inputs: Inputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    plan.take(inputs.plan)
     pairs = [(standing.hidden, inputs.hidden), (standing.reach, inputs.reach)]
     pairs += [(standing.lows[window], low) for window, low in inputs.lows.items()]
     for rope, rotation in inputs.rotations.items():
         pairs += zip(standing.rotations[rope], rotation, strict=True)
-    return pairs
-
-
-def _parts(decoder: Decoder) -> list[Any]:
-    """All that a graph was made from, by identity."""
-    of_layer: Callable[[Any], list[Any]] = lambda layer: [  # noqa: E731
-        layer.attention_norm, layer.head_norms, layer.after_attention, layer.mlp_norm, layer.after_mlp,
-        *(part for linear in (layer.qkv, layer.output, layer.gate_up, layer.down) for part in (linear.weight, linear.bias)),
-    ]  # fmt: skip
-    return [decoder.backbone, decoder.norm, *(part for layer in decoder.layers for part in of_layer(layer))]
+    for into, given in pairs:
+        into[: len(given)].copy_(given)
 
 
 def _power_of_two(count: int) -> int:

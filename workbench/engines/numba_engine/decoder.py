@@ -117,13 +117,14 @@ class Decoder:
             plan=PagedPlan(batch.block_table, batch.cu_queries, batch.lengths, pages, self.backbone.heads),
             deepstack=batch.deepstack,
         )
-        if tap is None and self.captured is not None and self.captured.fits(inputs, pages):
-            return self.captured.run(inputs)
+        captured = self.captured
+        if tap is None and captured is not None and captured.fits(inputs, pages):
+            return captured.run(self, inputs)
         return self.run_layers(inputs, pages, tap)
 
     @torch.no_grad()
     def run_layers(self, inputs: Inputs, pages: KVPages, tap: Tap | None = None) -> torch.Tensor:
-        """What `forward` does once its inputs are laid out: nothing here asks the host."""
+        """What `forward` does once its inputs are laid out; a decode step on tensor cores does not ask the host again."""
         hidden = inputs.hidden
         if tap:
             tap("embed", hidden)
@@ -148,6 +149,16 @@ class Decoder:
         if tap:
             tap("norm", hidden)
         return hidden
+
+    def parts(self) -> tuple[list[object], list[torch.Tensor]]:
+        """All that `run_layers` computes with beside its inputs: settings and operations, and weights."""
+        of_layers = [(layer, (layer.qkv, layer.output, layer.gate_up, layer.down)) for layer in self.layers]
+        weights = [self.norm]
+        for layer, linears in of_layers:
+            norms = (layer.attention_norm, layer.head_norms, layer.after_attention, layer.mlp_norm, layer.after_mlp)
+            found = [*norms, *(part for linear in linears for part in (linear.weight, linear.bias))]
+            weights += [weight for weight in found if weight is not None]
+        return [self.backbone, *(linear for _, linears in of_layers for linear in linears), *weights], weights
 
     def _attention(
         self, number: int, layer: Layer, hidden: torch.Tensor, inputs: Inputs, pages: KVPages

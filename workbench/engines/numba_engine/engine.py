@@ -46,7 +46,8 @@ class NumbaEngine(Engine):
         cache_block_seq_len: tokens a page of the KV cache holds: 32, 64, 128 or 256.
         cache_max_entry_count: the cache's size: a share of the memory that is free now (float), or a number of pages (int).
         enable_prefix_caching: keep pages by content, so that an equal beginning, images included, is not computed again.
-        eager_mode: launch every kernel of a decode step from Python, as all other steps; else a GPU replays them as CUDA graphs.
+        eager_mode: launch every kernel of a decode step from Python, as those of all other steps. Else a GPU replays decode steps as
+            CUDA graphs, where they run on tensor cores: float16 and bfloat16, head sizes of `range_kernels`' paged decode.
 
     The names are those of LMDeploy's `TurbomindEngineConfig` and, the last, of its `PytorchEngineConfig`.
     """
@@ -80,7 +81,7 @@ class NumbaEngine(Engine):
         )
         cache = self.decoder.new_pages(pages, cache_block_seq_len)
         if not eager_mode and CapturedSteps.possible(self.decoder, cache):
-            self.decoder.captured = CapturedSteps(self.decoder, cache)
+            self.decoder.captured = CapturedSteps(cache, self.decoder.context)
         self._loop = Loop(self.decoder, cache, scheduler)
 
     def _count_pages(self, size: float | int, page_size: int, max_batch_size: int) -> int:

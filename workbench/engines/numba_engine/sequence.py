@@ -69,10 +69,8 @@ class Sequence:
         return self._said[start - length : stop - length] if start >= length else None
 
     def embed(self, table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Hidden state 0 of tokens `[start, stop)`: ranges are clipped to the chunk."""
+        """Hidden state 0 of tokens `[start, stop)`, of which the first is the prompt's: ranges are clipped to the chunk."""
         length = len(self.prompt)
-        if start >= length:
-            return table[self._said[start - length : stop - length]]
         within = min(stop, length)
         prompt = self.prompt
         rows = splice(
