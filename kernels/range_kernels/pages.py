@@ -11,6 +11,7 @@ import torch
 from .attention import cumulative, query_bounds
 
 if TYPE_CHECKING:
+    from .cuda.pages import DevicePlan
     from .standing import StandingPlan
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -101,6 +102,7 @@ class PagedPlan:
         self.block_table = np.ascontiguousarray(block_table, np.int32)
         _check_table(self.block_table, np.diff(self.cu_queries), self.lengths, pages)
         self.most_keys, self.most_queries = int(self.lengths.max()), int(np.diff(self.cu_queries).max())
+        self.device_plan: DevicePlan | None = None
         slots = _last_slots(self.block_table, np.diff(self.cu_queries), self.lengths, pages.page_size)
         if pages.device.type == "cpu":
             from .cpu.launch import plan_tasks
@@ -115,8 +117,8 @@ class PagedPlan:
     @property
     def items(self) -> int:
         """Pieces of work of the decode kernel on a GPU: stretches of the keys of sequences with few queries."""
-        items = self.device_plan.items
-        return 0 if items is None else len(items)
+        work = self.device_plan
+        return 0 if work is None or work.items is None else len(work.items)
 
 
 def paged_attention(

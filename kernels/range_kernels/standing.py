@@ -72,6 +72,8 @@ class StandingPlan:
         """
         mine, its = self.device_plan, plan.device_plan
         assert mine.items is not None
+        if its is None:
+            raise ValueError(f"a step over pages on the CPU: this plan is on {mine.table.device}")
         kinds = [(each.page_size, each.kv_heads, each.group) for each in (mine, its)]
         if kinds[0] != kinds[1]:
             raise ValueError(f"a step over pages of (tokens, KV heads, group) {kinds[1]}: this plan is for {kinds[0]}")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from range_kernels import attention, visible_keys
+from range_kernels import KVPages, StandingPlan, attention, visible_keys
 
 from .cases import DTYPES, assert_close, make_case
 
@@ -236,3 +236,8 @@ def test_lengths_must_be_integers_and_a_huge_window_is_none():
     with pytest.raises(ValueError, match="must hold integers"):
         attention(*case.args[:3], [0, 10.0], [0, 20])
     assert torch.equal(attention(*case.args, window=2**40), attention(*case.args))
+
+
+def test_a_standing_plan_is_for_a_gpu():
+    with pytest.raises(ValueError, match="float32 with 4 query and 2 KV heads of 64 on cpu: plans stand where"):
+        StandingPlan(1, 1, 1, KVPages(1, 1, 32, 2, 64), 4)

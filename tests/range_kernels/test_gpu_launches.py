@@ -130,6 +130,18 @@ def test_a_standing_plan_refuses_what_it_has_no_room_for():
             standing.take(refused)
     with pytest.raises(ValueError, match="give low and reach"):
         paged_attention(q, pages, 0, standing)
+    bounds = {
+        "low": torch.zeros(2, dtype=torch.int32, device="cuda"),
+        "reach": torch.zeros(2, dtype=torch.int32, device="cuda"),
+    }
+    for wrong in ({"path": "plain"}, {"scale": -1.0}):
+        with pytest.raises(ValueError, match="for the tensor-core path"):
+            paged_attention(q, pages, 0, standing, **bounds, **wrong)
+    larger = KVPages(1, 32, 32, 2, 64, torch.bfloat16, "cuda")
+    with pytest.raises(ValueError, match=r"pages of \(tokens, KV heads\) \(32, 2\): this plan is for \(16, 2\)"):
+        paged_attention(q, larger, 0, standing, **bounds)
+    with pytest.raises(ValueError, match=r"\(32, 2, 2\): this plan is for \(16, 2, 2\)"):
+        standing.take(PagedPlan(table[:1, :8] % 32, [0, 1], [9], larger, 4))
     with pytest.raises(ValueError, match="up to 16 query heads a KV head"):
         StandingPlan(2, 8, 2, pages, 34)
 

@@ -243,6 +243,7 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
                 slot = int32(this_work & (NOTES - 1))
                 note = int32(slot * note_size)
                 barrier_wait(notes_here + uint32(8 * slot), uint32((this_work // NOTES) & 1))
+                # What is told to be the same in all lanes, and what follows from it, the compiler keeps in uniform registers.
                 head = uniform(notes[note + HEAD])
                 if head < 0:
                     break
