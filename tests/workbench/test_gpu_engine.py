@@ -96,7 +96,9 @@ def test_weights_put_in_the_place_of_others_are_noticed(tmp_path):
     assert not torch.equal(before[0], after[0])
 
 
-@pytest.mark.parametrize("failing", [(0, 1), (1, 2), (0,)], ids=["warm-up", "capture", "warm-up once"])
+@pytest.mark.parametrize(
+    "failing", [(0, 1), (1, 2), (0,), (1,)], ids=["warm-up", "capture", "warm-up once", "capture once"]
+)
 def test_steps_that_cannot_be_captured_are_launched(tmp_path, monkeypatch, failing):
     """Each try runs the layers twice, the second time captured. What one request meets, the next must not."""
     replays, launches = engines_of(save_llama(tmp_path, head_dim=64))

@@ -76,7 +76,6 @@ class CapturedSteps:
         same = len(parts) == len(self._parts) and all(a is b for a, b in zip(parts, self._parts, strict=True))
         if not same or addresses != self._addresses:
             self._graphs.clear()
-            self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph
             self._parts, self._addresses = parts, addresses
 
     def _make(self, decoder: Decoder, sequences: int, items: int, inputs: Inputs) -> _Graph | None:
@@ -109,6 +108,8 @@ class CapturedSteps:
             deepstack=[],
         )
         _take(standing, plan, inputs)
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()  # one ends with its last graph, be that one that failed
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self.pages.device))
         with torch.cuda.stream(self._stream):
