@@ -62,6 +62,11 @@ class KVPages:
             self.keys = torch.empty(shape, dtype=dtype, device=device)
             self.values = torch.empty(shape, dtype=dtype, device=device)
 
+    @property
+    def kind(self) -> tuple[int, int]:
+        """Tokens of a page and KV heads: what a plan depends on."""
+        return self.page_size, self.kv_heads
+
     @staticmethod
     def bytes_of_page(layers: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, cpu: bool) -> int:
         """Memory of one page in all layers."""
@@ -96,7 +101,7 @@ class PagedPlan:
     ) -> None:
         if q_heads < 1 or q_heads % pages.kv_heads:
             raise ValueError(f"{q_heads} query heads do not divide into groups over {pages.kv_heads} KV heads")
-        self.queries, self.q_heads = int(cu_seqlens_q[-1]), q_heads
+        self.queries, self.q_heads, self.kind = int(cu_seqlens_q[-1]), q_heads, pages.kind
         self.cu_queries = cumulative("cu_seqlens_q", cu_seqlens_q, self.queries)
         self.lengths = np.ascontiguousarray(lengths_k, np.int32)
         self.block_table = np.ascontiguousarray(block_table, np.int32)
@@ -119,6 +124,17 @@ class PagedPlan:
         """Pieces of work of the decode kernel on a GPU: stretches of the keys of sequences with few queries."""
         work = self.device_plan
         return 0 if work is None or work.items is None else len(work.items)
+
+    def bounds(
+        self, low: torch.Tensor | None, reach: torch.Tensor | None, window: int | None, q: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """First and last key of each query, on its device: as given, else those of causal attention inside `window`."""
+        cu_keys = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)
+        return query_bounds(low, reach, self.cu_queries, cu_keys, window, q)
+
+    def check(self, pages: KVPages, scale: float, path: str | None) -> None:
+        """Raises ValueError for pages of another kind than those that the plan was made for."""
+        check_kind(self.kind, pages.kind)
 
 
 def paged_attention(
@@ -164,25 +180,19 @@ def paged_attention(
                 f"{name} are {given.dtype} {tuple(given.shape)} on {given.device}: expected {q.dtype} {expected} on {q.device}"
             )
     if low is None or reach is None or low.device != q.device or reach.device != q.device:
-        if not isinstance(plan, PagedPlan):
-            raise ValueError(
-                "a standing plan does not know its steps' lengths: give low and reach, on the pages' device"
-            )
-        cu_keys = np.concatenate([[0], np.cumsum(plan.lengths)]).astype(np.int32)
-        low, reach = query_bounds(low, reach, plan.cu_queries, cu_keys, window, q)
+        low, reach = plan.bounds(low, reach, window, q)
     for name, given in (("low", low), ("reach", reach)):
         if given.shape != q.shape[:1] or given.dtype != torch.int32 or not given.is_contiguous():
             raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}: expected int32 [{len(q)}], one a query")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not isinstance(plan, PagedPlan):
-        plan.check(pages, scale, path)
+    plan.check(pages, scale, path)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():
         return out
     if q.device.type == "cpu":
         from .cpu.launch import attend_pages, write_pages
 
-        assert isinstance(plan, PagedPlan)
+        assert isinstance(plan, PagedPlan)  # a standing one is on a GPU
         if path is not None:
             raise ValueError(f"path={path!r}: on the CPU there is one path")
         if new is not None:
@@ -193,6 +203,14 @@ def paged_attention(
 
         launch(q, pages.keys[layer], pages.values[layer], out, low, reach, plan, new, scale, softcap, path)
     return out
+
+
+def check_kind(plan: tuple[int, int], pages: tuple[int, int]) -> None:
+    """Raises ValueError where a plan is not for such pages (`KVPages.kind`)."""
+    if plan != pages:
+        raise ValueError(
+            f"pages of (tokens, KV heads) {pages}: this plan is for {plan}; make one with the pages that the call reads"
+        )
 
 
 def _check_table(table: np.ndarray, queries: np.ndarray, keys: np.ndarray, pages: KVPages) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import numpy as np
 import torch
 
-from .pages import KVPages, PagedPlan
+from .pages import KVPages, PagedPlan, check_kind
 
 
 class StandingPlan:
@@ -36,7 +38,7 @@ class StandingPlan:
         def room(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=pages.device)
 
-        self.queries, self.q_heads = sequences, q_heads
+        self.queries, self.q_heads, self.kind = sequences, q_heads, pages.kind
         nowhere = np.zeros(0, np.int32)
         self.device_plan = DevicePlan(
             room(sequences, most_pages), room(0).long(), nowhere, nowhere, nowhere, pages.page_size, pages.kv_heads,
@@ -53,37 +55,39 @@ class StandingPlan:
         q = torch.empty(1, q_heads, pages.head_dim, dtype=pages.dtype, device=pages.device)
         return choose(q, scale) == "tensor-core"
 
+    def bounds(self, low: object, reach: object, window: int | None, q: torch.Tensor) -> NoReturn:
+        """Raises ValueError."""
+        raise ValueError("a standing plan does not know its steps' lengths: give low and reach, on the pages' device")
+
     def check(self, pages: KVPages, scale: float, path: str | None) -> None:
-        """Raises ValueError for a call that would ask the host, or over other pages than a step's."""
-        mine = self.device_plan
-        kinds = (pages.page_size, pages.kv_heads), (mine.page_size, mine.kv_heads)
-        if kinds[0] != kinds[1]:
-            raise ValueError(f"pages of (tokens, KV heads) {kinds[0]}: this plan is for {kinds[1]}")
+        """Raises ValueError for a call that would ask the host, or over pages of another kind."""
+        check_kind(self.kind, pages.kind)
         if path not in (None, "tensor-core") or not self.possible(pages, self.q_heads, scale):
             raise ValueError(
-                f"path={path!r}, scale={scale}: a standing plan is for the tensor-core path, whose scale is positive"
+                f"path={path!r}, scale={scale}: a standing plan is for the tensor-core path, whose scale is positive; use a PagedPlan"
             )
 
     def take(self, plan: PagedPlan) -> None:
         """Hold this step from now on: copies on the current stream.
 
         Raises:
-            ValueError: there is no room for it, or a sequence has several queries.
+            ValueError: there is no room for it, a sequence has several queries, or it is over other pages.
         """
+        check_kind(self.kind, plan.kind)
         mine, its = self.device_plan, plan.device_plan
         assert mine.items is not None
-        if its is None:
-            raise ValueError(f"a step over pages on the CPU: this plan is on {mine.table.device}")
-        kinds = [(each.page_size, each.kv_heads, each.group) for each in (mine, its)]
-        if kinds[0] != kinds[1]:
-            raise ValueError(f"a step over pages of (tokens, KV heads, group) {kinds[1]}: this plan is for {kinds[0]}")
+        if its is None or plan.q_heads != self.q_heads:
+            raise ValueError(
+                f"a step of {plan.q_heads} query heads over pages on the {'CPU' if its is None else 'GPU'}: this plan is for "
+                f"{self.q_heads} on a GPU"
+            )
         sequences, pages = its.table.shape
         room = (self.queries, mine.table.shape[1], len(mine.items))
         needed = (sequences, pages, plan.items)
         if plan.most_queries > 1 or any(n > most for n, most in zip(needed, room, strict=True)):
             raise ValueError(
                 f"a step of (sequences, pages of one, items) {needed} with up to {plan.most_queries} queries a sequence: there is room "
-                f"for {room} and one query each"
+                f"for {room} and one query each; make a larger one, or run the step with its own plan"
             )
         mine.items[plan.items :].zero_()
         if its.items is not None:

@@ -140,8 +140,10 @@ def test_a_standing_plan_refuses_what_it_has_no_room_for():
     larger = KVPages(1, 32, 32, 2, 64, torch.bfloat16, "cuda")
     with pytest.raises(ValueError, match=r"pages of \(tokens, KV heads\) \(32, 2\): this plan is for \(16, 2\)"):
         paged_attention(q, larger, 0, standing, **bounds)
-    with pytest.raises(ValueError, match=r"\(32, 2, 2\): this plan is for \(16, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"\(32, 2\): this plan is for \(16, 2\)"):
         standing.take(PagedPlan(table[:1, :8] % 32, [0, 1], [9], larger, 4))
+    with pytest.raises(ValueError, match="8 query heads over pages on the GPU: this plan is for 4"):
+        standing.take(PagedPlan(table[:1, :8], [0, 1], [9], pages, 8))
     with pytest.raises(ValueError, match="up to 16 query heads a KV head"):
         StandingPlan(2, 8, 2, pages, 34)
 

@@ -16,13 +16,8 @@ class _Graph:
     """A captured step: written to before it is replayed, read after."""
 
     inputs: Inputs
-    plan: StandingPlan
     graph: torch.cuda.CUDAGraph
     out: torch.Tensor  # [room for sequences, hidden]
-
-    def take(self, inputs: Inputs) -> None:
-        """Write a step's inputs to where the graph reads them."""
-        _take(self.inputs, self.plan, inputs)
 
 
 class CapturedSteps:
@@ -61,7 +56,7 @@ class CapturedSteps:
         key = (_power_of_two(plan.queries), _power_of_two(plan.items))
         captured = self._graphs.get(key)
         if captured is not None:
-            captured.take(inputs)
+            _write(captured.inputs, inputs)
         else:
             captured = self._make(decoder, *key, inputs)
             if captured is None:
@@ -71,8 +66,8 @@ class CapturedSteps:
         return captured.out[: plan.queries]
 
     def _notice(self, decoder: Decoder) -> None:
-        parts, tensors = decoder.parts()
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        parts = decoder.parts()
+        addresses = [part.data_ptr() for part in parts if isinstance(part, torch.Tensor)]  # `.data` may be set
         same = len(parts) == len(self._parts) and all(a is b for a, b in zip(parts, self._parts, strict=True))
         if not same or addresses != self._addresses:
             self._graphs.clear()
@@ -88,7 +83,9 @@ class CapturedSteps:
             torch.cuda.empty_cache()
         decoder.captured = None
         self._graphs.clear()
-        warnings.warn(f"decode steps run without CUDA graphs from here on: {said}", stacklevel=2)
+        warnings.warn(
+            f"decode steps run without CUDA graphs from here on: {said}; eager_mode=True asks for none", stacklevel=2
+        )
         return None
 
     # Tensors made in the caller's inference mode could not be written to outside it.
@@ -98,16 +95,15 @@ class CapturedSteps:
         def room(x: torch.Tensor) -> torch.Tensor:
             return torch.zeros((sequences, *x.shape[1:]), dtype=x.dtype, device=x.device)
 
-        plan = StandingPlan(sequences, self._most_pages, items, self.pages, decoder.backbone.heads)
         standing = Inputs(
             hidden=room(inputs.hidden),
             rotations={rope: (room(cosine), room(sine)) for rope, (cosine, sine) in inputs.rotations.items()},
             lows={window: room(low) for window, low in inputs.lows.items()},
             reach=room(inputs.reach),
-            plan=plan,
+            plan=StandingPlan(sequences, self._most_pages, items, self.pages, decoder.backbone.heads),
             deepstack=[],
         )
-        _take(standing, plan, inputs)
+        _write(standing, inputs)
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()  # one ends with its last graph, be that one that failed
         graph = torch.cuda.CUDAGraph()
@@ -123,12 +119,14 @@ class CapturedSteps:
                     graph.capture_end()
             finally:
                 self._stream.synchronize()  # whatever happens: what it reads may be given up now
-        return _Graph(standing, plan, graph, out)
+        return _Graph(standing, graph, out)
 
 
-def _take(standing: Inputs, plan: StandingPlan, inputs: Inputs) -> None:
+def _write(standing: Inputs, inputs: Inputs) -> None:
+    """A step's inputs, to where its graph reads them."""
+    assert isinstance(standing.plan, StandingPlan)
     assert isinstance(inputs.plan, PagedPlan)
-    plan.take(inputs.plan)
+    standing.plan.take(inputs.plan)
     pairs = [(standing.hidden, inputs.hidden), (standing.reach, inputs.reach)]
     pairs += [(standing.lows[window], low) for window, low in inputs.lows.items()]
     for rope, rotation in inputs.rotations.items():

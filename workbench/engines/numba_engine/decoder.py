@@ -150,15 +150,14 @@ class Decoder:
             tap("norm", hidden)
         return hidden
 
-    def parts(self) -> tuple[list[object], list[torch.Tensor]]:
-        """All that `run_layers` computes with beside its inputs: settings and operations, and weights."""
-        of_layers = [(layer, (layer.qkv, layer.output, layer.gate_up, layer.down)) for layer in self.layers]
-        weights = [self.norm]
-        for layer, linears in of_layers:
-            norms = (layer.attention_norm, layer.head_norms, layer.after_attention, layer.mlp_norm, layer.after_mlp)
-            found = [*norms, *(part for linear in linears for part in (linear.weight, linear.bias))]
-            weights += [weight for weight in found if weight is not None]
-        return [self.backbone, *(linear for _, linears in of_layers for linear in linears), *weights], weights
+    def parts(self) -> list[object]:
+        """All that `run_layers` computes with beside its inputs: settings, operations and weights."""
+        parts: list[object] = [self.backbone, self.norm]
+        for layer in self.layers:
+            parts += [layer.attention_norm, layer.head_norms, layer.after_attention, layer.mlp_norm, layer.after_mlp]
+            for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+                parts += [linear, linear.weight, linear.bias]
+        return parts
 
     def _attention(
         self, number: int, layer: Layer, hidden: torch.Tensor, inputs: Inputs, pages: KVPages

@@ -169,7 +169,8 @@ class Loop:
         logits = self.decoder.logits(needed)
         sizes = [rows.stop - rows.start for rows in kept]
         if self.decoder.device.type == "cuda":
-            logits = logits.float()  # one copy for all requests; a prompt's states are kept until its last chunk
+            logits = logits.float()
+            # One copy for all requests. A prompt's states are kept until its last chunk, too long for pinned memory.
             lasting = any(piece.sequence.wants_prompt_states for piece in pieces)
             logits = logits.cpu() if lasting else _on_host(logits)
         return list(zip(logits.split(sizes), needed.split(sizes), strict=True))
