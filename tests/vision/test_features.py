@@ -16,7 +16,7 @@ from PIL import Image
 
 import workbench
 from workbench.vision.features import FeatureStore, content_digest
-from workbench.vision.images import open_image
+from workbench.vision.images import FORMATS, ImageError, open_image
 from workbench.vision.tower import load_vision_tower
 
 
@@ -223,6 +223,46 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     assert abs(shown - wide).max() <= 1
     with pytest.raises(workbench.PromptError, match="mode 'F'"):
         open_image(Image.new("F", (3, 3)))
+
+
+_POSTSCRIPT = b"""%%!PS-Adobe-3.0 EPSF-3.0
+%%%%BoundingBox: 0 0 10 10
+%%%%EndComments
+(%s) deletefile (%s) (w) file dup (hello) writestring closefile showpage
+%%%%EOF
+"""
+
+
+@pytest.mark.parametrize("opened_by_caller", [False, True], ids=["path", "PIL image"])
+def test_postscript_named_png_is_refused_and_not_run(tmp_path, opened_by_caller):
+    precious, made, image = tmp_path / "precious", tmp_path / "made", tmp_path / "cat.png"
+    precious.write_text("kept")
+    image.write_bytes(_POSTSCRIPT % (bytes(precious), bytes(made)))
+    with pytest.raises(ImageError, match=r"cat\.png.*PNG, JPEG, WEBP, BMP, GIF"):
+        open_image(Image.open(image) if opened_by_caller else image)
+    assert precious.read_text() == "kept"
+    assert not made.exists()
+
+
+def test_every_decoder_that_is_not_named_is_refused(tmp_path):
+    Image.init()
+    image = Image.new("RGB", (8, 8), "red")
+    for name in sorted(set(Image.SAVE) - {*FORMATS, "MPO"}):
+        path = tmp_path / f"{name}.png"
+        try:
+            image.save(path, name)
+        except (OSError, ValueError, KeyError, AttributeError):  # encoders that lack a library or do not take RGB
+            continue
+        with pytest.raises(ImageError, match="by its content"):
+            open_image(path)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_named_formats_open_under_any_file_name(tmp_path, name):
+    path = tmp_path / "image.dat"
+    Image.new("RGB", (8, 8), "red").save(path, name)
+    assert open_image(path).size == (8, 8)
+    assert open_image(Image.open(path)).size == (8, 8)
 
 
 def test_settings_beside_the_vision_part_are_in_the_key(tower, shown, tmp_path):

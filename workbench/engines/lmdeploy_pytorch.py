@@ -15,6 +15,7 @@ from packaging.version import Version
 from ..errors import EmbeddingRangeError, ModelError
 from ..models import Model
 from ..prompt import Prompt
+from ..vision.images import open_image
 from .api import Engine, Keep
 from .cancellation import Cancellation
 from .lmdeploy_calls import explain_status, generation_config, installed_version
@@ -104,11 +105,14 @@ class LMDeployPyTorch(Engine):
         """Ask about pictures; LMDeploy's own processor and vision model see them.
 
         Args:
-            images: PIL images, or paths and URLs that LMDeploy opens.
+            images: PIL images or paths. They are decoded here, since LMDeploy's loader accepts formats that run programs.
+
+        Raises:
+            ImageError: an image that cannot be used, by name.
         """
         config = gen_config or GenerationConfig()
         request = generation_config(config, stop_tokens(self.model, config))
-        answer = self.pipeline((question, images), gen_config=request)
+        answer = self.pipeline((question, [open_image(image) for image in images]), gen_config=request)
         return str(answer.text)
 
     def _generate(

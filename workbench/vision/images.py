@@ -1,4 +1,4 @@
-"""Open pictures safely: whole, of a bearable size, upright, in RGB."""
+"""Open images safely: raster formats only, whole, of a bearable size, upright, in RGB."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import os
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ..errors import PromptError
 
 MOST_PIXELS = 64_000_000  # 8,000 x 8,000, 192 MB in memory
+
+# Pillow picks a decoder by a file's content, and some of its decoders start other programs (PostScript runs Ghostscript, which
+# writes and deletes files). Only these raster formats are tried, whatever a file's name is.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+_READ_AS = {*FORMATS, "MPO"}  # JPEG files with several frames, as many phones write them; opened by the JPEG decoder
 
 # Pillow's decoders raise all of these for damaged files.
 _DECODER_ERRORS = (
@@ -35,6 +40,11 @@ def open_image(picture: Picture) -> Image.Image:
             getattr(picture, "filename", "") or f"a picture of {picture.size[0]} x {picture.size[1]}",
             picture,
         )
+        # An image that Pillow has opened is decoded when its pixels are first read, which happens here.
+        if isinstance(picture, ImageFile.ImageFile) and picture.format not in _READ_AS:
+            raise ImageError(
+                f"{name} is a {picture.format} file; images are read from {', '.join(FORMATS)} files only: convert it first"
+            )
     elif isinstance(picture, str | os.PathLike):
         name = os.fspath(picture)
         opened = _open(name)
@@ -67,13 +77,14 @@ def _open(name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by our own, lower limit
-            return Image.open(name)
+            return Image.open(name, formats=FORMATS)
     except FileNotFoundError as error:
         raise ImageError(f"{name} does not exist") from error
     except UnidentifiedImageError as error:
         size = Path(name).stat().st_size
         raise ImageError(
-            f"{name} ({size} bytes) is no picture that Pillow can read: damaged, or another format"
+            f"{name} ({size} bytes) is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file by its content, whatever its name says: it "
+            "is damaged, or of another format and must be converted first"
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is a decompression bomb: {error}") from error

@@ -16,6 +16,7 @@ from ..plots.patches import PatchGrid, grids_figure
 from ..plots.style import visible
 from ..prompt import Prompt, Span
 from ..state_maps import METRICS
+from ..vision.images import open_image
 from .view import View, palette, source
 
 _WIDEST = 512  # pixels of a picture that is sent
@@ -48,7 +49,7 @@ class PatchView(View):
     width = traitlets.Int(280).tag(sync=True)
 
     def __init__(self, prompt: Prompt, pictures: Sequence[Image.Image | None] = (), width: int = 280) -> None:
-        self._pictures = list(pictures)
+        self._pictures = [None if picture is None else open_image(picture) for picture in pictures]
         self._png = [_png(picture) for picture in self._pictures]
         super().__init__(width=width, pictures=self._png, items=self._items(prompt))
         self.prompt = prompt
