@@ -1,4 +1,4 @@
-# `make lab` opens the workbench, `make test` checks it. Both set up .venv first and are safe to repeat.
+# `make lab` opens the workbench, `make test` tests it. Both set up .venv first and are safe to repeat.
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3 python; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
@@ -7,22 +7,28 @@ READY := $(VENV)/.ready
 NOTEBOOK ?= notebooks/01_where_embeddings_land.ipynb
 PORT ?= 8888
 LAB_OPTIONS ?=
-# No request leaves this machine: no news, no update check, no extension gallery.
-LAB_QUIET := --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
+# No request leaves this machine: no news, no update check, no extension gallery (also in workbench/cli/lab.py).
+LAB_OFFLINE := --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
 
-# OpenMP's threads spin only briefly before they sleep; else two notebooks on the same cores, or two halves of the tests, wait for
+# Two test processes, one thread each: on two cores that is a tenth faster than threads that wait for each other.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest
+ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
+
+# OpenMP's threads spin only briefly before they sleep; otherwise two notebooks, or two test processes, on the same cores wait for
 # each other in every parallel loop (range_kernels/cpu/launch.py has the figures).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help setup model lab test test-python test-browser test-notebooks test-first-notebooks test-other-notebooks test-gpu check format bench soak update-pins clean
+.PHONY: help setup model lab test test-fast test-python test-simulator test-browser test-notebooks test-gpu check format bench soak update-pins clean
 
 help:
-	@echo "make lab       set up, fetch the model once, open JupyterLab on notebook 01"
-	@echo "make test      set up and run every test (browser tests where there is a Chromium); with --jobs=2 in less time"
-	@echo "make test-gpu  run the GPU tests on this machine's GPU"
-	@echo "make check     ruff and mypy"
-	@echo "make bench     speed of kernels and engine on this machine"
-	@echo "make soak      ten thousand requests with cancels, bad input and a cache that is too small"
+	@echo "make lab        set up, fetch the model once, open JupyterLab on notebook 01"
+	@echo "make test       every test: Python, CUDA simulator, browser (if there is a Chromium), notebooks"
+	@echo "make test-fast  the tests for the work in between: everything that is not marked slow, in a few minutes"
+	@echo "make test-gpu   the GPU tests, on this machine's GPU"
+	@echo "make check      ruff and mypy"
+	@echo "make bench      speed of kernels and engine on this machine"
+	@echo "make soak       ten thousand requests with cancellations, bad input and a cache that is too small"
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found. Install one (for example: apt-get install python3 python3-venv,"; \
@@ -42,31 +48,27 @@ model: $(READY)
 	@$(BIN)/workbench fetch smollm2-135m
 
 lab: model
-	$(BIN)/jupyter lab $(LAB_QUIET) --port=$(PORT) $(LAB_OPTIONS) $(NOTEBOOK)
+	$(BIN)/jupyter lab $(LAB_OFFLINE) --port=$(PORT) $(LAB_OPTIONS) $(NOTEBOOK)
 
-# In this order, so that `make --jobs=2 test` runs the first two beside each other: most of the time each of them keeps one core busy.
-test: test-python test-browser test-notebooks
+test: test-python test-simulator test-browser test-notebooks
+
+test-fast: model test-simulator
+	$(ONE_THREAD) $(PYTEST) tests --ignore=tests/simulator --ignore=tests/browser -m "not slow" -n $(WORKERS) --dist worksteal
 
 test-python: model
-	$(BIN)/python -m pytest tests --ignore=tests/simulator --ignore=tests/browser
-	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/simulator
+	$(ONE_THREAD) $(PYTEST) tests --ignore=tests/simulator --ignore=tests/browser -n $(WORKERS) --dist loadgroup
+
+test-simulator: $(READY)
+	NUMBA_ENABLE_CUDASIM=1 $(PYTEST) tests/simulator
 
 test-browser: model
-	$(BIN)/python -m pytest tests/browser
+	$(ONE_THREAD) $(PYTEST) tests/browser -n $(WORKERS) --dist loadgroup
 
-# In two halves, one for each of two jobs.
-FIRST_NOTEBOOKS := $(wildcard notebooks/0[0-4]*.ipynb)
-
-test-notebooks: test-first-notebooks test-other-notebooks
-
-test-first-notebooks: model
-	$(BIN)/python -m pytest --nbval $(FIRST_NOTEBOOKS)
-
-test-other-notebooks: model
-	$(BIN)/python -m pytest --nbval $(filter-out $(FIRST_NOTEBOOKS),$(wildcard notebooks/*.ipynb))
+test-notebooks: model
+	$(ONE_THREAD) $(PYTEST) --nbval notebooks -n $(WORKERS) --dist loadscope
 
 test-gpu: model
-	$(BIN)/python -m pytest tests -m gpu --ignore=tests/simulator --ignore=tests/browser
+	$(PYTEST) tests -m gpu --ignore=tests/simulator --ignore=tests/browser
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -78,14 +80,14 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: model
-	$(BIN)/python -m range_kernels.bench
-	$(BIN)/workbench bench
+	$(BIN)/python -m range_kernels.benchmarks
+	$(BIN)/python -m workbench.benchmarks
 
 soak: $(READY)
 	$(BIN)/python -m tests.workbench.soak
 
 update-pins: $(READY)
-	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | grep -vE '^(pip|setuptools)=='; } > constraints.new
+	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | grep -vE '^pip=='; } > constraints.new
 	@mv constraints.new constraints.txt
 
 clean:

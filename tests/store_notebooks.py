@@ -12,7 +12,7 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Drop what belongs to one run: times, states of widgets, views without a kernel (they open as "model not found") beside their pictures."""
+    """Drop what belongs to one run: times, states of widgets, views without a kernel (they open as "model not found") beside their images."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)

@@ -1,4 +1,4 @@
-"""Notebooks are stored tidy and with pictures; nbval compares what they print."""
+"""Notebooks are stored tidy and with images; nbval compares what they print."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from .store_notebooks import VIEW, tidy
+from tests.store_notebooks import VIEW, tidy
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -19,7 +19,7 @@ def test_stored(path):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert outputs
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
-    # A view without a picture shows nothing to whoever opens the notebook without running it.
+    # A view without an image shows nothing to whoever opens the notebook without running it.
     assert not [output for output in outputs if VIEW in output.get("data", {})]
 
 

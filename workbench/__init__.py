@@ -4,23 +4,65 @@ model = workbench.load_model("smollm2-135m")
 engine = workbench.open_engine("numba", model)
 prompt = workbench.Prompt(ids, [rows], [(12, 14)])
 print(workbench.check_engine(engine, prompt))
+
+Names are imported when they are first used, so that `import workbench` and the command line start without torch.
 """
 
-from .compare import Comparison, check_engine, compare, first_divergence
-from .engines import open_engine
-from .engines.api import Engine
-from .engines.messages import EngineOutput, GenerationConfig, ResponseType
-from .errors import EmbeddingRangeError, ModelError, PromptError, TraceError
-from .exploring import explore
-from .findings import Finding
-from .linting import effective_prompt, lint
-from .models import Model, load_model
-from .probes import probe
-from .prompt import MultimodalPrompt, Prompt, Span
-from .recording import Recording, record
-from .trace import Trace
-from .version import __version__
-from .vision import build_multimodal, build_prompt, load_vision_tower
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .comparison.check import check_engine
+    from .comparison.divergence import first_divergence
+    from .comparison.probes import probe
+    from .comparison.verdict import Comparison, compare
+    from .engines import open_engine
+    from .engines.base import Engine
+    from .engines.types import EngineOutput, GenerationConfig, ResponseType
+    from .errors import EmbeddingRangeError, ModelError, PromptError, TraceError
+    from .exploring import explore
+    from .linting import effective_prompt, lint
+    from .models import Model, load_model
+    from .prompt import Finding, MultimodalPrompt, Prompt, Span
+    from .recording import Recording, record
+    from .trace import Trace
+    from .version import __version__
+    from .vision import build_multimodal, build_prompt, load_vision_tower
+
+_MODULES = {
+    "Comparison": "comparison.verdict",
+    "EmbeddingRangeError": "errors",
+    "Engine": "engines.base",
+    "EngineOutput": "engines.types",
+    "Finding": "prompt",
+    "GenerationConfig": "engines.types",
+    "Model": "models",
+    "ModelError": "errors",
+    "MultimodalPrompt": "prompt",
+    "Prompt": "prompt",
+    "PromptError": "errors",
+    "Recording": "recording",
+    "ResponseType": "engines.types",
+    "Span": "prompt",
+    "Trace": "trace",
+    "TraceError": "errors",
+    "__version__": "version",
+    "build_multimodal": "vision",
+    "build_prompt": "vision",
+    "check_engine": "comparison.check",
+    "compare": "comparison.verdict",
+    "effective_prompt": "linting",
+    "explore": "exploring",
+    "first_divergence": "comparison.divergence",
+    "lint": "linting",
+    "load_model": "models",
+    "load_vision_tower": "vision",
+    "open_engine": "engines",
+    "probe": "comparison.probes",
+    "record": "recording",
+}
 
 __all__ = [
     "Comparison",
@@ -54,3 +96,15 @@ __all__ = [
     "probe",
     "record",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

@@ -1,4 +1,4 @@
-"""The errors a caller may want to catch. Every message names the item, the numbers and the mend."""
+"""The errors a caller may want to catch. Every message names the item, the numbers and the fix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ModelError(RuntimeError):
 
 
 class EngineDied(ModelError):
-    """An engine whose process has ended; every request it had is lost."""
+    """An engine's process has ended; all its requests are lost."""
 
 
 class TraceError(ValueError):

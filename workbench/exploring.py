@@ -1,13 +1,13 @@
-"""`workbench.explore`: the whole bench from a model and what to ask it."""
+"""`workbench.explore`: open the explorer for a model and a prompt."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .engines import open_engine
-from .engines.api import Engine
+from .engines.base import Engine
 from .errors import ModelError, PromptError
 from .models import Model, load_model
 from .prompt import Prompt
@@ -16,7 +16,7 @@ from .vision.images import open_image
 if TYPE_CHECKING:
     from .widgets.explorer import Explorer
 
-QUESTION = "What is in the picture?"
+QUESTION = "What is in the image?"
 TEXT_QUESTION = "What is the capital of France?"
 
 
@@ -30,28 +30,39 @@ def explore(
     target: str | None = None,
     judge: bool = True,
     new_tokens: int = 12,
+    inject: str = "as built",
+    word: str = "",
+    at: str | None = None,
+    answer_start: str = "",
+    fault: str = "none",
 ) -> Explorer:
-    """Open the bench: a prompt whose ranges can be dragged, its pictures, the map of hidden states, answers, the verdict.
+    """Open the explorer: a prompt with draggable ranges, its images, the map of hidden states, the answers and the verdict.
 
-    Last in a notebook cell it shows itself.
+    It displays itself if it is the last expression of a notebook cell.
 
     Args:
-        model: from `load_model`, or what that takes.
-        images_or_messages: a picture (path or PIL image) or several; or chat messages in Transformers' form that hold pictures; or
-            a `Prompt`; or nothing, for a prompt of text.
-        question: asked about the pictures; without it "What is in the picture?". Not with messages or a Prompt.
-        engine: whose states are shown, by name or open.
-        dtype: for an engine by name.
-        target: an engine whose rules lint adds, such as "turbomind==0.18.0".
-        judge: compare with Transformers after each move.
-        new_tokens: of each answer at most.
+        model: from `load_model`, or what `load_model` takes.
+        images_or_messages: an image (path or PIL image) or several; or chat messages in Transformers' form that contain images; or
+            a `Prompt`; or nothing, for a text-only prompt.
+        question: the question about the images, by default "What is in the image?". Not allowed with messages or a Prompt.
+        engine: the engine whose states are shown: a name or an open engine. An engine opened here is closed by `Explorer.close`.
+        dtype: used if `engine` is a name.
+        target: an engine whose rules are also linted, such as "turbomind==0.18.0".
+        judge: compare with Transformers after each change of the ranges.
+        new_tokens: maximum number of tokens in an answer.
+        inject: what the ranges contain: "as built" (the prompt's own items), "identity", "another word", "mix" or "noise".
+        word: the word for "another word" and "mix", including its leading space.
+        at: for a text-only prompt, the words that the first range covers; they must be part of the question.
+        answer_start: for a text-only prompt, the text that the answer begins with.
+        fault: a fault to inject, such as "range +1"; the menu lists all faults.
 
     Raises:
-        PromptError, ImageError: a question beside messages, or pictures that cannot be used.
-        ModelError: a model or an engine that cannot be opened; pictures for a model without vision.
+        PromptError, ImageError: a question in addition to messages, words that are not in the prompt, or images that cannot be used.
+        ModelError: a model or an engine that cannot be opened; images for a model without vision.
 
     ```python
     workbench.explore("digit-cards", ["data/images/blue_7.png", "data/images/green_5.png"], "Which digits are on the cards?")
+    workbench.explore("smollm2-135m", inject="another word", word=" Japan", at=" France")
     ```
     """
     from .widgets.explorer import Explorer
@@ -59,56 +70,73 @@ def explore(
     model = model if isinstance(model, Model) else load_model(model)
     given = [images_or_messages] if isinstance(images_or_messages, dict) else images_or_messages
     if question is not None and not isinstance(question, str):
-        raise PromptError(f"question={question!r}: give a text")
+        raise PromptError(f"question={question!r}: give a string")
     if isinstance(engine, Engine) and engine.model.digest != model.digest:
         raise ModelError(
-            f"the engine runs {engine.model.name}, not {model.name}: open one with this model, or name a kind"
+            f"the engine runs {engine.model.name}, not {model.name}: open one with this model, or give the engine's name"
         )
     if question is not None and (isinstance(given, Prompt) or _is_messages(given)):
         raise PromptError(
-            "question beside messages or a Prompt, which say already what is asked: leave one of them out"
+            "question is given in addition to messages or a Prompt, which contain it already: leave one out"
         )
-    prompt, pictures, ask = _prompt(model, given, question)
+    prompt, images, ask = _prompt(model, given, question, at, answer_start)
     opened = engine if isinstance(engine, Engine) else open_engine(engine, model, dtype=dtype)
     return Explorer(
-        opened, prompt, pictures, question=question or (QUESTION if pictures else TEXT_QUESTION), ask=ask,
-        target=target, judge=judge, new_tokens=new_tokens,
+        opened, prompt, images, question=question or (QUESTION if images else TEXT_QUESTION), ask=ask, target=target, judge=judge,
+        new_tokens=new_tokens, inject=inject, word=word, fault=fault, answer_start=answer_start, owns_engine=opened is not engine,
     )  # fmt: skip
 
 
-def _prompt(model: Model, given: Any, question: str | None) -> tuple[Prompt, list[Any], Any]:
-    """The first prompt, its pictures, and what builds one for another question (None where there is none to ask)."""
+def _prompt(
+    model: Model, given: Any, question: str | None, at: str | None, answer_start: str
+) -> tuple[Prompt, list[Any], Callable[[str], Prompt] | None]:
+    """Return the first prompt, its images, and a function that builds the prompt for another question (None without a question)."""
     from .vision import build_prompt, load_vision_tower
 
     if isinstance(given, Prompt):
         return given, [], None
     if _is_messages(given):
-        for number, turn in enumerate(given):
-            if not isinstance(turn.get("content"), str | list) or not isinstance(turn.get("role"), str):
-                raise PromptError(f"messages[{number}] is {turn!r:.80}: give a dict with role and content")
-        contents = [turn["content"] for turn in given]
-        kinds = [
+        for number, message in enumerate(given):
+            if not isinstance(message.get("content"), str | list) or not isinstance(message.get("role"), str):
+                raise PromptError(f"messages[{number}] is {message!r:.80}: give a dict with role and content")
+        contents = [message["content"] for message in given]
+        parts = [
             part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)
         ]
-        if all(part.get("type") == "text" for part in kinds):
+        if all(part.get("type") == "text" for part in parts):
             return Prompt(model.chat_ids(list(given))), [], None
-        shown = [part.get("image") or part.get("path") for part in kinds if part.get("type") == "image"]
+        shown = [part.get("image") or part.get("path") for part in parts if part.get("type") == "image"]
         return build_prompt(model, given), [None if image is None else open_image(image) for image in shown], None
     images = [given] if not isinstance(given, Sequence) or isinstance(given, str) else list(given)
     if not images:
-        return (
-            Prompt(model.chat_ids(question or TEXT_QUESTION)),
-            [],
-            lambda text: Prompt(model.chat_ids(text)),
-        )
-    pictures = [open_image(image) for image in images]
+
+        def ask_text(text: str) -> Prompt:
+            return _text_prompt(model, text, at, answer_start)
+
+        return ask_text(question or TEXT_QUESTION), [], ask_text
+    opened = [open_image(image) for image in images]
     tower = load_vision_tower(model)
-    features = tower.features(pictures)
+    features = tower.features(opened)
 
     def ask(text: str) -> Prompt:
-        return build_prompt(model, text, pictures, tower=tower, features=features)
+        return build_prompt(model, text, opened, tower=tower, features=features)
 
-    return ask(question or QUESTION), pictures, ask
+    return ask(question or QUESTION), opened, ask
+
+
+def _text_prompt(model: Model, question: str, at: str | None, answer_start: str) -> Prompt:
+    """Return a chat prompt with a range over the tokens of `at`, into which their own rows are injected."""
+    ids = model.chat_ids(question)
+    if answer_start:
+        ids += model.tokenizer.encode(answer_start, add_special_tokens=False)
+    if at is None:
+        return Prompt(ids)
+    tokens = model.tokenizer.encode(at, add_special_tokens=False)
+    starts = [start for start in range(len(ids)) if tokens and ids[start : start + len(tokens)] == tokens]
+    if not starts:
+        raise PromptError(f"at={at!r} is not part of the prompt: give words of {question!r}, with their leading space")
+    word_range = (starts[0], starts[0] + len(tokens))
+    return Prompt(ids, [model.token_rows(tokens)], [word_range])
 
 
 def _is_messages(given: Any) -> bool:
@@ -116,5 +144,5 @@ def _is_messages(given: Any) -> bool:
         isinstance(given, Sequence)
         and bool(given)
         and not isinstance(given, str)
-        and all(isinstance(turn, dict) for turn in given)
+        and all(isinstance(message, dict) for message in given)
     )

@@ -1,4 +1,4 @@
-"""How far a long run has come, told while it runs; what is told may raise, which stops the run."""
+"""Progress callbacks for long runs. A callback may raise `Stopped`, which ends the run."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 Progress = Callable[[float], None]
-"""Called with the share that is done, 0 to 1, after each part of the work."""
+"""Called with the completed fraction, 0 to 1, after each part of the work."""
 
 
 class Stopped(Exception):
-    """A run was stopped because nobody waits for it any more."""
+    """A run was stopped because its result is no longer needed."""
 
 
 def part(progress: Progress | None, begin: float, end: float) -> Progress | None:
-    """The progress of a piece of the work, which lies between two shares of the whole."""
+    """Return a callback for a part of the work, which covers the fractions `begin` to `end` of the whole."""
     if progress is None:
         return None
     whole = progress
@@ -22,14 +22,14 @@ def part(progress: Progress | None, begin: float, end: float) -> Progress | None
 
 
 def counted(keep: Callable[[str, Any], object], progress: Progress | None, count: int) -> Callable[[str, Any], object]:
-    """`keep(name, value)`, which tells after each call which share of `count` names has come."""
+    """Wrap `keep(name, value)`: each call also reports the fraction of `count` names that have been kept."""
     if progress is None:
         return keep
-    told, given = progress, set()
+    report, kept = progress, set()
 
-    def keep_and_tell(name: str, value: Any) -> None:
+    def keep_and_report(name: str, value: Any) -> None:
         keep(name, value)
-        given.add(name)
-        told(len(given) / count)
+        kept.add(name)
+        report(len(kept) / count)
 
-    return keep_and_tell
+    return keep_and_report

@@ -1,4 +1,4 @@
-"""A recorded run: an engine beside the reference on one prompt, in a folder that anyone can open without that engine or a GPU."""
+"""Recorded runs: an engine and the reference on one prompt, in a folder that can be opened without that engine or a GPU."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from typing import Any
 
 import torch
 
-from .compare.floor import NoiseFloor
-from .compare.logits import compare_text
-from .compare.run import reference, shared_taps
-from .compare.verdict import Comparison, compare
+from .atomic_write import atomic_write
+from .comparison.check import shared_taps
+from .comparison.logits import compare_text
+from .comparison.noise_floor import NoiseFloor
+from .comparison.probes import probe
+from .comparison.reference_cache import reference_engine
+from .comparison.verdict import Comparison, compare
 from .engines import open_engine
-from .engines.api import Engine
-from .engines.messages import EngineOutput, GenerationConfig
+from .engines.types import EngineOutput, GenerationConfig
 from .errors import TraceError
-from .misuse import MISUSES, observe
+from .faults import Fault, faults_of, observe
 from .models import Model
-from .probes import probe
 from .prompt import Prompt
-from .prompt_files import load_prompt
+from .schema import read_json
 from .trace import Trace
-from .whole_files import write_whole
 
-FORMAT = "workbench-recording-1"
-_MOST_POSITIONS = 24
+FORMAT = "workbench-recording-2"
+_MAX_POSITIONS = 24
 _UNCHECKED = ("turbomind",)
-"""Engines that can be opened with `check=False`, and whose rules are in `targets`."""
+"""Engines that can be opened with `check=False` and whose rules are in `linting.targets`."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What `record` wrote.
+    """A recorded run, as written by `record`.
 
     Attributes:
-        prompt: what was run.
-        truth, run: traces of the float64 reference and of the engine, memory-mapped.
+        prompt: the prompt that was run.
+        reference, run: traces of the float64 reference and of the engine, read from disk tap by tap.
         floor: the reference's noise floor in the engine's dtype.
-        record: answers, verdict, probes, misuses and versions, as plain values.
+        record: answers, verdict, probes, invalid prompts and versions, as plain JSON values.
     """
 
     folder: Path
     prompt: Prompt
-    truth: Trace
+    reference: Trace
     run: Trace
     floor: NoiseFloor
     record: dict[str, Any]
@@ -56,28 +56,25 @@ class Recording:
         """Open a recorded run.
 
         Raises:
-            TraceError: a folder that is none, or a damaged file in it. PromptError: its prompt.
+            TraceError: the folder is not a recording, or a file in it is damaged. PromptError: its prompt cannot be read.
         """
         folder = Path(folder)
         path = folder / "record.json"
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise TraceError(f"{path} cannot be read: {error}") from error
+        record = read_json(path, "a recording", TraceError)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise TraceError(f"{path} is no recording of this version ({FORMAT}): record it again")
+            raise TraceError(f"{path} is not a recording of this version ({FORMAT}): record it again")
         return cls(
             folder,
-            load_prompt(folder / "prompt.json"),
-            Trace.load(folder / "truth.safetensors"),
+            Prompt.load(folder / "prompt.json"),
+            Trace.load(folder / "reference.safetensors"),
             Trace.load(folder / "run.safetensors"),
             NoiseFloor.load(folder / "floor.safetensors"),
             record,
         )
 
     def compare(self) -> Comparison:
-        """Judge the recorded states again."""
-        return compare(self.truth, self.run, floor=self.floor)
+        """Compare the recorded states again."""
+        return compare(self.reference, self.run, floor=self.floor)
 
 
 def record(
@@ -90,46 +87,47 @@ def record(
     positions: Sequence[int] | None = None,
     reference_device: str = "cpu",
     new_tokens: int = 24,
-    misuses: bool = True,
-    say: Callable[[str], object] = print,
+    invalid_prompts: bool = True,
+    log: Callable[[str], object] = print,
     **options: Any,
 ) -> Recording:
-    """Run an engine and the reference on a prompt and keep what they computed.
+    """Run an engine and the reference on a prompt and store their results in a folder.
 
     Args:
         kind, options: as for `open_engine`; "turbomind" gets `depth_sweep=True`.
-        positions: tokens to keep; the default keeps at most 24, at the edges of ranges, inside them and at the end.
+        positions: positions to keep; by default at most 24: at the edges of ranges, inside them, and at the end.
         reference_device: where the reference runs.
-        misuses: also hand the engine prompts that are wrong, each in a process of its own. Needs two items, and rules for the engine.
+        invalid_prompts: also run invalid prompts, in a separate process. Requires two items, and lint rules for the engine.
+        log: called with each line of progress.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = choose_positions(prompt) if positions is None else list(positions)
+    kept = telling_positions(prompt) if positions is None else list(positions)
     if kind == "turbomind":
         options.setdefault("depth_sweep", True)
-    engine = open_engine(kind, model, **options)
-    dtype = str(engine.dtype).removeprefix("torch.")
-    chosen = shared_taps(engine, taps)
-    try:
-        say(f"engine: {engine.plan_trace(prompt, chosen, kept)}")
+    with open_engine(kind, model, **options) as engine:
+        dtype = str(engine.dtype).removeprefix("torch.")
+        chosen = shared_taps(engine, taps)
+        log(f"engine: {engine.plan_trace(prompt, chosen, kept)}")
         run = engine.trace(prompt, chosen, kept, path=folder / "run.safetensors")
-        truth_engine, floor_engine = (reference(model, each, reference_device) for each in ("float64", dtype))
-        truth = truth_engine.trace(prompt, chosen, kept, path=folder / "truth.safetensors")
-        floor = NoiseFloor.measure(truth, floor_engine.noise_floor(prompt, chosen, kept))
+        exact, rounded = (reference_engine(model, each, reference_device) for each in ("float64", dtype))
+        expected = exact.trace(prompt, chosen, kept, path=folder / "reference.safetensors")
+        floor = NoiseFloor.measure(expected, rounded.noise_floor(prompt, chosen, kept))
         floor.save(folder / "floor.safetensors")
         prompt.save(folder / "prompt.json")
-        comparison = compare(truth, run, floor=floor)
-        say(str(comparison))
+        comparison = compare(expected, run, floor=floor)
+        log(str(comparison))
         config = GenerationConfig(max_new_tokens=new_tokens, logprobs=5)
-        answers = {"engine": engine.generate(prompt, config), "reference": floor_engine.generate(prompt, config)}
+        answers = {"engine": engine.generate(prompt, config), "reference": rounded.generate(prompt, config)}
         text = compare_text(answers["reference"], answers["engine"])
-        say(str(text))
+        log(str(text))
         report = probe(engine, prompt)
-        say(str(report))
-        made: dict[str, Any] = {
+        log(str(report))
+        version = str(getattr(engine, "version", ""))
+        recorded: dict[str, Any] = {
             "format": FORMAT,
             "engine": engine.capabilities.name,
-            "engine_version": str(getattr(engine, "version", "")),
+            "engine_version": version,
             "model": model.name,
             "dtype": dtype,
             "device": run.provenance["device"],
@@ -141,26 +139,22 @@ def record(
             "texts": str(text),
             "probes": [dataclasses.asdict(result) for result in report.results],
         }
-    finally:
-        close = getattr(engine, "close", None)
-        if close is not None:
-            close()
-    if misuses and kind in _UNCHECKED and len(prompt.input_embeddings) > 1:
-        made["misuses"] = _misuses(kind, model, prompt, str(made["engine_version"]), reference_device, options, say)
-    write_whole(folder / "record.json", f"{json.dumps(made, indent=1, ensure_ascii=False)}\n".encode())
+    if invalid_prompts and kind in _UNCHECKED and len(prompt.input_embeddings) > 1:
+        recorded["invalid_prompts"] = _observe_all(kind, model, prompt, version, reference_device, options, log)
+    atomic_write(folder / "record.json", f"{json.dumps(recorded, indent=1, ensure_ascii=False)}\n".encode())
     return Recording.load(folder)
 
 
-def choose_positions(prompt: Prompt) -> list[int]:
-    """At most 24 tokens that tell most: the first, both sides of every range's edges, some inside, and the last ones."""
+def telling_positions(prompt: Prompt) -> list[int]:
+    """Return at most 24 informative positions: the first, both sides of every range edge, some inside ranges, and the last ones."""
     length = len(prompt)
     wanted = [0, length - 1, length - 2]
     for start, stop in prompt.embedding_ranges:
         wanted += [start - 1, start, start + 1, (start + stop) // 2, stop - 2, stop - 1, stop]
-    chosen = list(dict.fromkeys(position for position in wanted if 0 <= position < length))[:_MOST_POSITIONS]
+    chosen = list(dict.fromkeys(position for position in wanted if 0 <= position < length))[:_MAX_POSITIONS]
     rest = sorted(set(range(length)) - set(chosen))
-    places = torch.linspace(0, len(rest) - 1, min(_MOST_POSITIONS - len(chosen), len(rest))).long().tolist()
-    return sorted([*chosen, *(rest[place] for place in places)])
+    even = torch.linspace(0, len(rest) - 1, min(_MAX_POSITIONS - len(chosen), len(rest))).long().tolist()
+    return sorted([*chosen, *(rest[index] for index in even)])
 
 
 def _answer(model: Model, output: EngineOutput) -> dict[str, Any]:
@@ -171,32 +165,27 @@ def _answer(model: Model, output: EngineOutput) -> dict[str, Any]:
     }
 
 
-def _misuses(
+def _observe_all(
     kind: str,
     model: Model,
     prompt: Prompt,
     version: str,
     device: str,
     options: dict[str, Any],
-    say: Callable[[str], object],
+    log: Callable[[str], object],
 ) -> list[dict[str, Any]]:
-    rows = []
+    """Record what the engine does with the valid prompt and with every invalid one."""
     plain = {name: value for name, value in options.items() if name != "depth_sweep"}
     target = f"{kind}=={version}" if version else kind
-    engine: Engine | None = None
-    for misuse in MISUSES:
-        if engine is None:
-            engine = open_engine(kind, model, isolated=True, check=False, **plain)
-        try:
-            seen = observe(engine, prompt, target, misuse, device)
-        except BaseException:
-            engine.close()  # type: ignore[attr-defined]
-            raise
-        say(f"{misuse}: predicted {seen.predicted}, {seen.seen} ({seen.evidence})")
-        rows.append(dataclasses.asdict(seen))
-        if seen.seen == "crashes" or misuse == "wrong width":  # it died, or its memory cannot be trusted any more
-            engine.close()  # type: ignore[attr-defined]
-            engine = None
-    if engine is not None:
-        engine.close()  # type: ignore[attr-defined]
+    rows = []
+    pending: list[Fault | None] = [None, *faults_of("invalid prompt")]
+    while pending:
+        with open_engine(kind, model, isolated=True, check=False, **plain) as engine:
+            usable = True
+            while pending and usable:
+                seen = observe(engine, prompt, target, pending.pop(0), device)
+                log(f"{seen.fault}: predicted {seen.predicted}, {seen.seen} ({seen.evidence})")
+                rows.append(dataclasses.asdict(seen))
+                # After a crash the engine is gone; after rows of a wrong width its memory cannot be trusted.
+                usable = seen.seen != "crashes" and seen.fault != "wrong width"
     return rows

@@ -1,20 +1,21 @@
-"""Kernels for embedding injection: splice rows into a prompt's hidden state 0, and attention whose mask is two ints a token.
+"""Kernels for embedding injection: splice rows into a prompt's hidden state 0, and attention whose mask is two integers per query.
 
-Torch tensors in and out; the device of the tensors selects the kernel. Nothing here knows of models or engines.
+The functions take and return torch tensors, whose device selects the kernel. Nothing here depends on models or engines.
 """
 
 from .attention import attention
-from .hugging_face import register_with_transformers
-from .pages import KVPages, PagedPlan, paged_attention
+from .kv_cache import KVPages
+from .paged_attention import paged_attention
+from .plans import CUDAGraphPlan, PagedPlan
 from .splice import SplicePlan, splice
-from .standing import StandingPlan
+from .transformers_attention import register_with_transformers
 from .visibility import visible_keys
 
 __all__ = [
+    "CUDAGraphPlan",
     "KVPages",
     "PagedPlan",
     "SplicePlan",
-    "StandingPlan",
     "attention",
     "paged_attention",
     "register_with_transformers",

@@ -1,4 +1,4 @@
-"""The oracle: what `splice` and `attention` mean, in float64 NumPy, one loop a definition, no speed intended."""
+"""The reference for `splice` and `attention`: plain NumPy loops, one per definition, written for clarity and not for speed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def splice(
     offset: int = 0,
     scale: float = 1.0,
 ) -> np.ndarray:
-    """Hidden state 0 of tokens `offset .. offset + len(input_ids)`: table rows times `scale`, item rows inside ranges.
+    """Return hidden state 0 of tokens `[offset, offset + len(input_ids))`: item rows inside ranges, else table rows times `scale`.
 
     Shapes: `input_ids [tokens]`, `table [vocab, hidden]`, `items[i] [stop_i - start_i, hidden]`; returns
     `[tokens, hidden]`.
@@ -37,14 +37,14 @@ def attention(
     cu_seqlens_q: Sequence[int],
     cu_seqlens_k: Sequence[int],
     *,
-    low: np.ndarray,
-    reach: np.ndarray,
+    key_start: np.ndarray,
+    key_stop: np.ndarray,
     scale: float,
     softcap: float = 0.0,
 ) -> np.ndarray:
-    """Softmax attention over packed sequences with grouped heads, in float64.
+    """Softmax attention over packed sequences with grouped-query heads, in float64.
 
-    Shapes: `q [queries, q_heads, head_dim]`, `k` and `v` `[keys, kv_heads, head_dim]`, `low` and `reach` `[queries]`,
+    Shapes: `q [queries, q_heads, head_dim]`, `k` and `v` `[keys, kv_heads, head_dim]`, `key_start` and `key_stop` `[queries]`,
     counted from the start of the query's own sequence; returns float64 `[queries, q_heads, head_dim]`. Query head h reads
     KV head `h // (q_heads // kv_heads)`. `softcap` c > 0 replaces a score s by `c * tanh(s / c)` (Gemma 2, section 2).
     A query that sees no key gets zeros.
@@ -55,8 +55,8 @@ def attention(
     for sequence in range(len(cu_seqlens_q) - 1):
         first_key, end_key = cu_seqlens_k[sequence], cu_seqlens_k[sequence + 1]
         for query in range(cu_seqlens_q[sequence], cu_seqlens_q[sequence + 1]):
-            begin = first_key + max(int(low[query]), 0)
-            end = min(first_key + int(reach[query]) + 1, end_key)
+            begin = first_key + max(int(key_start[query]), 0)
+            end = min(first_key + int(key_stop[query]), end_key)
             if begin >= end:
                 continue
             for head in range(q.shape[1]):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
+
+from .clipping import cast, clip_items, pack_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -29,10 +30,9 @@ def splice(
         items: item i is `[stop_i - start_i, hidden]`; another float dtype is cast to the table's.
         ranges: half-open `(start, stop)` in prompt positions, sorted and disjoint.
         offset: prompt position of `input_ids[0]`. Ranges are clipped to the chunk `[offset, offset + tokens)`.
-        scale: factor on looked-up rows only (Gemma multiplies them by sqrt(hidden); injected rows come ready).
-        plan: items and ranges, checked and laid out before by `SplicePlan`, in place of `items`, `ranges` and `offset`. With
-            it, and ids on the device, nothing moves between host and device where `plan.capturable`: the call may be captured in
-            a CUDA graph.
+        scale: factor on looked-up rows only (Gemma multiplies them by sqrt(hidden); injected rows are already scaled).
+        plan: a `SplicePlan`, in place of `items`, `ranges` and `offset`. If it is `capturable` and the ids are on the device,
+            nothing moves between host and device, so the call may be captured in a CUDA graph.
 
     Returns:
         `[tokens, hidden]` in the table's dtype and on its device.
@@ -45,8 +45,8 @@ def splice(
     [[0.0, 1.0], [9.0, 9.0], [6.0, 7.0]]
     """
     input_ids = torch.as_tensor(input_ids)
-    whole = not (input_ids.dtype is torch.bool or input_ids.is_floating_point() or input_ids.is_complex())
-    if input_ids.numel() and not whole:
+    is_integer = not (input_ids.dtype is torch.bool or input_ids.is_floating_point() or input_ids.is_complex())
+    if input_ids.numel() and not is_integer:
         raise ValueError(f"input_ids is {input_ids.dtype}: token ids are integers")
     input_ids = input_ids.to(table.device, torch.int64).contiguous()
     if table.ndim != 2 or table.dtype not in DTYPES or not table.is_contiguous():
@@ -67,8 +67,8 @@ def splice(
     if table.device.type == "cpu":
         from .cpu.launch import splice as launch_cpu
 
-        places, rows = pack_rows(cast(clipped, table), table)
-        launch_cpu(input_ids, table, rows, places, out, float(scale))
+        row_ranges, rows = pack_rows(cast(clipped, table), table)
+        launch_cpu(input_ids, table, rows, row_ranges, out, float(scale))
     elif table.device.type == "cuda":
         from .cuda.splice import launch as launch_cuda
 
@@ -78,25 +78,22 @@ def splice(
     return out
 
 
-Clipped = list[tuple[int, int, torch.Tensor]]
-
-
 class SplicePlan:
-    """Items and ranges of one batch or chunk, checked and laid out once, for calls that repeat or are captured.
+    """Items and ranges of one batch or chunk, checked and laid out once, for repeated or captured calls.
 
-    Items on the table's device, of a dtype that splice takes, whose rows are contiguous, are read where they lie at each call: what
-    is written into them since is seen. Others are copied here, once.
+    Items on the table's device, with a supported dtype and contiguous rows, are read in place at each call, so later writes to them
+    take effect. Other items are copied once, here.
 
     Attributes:
-        capturable: whether calls on a GPU are one launch and nothing else: rows of tables and items lie in pieces of 16 bytes.
+        capturable: whether a call on a GPU is a single launch, which needs table and item rows aligned to 16 bytes.
 
     Args:
-        items, ranges, offset: as `splice` takes them.
-        table: the table of the calls, or one of its shape, dtype and device.
-        tokens: how many the calls have.
+        items, ranges, offset: as in `splice`.
+        table: the table of the calls, or one of the same shape, dtype and device.
+        tokens: number of tokens of each call.
 
     Raises:
-        ValueError: as `splice`.
+        ValueError: as in `splice`.
     """
 
     def __init__(
@@ -118,65 +115,14 @@ class SplicePlan:
             self.on_device, self.capturable = prepare(self.clipped, table)
 
     def check(self, input_ids: torch.Tensor, table: torch.Tensor, items: Any, ranges: Any, offset: int) -> None:
-        """ValueError where a call is not one that this plan was made for."""
+        """Raise ValueError if this plan was made for another call."""
         if len(items) or len(ranges) or offset:
-            raise ValueError("plan already holds items, ranges and offset: leave them out")
+            raise ValueError("plan already contains items, ranges and offset: leave them out")
         if len(input_ids) != self.tokens:
-            raise ValueError(f"{len(input_ids)} input_ids, but the plan is for {self.tokens}: make one for them")
+            raise ValueError(f"{len(input_ids)} input_ids, but the plan is for {self.tokens}: make one for this length")
         if (table.shape[1], table.dtype, table.device) != self.kind:
             width, dtype, device = self.kind
             raise ValueError(
                 f"table is {table.dtype} of width {table.shape[1]} on {table.device}, the plan for {dtype} of width {width} "
                 f"on {device}: make one for this table"
             )
-
-
-def clip_items(
-    items: Sequence[torch.Tensor], ranges: Sequence[tuple[int, int]], table: torch.Tensor, begin: int, end: int
-) -> Clipped:
-    """The parts of ranges inside the chunk `[begin, end)`: start and stop counted from `begin`, and the rows, on the table's
-    device."""
-    if len(items) != len(ranges):
-        raise ValueError(f"{len(items)} items but {len(ranges)} ranges: each item needs one range")
-    clipped: Clipped = []
-    end_before = 0
-    for number, (item, (start, stop)) in enumerate(zip(items, ranges, strict=True)):
-        if start < end_before or stop <= start:
-            raise ValueError(
-                f"range {number} is [{start}, {stop}), after one that ends at {end_before}: ranges must be sorted, disjoint "
-                "and not empty"
-            )
-        if item.shape != (stop - start, table.shape[1]) or not item.is_floating_point():
-            raise ValueError(
-                f"item {number} is {item.dtype} {tuple(item.shape)}: range [{start}, {stop}) of a table of width "
-                f"{table.shape[1]} takes floats {(stop - start, table.shape[1])}"
-            )
-        end_before = stop
-        first, last = max(start, begin), min(stop, end)
-        if first < last:
-            # Each torch call costs microseconds, and there may be hundreds of items.
-            rows = item if (first, last) == (start, stop) else item[first - start : last - start]
-            if rows.device != table.device:
-                rows = rows.to(table.device)
-            clipped.append((first - begin, last - begin, rows))
-    return clipped
-
-
-def cast(clipped: Clipped, table: torch.Tensor) -> Clipped:
-    """Rows in the table's dtype."""
-    return [(start, stop, rows if rows.dtype is table.dtype else rows.to(table.dtype)) for start, stop, rows in clipped]
-
-
-def pack_rows(clipped: Clipped, table: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
-    """All rows in one tensor.
-
-    Returns:
-        `plan`, int32 `[clipped ranges, 3]`: start, stop, and the first packed row; and `rows` `[packed rows, hidden]`.
-    """
-    plan, packed = [], 0
-    for start, stop, _ in clipped:
-        plan.append((start, stop, packed))
-        packed += stop - start
-    needed = [rows for _, _, rows in clipped]
-    rows = torch.cat(needed) if len(needed) > 1 else needed[0].contiguous() if needed else table[:0]
-    return np.asarray(plan, dtype=np.int32).reshape(-1, 3), rows

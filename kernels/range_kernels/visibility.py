@@ -1,9 +1,9 @@
-"""Which keys a query may see, as one interval per query: `low[i] <= j <= reach[i]`.
+"""Which keys a query may see, as one half-open interval per query: `key_start[i] <= j < key_stop[i]`.
 
 A causal prompt, bidirectional image spans, a sliding window, a chunk of a prefill and a decode step are all such
 intervals, so two int32 per token replace the dense `[queries, keys]` mask.
 
-Positions count from the start of a sequence's keys. Where a sequence has more keys than queries (a chunk, a decode step)
+Positions count from the start of a sequence's keys. If a sequence has more keys than queries (a chunk, a decode step),
 the queries are its last positions, as in FlashAttention's `flash_attn_varlen_func`.
 """
 
@@ -25,36 +25,38 @@ def visible_keys(
     window: int | None = None,
     window_rule: WindowRule = "inside",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return `(low, reach)`, int32 arrays of length `length - first`, for one sequence of `length` keys.
+    """Return `(key_start, key_stop)`, int32 arrays of length `length - first`, for one sequence of `length` keys.
 
     Args:
         length: number of keys, cached ones included.
         bidirectional: half-open spans `(start, stop)` inside which every token sees the whole span.
-        first: position of the first query; the queries are positions `first .. length - 1`.
-        window: a query at position p sees no key before `p - window + 1` (the key count includes p itself).
-        window_rule: what a window does to a bidirectional span. `"inside"` is Transformers' rule, `(causal or same
+        first: position of the first query; the queries are positions `[first, length)`.
+        window: a query at position p sees no key before `p - window + 1` (`window` counts p itself).
+        window_rule: how a window applies to a bidirectional span. `"inside"` is Transformers' rule, `(causal or same
             span) and inside the window`; `"union"` is vLLM's default, `(causal and inside the window) or same span`.
 
     Raises:
         ValueError: a span is reversed, empty or outside `[0, length)`, two spans overlap, or a number is out of range.
 
-    >>> low, reach = visible_keys(6, [(1, 4)])
-    >>> reach.tolist()
-    [0, 3, 3, 3, 4, 5]
+    >>> key_start, key_stop = visible_keys(6, [(1, 4)])
+    >>> key_stop.tolist()
+    [1, 4, 4, 4, 5, 6]
     """
     if not 0 <= first <= length:
-        raise ValueError(f"first={first} lies outside the sequence of {length} keys: use 0 <= first <= length")
+        raise ValueError(f"first={first} is outside the sequence of {length} keys: use 0 <= first <= length")
     if window is not None:
         if not isinstance(window, int | np.integer) or window < 1:
             raise ValueError(
-                f"window={window}: a window is an integer of at least 1, the token itself; or None for no window"
+                f"window={window}: use an integer of at least 1 (the token itself counts), or None for no window"
             )
         window = min(int(window), length + 1)
     if window_rule not in ("inside", "union"):
         raise ValueError(f"window_rule={window_rule!r}: use 'inside' (Transformers) or 'union' (vLLM)")
     position = np.arange(length, dtype=np.int32)
-    reach = position.copy()
-    low = np.zeros(length, dtype=np.int32) if window is None else np.maximum(position - window + 1, 0).astype(np.int32)
+    key_stop = position + 1
+    key_start = (
+        np.zeros(length, dtype=np.int32) if window is None else np.maximum(position - window + 1, 0).astype(np.int32)
+    )
     end_before = 0
     for number, (start, stop) in sorted(enumerate(bidirectional), key=lambda numbered: numbered[1]):
         if not 0 <= start < stop <= length:
@@ -63,10 +65,10 @@ def visible_keys(
             )
         if start < end_before:
             raise ValueError(
-                f"bidirectional span {number}, [{start}, {stop}), overlaps the one before it, which ends at {end_before}"
+                f"bidirectional span {number}, [{start}, {stop}), overlaps the previous span, which ends at {end_before}"
             )
         end_before = stop
-        reach[start:stop] = stop - 1
+        key_stop[start:stop] = stop
         if window is not None and window_rule == "union":
-            low[start:stop] = np.minimum(low[start:stop], start)
-    return low[first:], reach[first:]
+            key_start[start:stop] = np.minimum(key_start[start:stop], start)
+    return key_start[first:], key_stop[first:]

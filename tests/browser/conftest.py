@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from workbench.cli.lab import OFFLINE
+
 ROOT = Path(__file__).parents[2]
 ARTIFACTS = ROOT / "test-artifacts"
 CHROMIUM = next(
@@ -112,16 +114,16 @@ def serve(application, home):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("LAB_QUIET"))
     command = [
-        sys.executable, "-m", "jupyter", application, *options.split(":=")[1].split(), f"--port={port}", "--ip=127.0.0.1",
+        sys.executable, "-m", "jupyter", application, *OFFLINE, f"--port={port}", "--ip=127.0.0.1",
         "--no-browser", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--allow-root",
         f"--ServerApp.root_dir={home}", "--ServerApp.disable_check_xsrf=True",  # for end_kernels, which is no page
     ]  # fmt: skip
     environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
                    "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}  # fmt: skip
     ARTIFACTS.mkdir(exist_ok=True)
-    log_file = ARTIFACTS / f"jupyter_{application}.log"
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    log_file = ARTIFACTS / f"jupyter_{application}{worker}.log"
     with log_file.open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=home)
         address = f"http://127.0.0.1:{port}"
@@ -139,7 +141,7 @@ def serve(application, home):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A picture of the page where a test fails, before its kernel is ended."""
+    """An image of the page where a test fails, before its kernel is ended."""
     report = yield
     if report.failed and report.when == "call" and "page" in item.funcargs:
         item.funcargs["page"].screenshot(path=ARTIFACTS / f"failed_{item.name}.png")

@@ -1,4 +1,4 @@
-"""The whole bench in one cell, under a hand: linked views, a range dragged, map and verdict after it, errors in the view."""
+"""The explorer in a browser: linked views, dragged ranges, the map and the verdict that follow, errors in the view."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import time
 
 import pytest
 
-from .conftest import ARTIFACTS
-from .test_notebooks import SECOND, check_quiet, find, go_dark, open_and_run, wait_idle
+from tests.browser.conftest import ARTIFACTS
+from tests.browser.test_notebooks import SECOND, check_quiet, find, go_dark, open_and_run, wait_idle
 
 pytestmark = pytest.mark.browser
 NOTEBOOK = "explorer.ipynb"
 
 
-def open_bench(page, lab):
+def open_explorer(page, lab):
     open_and_run(page, lab, NOTEBOOK)
     wait_idle(page)
-    bench = find(page, ".workbench-explorer")
-    bench.locator("text=noise: at most").wait_for(timeout=90 * SECOND)
-    return bench
+    explorer = find(page, ".workbench-explorer")
+    explorer.locator("text=noise: at most").wait_for(timeout=90 * SECOND)
+    return explorer
 
 
 def paints(view):
@@ -41,9 +41,9 @@ def hold_mouse_over(page, node, x, y):
     page.mouse.move(box["x"] + box["width"] * x, box["y"] + box["height"] * y)
 
 
-def luminance_of_names(bench):
+def luminance_of_names(explorer):
     """How light the map's layer names are, 0 to 255: they are painted, so no style sheet follows a change of theme."""
-    return bench.locator(".wb-map .wb-cells").first.evaluate(
+    return explorer.locator(".wb-map .wb-cells").first.evaluate(
         """canvas => {
             const { data } = canvas.getContext('2d').getImageData(0, 0, 76, canvas.height);
             const solid = [];
@@ -58,41 +58,41 @@ def read(view, which=".wb-map"):
 
 
 def test_views_are_linked_and_a_dragged_range_gives_a_new_map(page, lab, capsys):
-    bench = open_bench(page, lab)
-    bench.locator("text=blue 7, green 5").first.wait_for(timeout=20 * SECOND)
+    explorer = open_explorer(page, lab)
+    explorer.locator("text=blue 7, green 5").first.wait_for(timeout=20 * SECOND)
     page.screenshot(path=ARTIFACTS / "explorer.png")
-    hints = bench.locator(".wb-hovered")
+    hints = explorer.locator(".wb-hovered")
 
     # Patch -> token -> column.
-    hold_mouse_over(page, bench.locator(".wb-item .wb-above").nth(1), 0.5, 0.5)
-    read(bench, ".wb-patches").locator("text=patch (3, 3) of image 1 is token 76").wait_for(timeout=10 * SECOND)
-    read(bench).locator("text=token 76").wait_for(timeout=10 * SECOND)
+    hold_mouse_over(page, explorer.locator(".wb-item .wb-above").nth(1), 0.5, 0.5)
+    read(explorer, ".wb-patches").locator("text=patch (3, 3) of image 1 is token 76").wait_for(timeout=10 * SECOND)
+    read(explorer).locator("text=token 76").wait_for(timeout=10 * SECOND)
     # Token -> patch.
-    hold_mouse_over(page, bench.locator("[data-token='9']"), 0.5, 0.5)
-    read(bench, ".wb-patches").locator("text=patch (0, 6) of image 0 is token 9").wait_for(timeout=10 * SECOND)
+    hold_mouse_over(page, explorer.locator("[data-token='9']"), 0.5, 0.5)
+    read(explorer, ".wb-patches").locator("text=patch (0, 6) of image 0 is token 9").wait_for(timeout=10 * SECOND)
     assert hints.count() == 1
     # Column -> token and patch; a click opens the state.
-    cells = bench.locator(".wb-map .wb-above").first
+    cells = explorer.locator(".wb-map .wb-above").first
     width = cells.bounding_box()["width"]
     place = (
         82 + (width - 90) * 60.5 / 113
     ) / width  # the plot begins 82 points from the left and ends 8 from the right
     hold_mouse_over(page, cells, place, 0.4)
-    read(bench).locator("text=token 60").wait_for(timeout=10 * SECOND)
-    read(bench, ".wb-patches").locator("text=patch (1, 1) of image 1").wait_for(timeout=10 * SECOND)
+    read(explorer).locator("text=token 60").wait_for(timeout=10 * SECOND)
+    read(explorer, ".wb-patches").locator("text=patch (1, 1) of image 1").wait_for(timeout=10 * SECOND)
     page.mouse.down()
     page.mouse.up()
-    bench.locator(".wb-detail-title").first.locator("text=576 numbers").wait_for(timeout=10 * SECOND)
-    assert bench.locator(".wb-neighbours").first.locator("tr").count() >= 7
+    explorer.locator(".wb-detail-title").first.locator("text=576 numbers").wait_for(timeout=10 * SECOND)
+    assert explorer.locator(".wb-neighbours").first.locator("tr").count() >= 7
     page.screenshot(path=ARTIFACTS / "explorer_linked.png")
-    bench.locator(".wb-detail button").first.click()
+    explorer.locator(".wb-detail button").first.click()
 
     # By keyboard, as fast as the map follows.
     seconds = []
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowLeft"):
-        settle(page, bench)
-        before = paints(bench)
-        handle = bench.locator("[data-key='1-both']")
+        settle(page, explorer)
+        before = paints(explorer)
+        handle = explorer.locator("[data-key='1-both']")
         handle.focus()
         started = time.perf_counter()
         handle.press(key)
@@ -106,27 +106,27 @@ def test_views_are_linked_and_a_dragged_range_gives_a_new_map(page, lab, capsys)
         print(f"\nkey to new map, 113 tokens: {sorted(seconds)[1] * 1000:.0f} ms (median of {len(seconds)})")
 
     # An overlap does not run: the view says so and stays; ranges back, and all is well.
-    bench.locator("[data-key='0-both']").press("ArrowRight")
-    bench.locator("text=EmbeddingRangeError").wait_for(timeout=20 * SECOND)
-    bench.locator("text=what was compared last").wait_for(timeout=20 * SECOND)
+    explorer.locator("[data-key='0-both']").press("ArrowRight")
+    explorer.locator("text=EmbeddingRangeError").wait_for(timeout=20 * SECOND)
+    explorer.locator("text=the last comparison is shown below").wait_for(timeout=20 * SECOND)
     page.screenshot(path=ARTIFACTS / "explorer_overlap.png")
-    bench.locator("button", has_text="Ranges back").click()
-    bench.locator("text=Ranges where they were built").wait_for(timeout=30 * SECOND)
-    settle(page, bench)
+    explorer.locator("button", has_text="Reset ranges").click()
+    explorer.locator("text=Ranges unchanged").wait_for(timeout=30 * SECOND)
+    settle(page, explorer)
 
     # Other colours: what is missing is computed.
-    colours = bench.locator(".wb-map select").first
+    colours = explorer.locator(".wb-map select").first
     colours.select_option("lens")
-    bench.locator(".wb-map").first.locator("text=0 to 1").wait_for(timeout=60 * SECOND)  # the ends of its colours
+    explorer.locator(".wb-map").first.locator("text=0 to 1").wait_for(timeout=60 * SECOND)  # the ends of its colours
     hold_mouse_over(page, cells, 1 - 12 / width, 0.06)
-    read(bench).locator('text=reads as "blue"').wait_for(timeout=60 * SECOND)
+    read(explorer).locator('text=reads as "blue"').wait_for(timeout=60 * SECOND)
     page.screenshot(path=ARTIFACTS / "explorer_lens.png")
-    settle(page, bench)
+    settle(page, explorer)
     colours.select_option("error")
     page.wait_for_timeout(1000)
     hold_mouse_over(page, cells, place, 0.4)
-    read(bench).locator("text=noise floors").wait_for(timeout=60 * SECOND)
-    verdict = bench.locator(".workbench-verdict")
+    read(explorer).locator("text=noise floors").wait_for(timeout=60 * SECOND)
+    verdict = explorer.locator(".workbench-verdict")
     verdict.scroll_into_view_if_needed()
     verdict.locator("text=Next token").wait_for(timeout=20 * SECOND)
     assert verdict.locator("text=image").count() >= 2  # spans by kind
@@ -134,7 +134,7 @@ def test_views_are_linked_and_a_dragged_range_gives_a_new_map(page, lab, capsys)
     check_quiet(page)
 
 
-def test_a_large_map_and_a_bench_without_pictures(page, lab, capsys):
+def test_a_large_map_and_a_bench_without_images(page, lab, capsys):
     open_and_run(page, lab, "large_map.ipynb")
     wait_idle(page)
     large = find(page, ".large-map .wb-map")
@@ -174,27 +174,27 @@ def test_axe_finds_nothing_serious_in_light_and_dark(page, lab):
             for node in each["nodes"]
         ]
 
-    bench = open_bench(page, lab)
-    assert luminance_of_names(bench) < 128
+    explorer = open_explorer(page, lab)
+    assert luminance_of_names(explorer) < 128
     assert serious() == []
     go_dark(page)
-    bench.scroll_into_view_if_needed()
+    explorer.scroll_into_view_if_needed()
     page.wait_for_timeout(2500)
     page.screenshot(path=ARTIFACTS / "explorer_dark.png")
-    assert luminance_of_names(bench) > 128
+    assert luminance_of_names(explorer) > 128
     assert serious() == []
 
 
 def test_saved_reopened_and_restarted(page, lab):
-    """A saved notebook opens as it was left, without its kernel; running it again brings the bench back, in a new kernel."""
-    bench = open_bench(page, lab)
+    """A saved notebook opens as it was left, without its kernel; running it again brings the explorer back, in a new kernel."""
+    explorer = open_explorer(page, lab)
     page.get_by_role("menuitem", name="Settings", exact=True).click()
     page.get_by_text("Save Widget State Automatically", exact=True).click()
-    handle = bench.locator("[data-key='1-both']")
+    handle = explorer.locator("[data-key='1-both']")
     handle.focus()
     handle.press("ArrowRight")
-    bench.locator("text=Ranges moved").wait_for(timeout=30 * SECOND)
-    bench.locator("text=noise: at most").wait_for(timeout=60 * SECOND)
+    explorer.locator("text=Ranges moved").wait_for(timeout=30 * SECOND)
+    explorer.locator("text=noise: at most").wait_for(timeout=60 * SECOND)
     page.wait_for_timeout(2000)
     page.locator(".jp-NotebookPanel [data-command='docmanager:save']").first.click()
     page.wait_for_timeout(3000)
@@ -203,18 +203,18 @@ def test_saved_reopened_and_restarted(page, lab):
     page.wait_for_timeout(2000)
     page.reload()
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=120 * SECOND)
-    bench = find(page, ".workbench-explorer", 60)
-    bench.locator("text=Ranges moved").wait_for(timeout=30 * SECOND)
-    assert paints(bench) >= 1
-    assert bench.locator("[data-key='1-both']").get_attribute("aria-valuenow") == "53"
+    explorer = find(page, ".workbench-explorer", 60)
+    explorer.locator("text=Ranges moved").wait_for(timeout=30 * SECOND)
+    assert paints(explorer) >= 1
+    assert explorer.locator("[data-key='1-both']").get_attribute("aria-valuenow") == "53"
     page.screenshot(path=ARTIFACTS / "explorer_reopened.png")
     page.get_by_role("menuitem", name="Kernel", exact=True).click()
     page.get_by_text("Restart Kernel and Run All Cells…", exact=True).click()
     page.locator(".jp-Dialog button", has_text="Restart").last.click()
     page.wait_for_timeout(3000)
     wait_idle(page)
-    bench = find(page, ".workbench-explorer")
-    bench.locator("text=Ranges where they were built").wait_for(timeout=90 * SECOND)
+    explorer = find(page, ".workbench-explorer")
+    explorer.locator("text=Ranges unchanged").wait_for(timeout=90 * SECOND)
     check_quiet(page)
 
 
@@ -226,15 +226,15 @@ def test_in_notebook_7(page, notebook7):
     own = list(page.console_errors)  # Notebook 7.6 complains about a setting's schema while it starts
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
-    bench = page.locator(".workbench-explorer").first
-    bench.wait_for(timeout=180 * SECOND)
+    explorer = page.locator(".workbench-explorer").first
+    explorer.wait_for(timeout=180 * SECOND)
     wait_idle(page)
-    bench.locator("text=noise: at most").wait_for(timeout=90 * SECOND)
-    bench.locator(".wb-editor").scroll_into_view_if_needed()
-    handle = bench.locator("[data-key='1-both']")
+    explorer.locator("text=noise: at most").wait_for(timeout=90 * SECOND)
+    explorer.locator(".wb-editor").scroll_into_view_if_needed()
+    handle = explorer.locator("[data-key='1-both']")
     handle.focus()
     handle.press("ArrowRight")  # a shortcut of the notebook's own, where the view does not keep it from there
     page.screenshot(path=ARTIFACTS / "explorer_notebook7.png")
-    bench.locator("text=Ranges moved").wait_for(timeout=30 * SECOND)
+    explorer.locator("text=Ranges moved").wait_for(timeout=30 * SECOND)
     assert page.console_errors == own
     assert page.outside == []

@@ -1,4 +1,4 @@
-"""The notebooks as a person uses them: open, run all, move a slider, see the picture change."""
+"""Notebooks that have a view of their own, in a browser: open, run all, use the controls, see the view change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import pytest
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
-from .conftest import ARTIFACTS, kernels_of
+from tests.browser.conftest import ARTIFACTS, kernels_of
 
 pytestmark = pytest.mark.browser
 SECOND = 1000
@@ -118,12 +118,12 @@ def find(page, selector, seconds=240):
     pytest.fail(f"{selector} did not come within {seconds} s; see not_found.png in test-artifacts")
 
 
-def picture(view):
+def image(view):
     return view.locator("img").first.get_attribute("src")
 
 
 def move(page, view, slider, key, image=0):
-    """Press a key on a slider; return seconds until the picture is another one."""
+    """Press a key on a slider; return seconds until the image is another one."""
     handle = view.locator(".widget-slider", has_text=slider).locator(".noUi-handle")
     handle.focus()
     source = view.locator("img").nth(image).get_attribute("src")
@@ -148,83 +148,46 @@ def check_quiet(page):
     assert errors_in(page).count() == 0
 
 
-def test_01_where_embeddings_land(page, lab, capsys):
+def test_01_where_embeddings_land(page, lab):
+    """The menu "what to inject", a question typed by hand, and a range moved with the keyboard."""
     open_and_run(page, lab, "01_where_embeddings_land.ipynb")
     wait_idle(page)
-    view = find(page, ".workbench-landing")
-    view.locator("text=Tokyo").first.wait_for(timeout=60 * SECOND)
-    page.screenshot(path=ARTIFACTS / "01_landing.png")
+    view = find(page, ".workbench-explorer")
+    view.locator("text=The capital of Japan is Tokyo").first.wait_for(timeout=60 * SECOND)
+    page.screenshot(path=ARTIFACTS / "01_explorer.png")
 
-    long = "Please tell me, in one short and simple sentence, as you would tell a child of seven years: what is the capital city of France?"
-    question = view.locator("input[type=text]").first
-    source = picture(view)
-    question.fill(long)
-    question.press("Enter")
-    page.wait_for_function(
-        "([image, source]) => image.src !== source",
-        arg=[view.locator("img").first.element_handle(), source],
-        timeout=60 * SECOND,
-    )
-    seconds = [move(page, view, "Range starts at", key) for key in ["ArrowLeft"] * 5 + ["ArrowRight"] * 5]
-    tokens = view.locator("details table tr").count() - 1
-    with capsys.disabled():
-        print(
-            f"\nslider to new picture, {tokens}-token prompt: median {sorted(seconds)[5] * 1000:.0f} ms, "
-            f"worst {max(seconds) * 1000:.0f} ms of {len(seconds)}"
-        )
-    question.fill("What is the capital of France?")
-    question.press("Enter")
-    view.locator("text=of 40 tokens do").wait_for(timeout=60 * SECOND)
-
-    before = picture(view)
-    view.locator("select").first.select_option("identity")
-    view.locator("text=bit for bit").wait_for(timeout=60 * SECOND)
-    assert picture(view) != before
+    inject = view.locator(".widget-dropdown", has_text="Inject").locator("select")
+    inject.select_option("identity")
+    view.locator("text=Ranges unchanged: [29, 30)").wait_for(timeout=60 * SECOND)
+    view.locator("text=The capital of France is Paris").first.wait_for(timeout=60 * SECOND)
+    assert not view.locator(".widget-text", has_text="Word").is_visible()
     page.screenshot(path=ARTIFACTS / "01_identity.png")
+    inject.select_option("another word")
+    view.locator("text=The capital of Japan is Tokyo").first.wait_for(timeout=60 * SECOND)
 
-    view.locator("input[type=number]").first.fill("25")
-    view.locator("input[type=number]").first.press("Enter")
-    view.locator("text=Rows injected into [25, 26)").wait_for(timeout=60 * SECOND)
+    question = view.locator(".widget-text", has_text="Question").locator("input")
+    question.fill("Please tell me, in one short and simple sentence: what is the capital of France?")
+    question.press("Enter")
+    view.locator("text=Ranges unchanged: [40, 41)").wait_for(timeout=60 * SECOND)
+    view.locator("[data-key='0-both']").press("ArrowLeft")
+    view.locator("text=Ranges moved: [39, 40)").wait_for(timeout=60 * SECOND)
     check_quiet(page)
 
 
 def test_02_compare_engines(page, lab):
+    """A fault chosen from the menu changes the verdict, and back."""
     open_and_run(page, lab, "02_compare_engines.ipynb")
     wait_idle(page)
-    view = find(page, ".workbench-comparison")
-    view.locator("text=bug at tap embed, token 28").wait_for(timeout=60 * SECOND)  # the last cell planted a fault
-    page.screenshot(path=ARTIFACTS / "02_fault.png")
-
-    view.locator("select").nth(1).select_option("none")
-    view.locator("text=noise: at most").wait_for(timeout=60 * SECOND)
+    view = find(page, ".workbench-verdict")
+    view.locator("text=bug at tap embed, token 28").first.wait_for(timeout=60 * SECOND)
+    page.screenshot(path=ARTIFACTS / "02_verdict.png")
+    explorer = find(page, ".workbench-explorer")
+    explorer.locator("text=bug at tap embed, token 28").first.wait_for(
+        timeout=60 * SECOND
+    )  # the last cell injected a fault
+    explorer.locator(".widget-dropdown", has_text="Fault").locator("select").select_option("none")
+    explorer.locator("text=noise: at most").first.wait_for(timeout=60 * SECOND)
     page.screenshot(path=ARTIFACTS / "02_clean.png")
-    move(page, view, "Range starts at", "ArrowLeft")
-    view.locator("text=noise: at most").wait_for(timeout=60 * SECOND)
-    check_quiet(page)
-
-
-def test_03_images_as_embeddings(page, lab):
-    open_and_run(page, lab, "03_images_as_embeddings.ipynb")
-    wait_idle(page)
-    view = find(page, ".workbench-pictures")
-    view.locator("text=Moved by +1").wait_for(timeout=60 * SECOND)  # the last cell moved the range
-    page.screenshot(path=ARTIFACTS / "03_moved.png")
-    move(page, view, "Move the ranges by", "ArrowLeft")
-    view.locator("text=Every row stands over its placeholder").wait_for(timeout=60 * SECOND)
-    move(page, view, "Show row", "ArrowRight")
-    view.locator("summary", has_text="The map as a table").click()
-    assert view.locator("details table tr").count() == 50
-    page.screenshot(path=ARTIFACTS / "03_home.png")
-    check_quiet(page)
-
-
-def test_04_vision_weights_and_features(page, lab):
-    open_and_run(page, lab, "04_vision_weights_and_features.ipynb")
-    wait_idle(page)
-    view = find(page, ".wb-patches")
-    view.locator("text=2-norm of the row").first.wait_for(timeout=20 * SECOND)
-    find(page, "text=two engines: blue 7, green 5")
-    page.screenshot(path=ARTIFACTS / "04_flows.png")
     check_quiet(page)
 
 
@@ -232,10 +195,10 @@ def test_05_batches_of_ranges(page, lab):
     open_and_run(page, lab, "05_batches_of_ranges.ipynb")
     wait_idle(page)
     view = find(page, ".workbench-plan")
-    view.locator("text=10 chunks, 88% full").wait_for(timeout=60 * SECOND)
-    view.locator("text=pictures see themselves both ways").click()
-    view.locator("text=9 chunks, 97% full").wait_for(timeout=60 * SECOND)
-    move(page, view, "Tokens a chunk", "ArrowRight")
+    view.locator("text=10 batches, 88% full").wait_for(timeout=60 * SECOND)
+    view.locator("text=images attend bidirectionally").click()
+    view.locator("text=9 batches, 97% full").wait_for(timeout=60 * SECOND)
+    move(page, view, "Tokens per batch", "ArrowRight")
     page.screenshot(path=ARTIFACTS / "05_plan.png")
     check_quiet(page)
 
@@ -247,17 +210,6 @@ def test_06_inside_the_engine(page, lab):
     page.screenshot(path=ARTIFACTS / "06_burst.png")
     view = find(page, ".workbench-engine")
     view.locator("text=63 finished").wait_for(timeout=60 * SECOND)
-    assert picture(view).startswith("blob:")
+    assert image(view).startswith("blob:")
     page.screenshot(path=ARTIFACTS / "06_live.png")
-    check_quiet(page)
-
-
-def test_09_turbomind_vs_transformers(page, lab):
-    open_and_run(page, lab, "09_turbomind_vs_transformers.ipynb")
-    wait_idle(page)
-    find(page, ".workbench-verdict").locator("text=noise: at most").wait_for(timeout=20 * SECOND)
-    find(page, "text=the recorded truth is ours")
-    page.screenshot(path=ARTIFACTS / "09_depths.png")
-    find(page, "text=row counts exchanged  differs")
-    page.screenshot(path=ARTIFACTS / "09_misuses.png")
     check_quiet(page)

@@ -8,8 +8,8 @@ import time
 import pytest
 from playwright.sync_api import Error as PlaywrightError
 
-from .conftest import ARTIFACTS
-from .test_notebooks import SECOND, check_quiet, find, go_dark, open_and_run, wait_idle
+from tests.browser.conftest import ARTIFACTS
+from tests.browser.test_notebooks import SECOND, check_quiet, find, go_dark, open_and_run, wait_idle
 
 pytestmark = pytest.mark.browser
 NOTEBOOK = "range_editor.ipynb"
@@ -84,7 +84,7 @@ def test_a_hand_moves_ranges_and_python_follows(page, lab, capsys):
     feedback = time.perf_counter() - start
     within = editor.locator(".wb-editor").evaluate("editor => Number(editor.dataset.feedbackMilliseconds)")
     wait_ranges(page, [[4, 53], [52, 101]])
-    editor.locator("text=lie outside every range").wait_for(timeout=20 * SECOND)
+    editor.locator("text=are outside every range").wait_for(timeout=20 * SECOND)
     page.screenshot(path=ARTIFACTS / "editor_overlap.png")
     editor.locator("[data-key='0-both']").press("Control+z")
     wait_ranges(page, [[3, 52], [52, 101]])
@@ -101,7 +101,7 @@ def test_a_hand_moves_ranges_and_python_follows(page, lab, capsys):
     (_, (a, b)) = ranges(page)
     assert a == 52
     assert 52 < b < 101
-    editor.locator("text=holds").first.wait_for(timeout=20 * SECOND)
+    editor.locator("text=contains").first.wait_for(timeout=20 * SECOND)
     page.locator("button", has_text="back from python").click()
     wait_ranges(page, [[3, 52], [52, 101]])
     drag(page, editor.locator("[data-key='0-start']"), 300, 200)
@@ -166,7 +166,7 @@ def test_a_long_prompt_scrolls_with_few_nodes(page, lab, capsys):
     handle = editor.locator("[data-key='1-stop']")
     handle.wait_for(timeout=20 * SECOND)
     handle.press("PageUp")
-    editor.locator("text=holds 110 tokens").first.wait_for(timeout=20 * SECOND)
+    editor.locator("text=contains 110 tokens").first.wait_for(timeout=20 * SECOND)
     page.screenshot(path=ARTIFACTS / "editor_long.png")
     with capsys.disabled():
         print(f"\nscrolling 8,192 tokens: median frame {frames[60]:.1f} ms, 95 % within {frames[114]:.1f} ms")

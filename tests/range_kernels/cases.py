@@ -20,28 +20,28 @@ class Case:
     v: torch.Tensor
     cu_seqlens_q: list[int]
     cu_seqlens_k: list[int]
-    low: torch.Tensor
-    reach: torch.Tensor
+    key_start: torch.Tensor
+    key_stop: torch.Tensor
     softcap: float
 
     @property
     def args(self):
         return self.q, self.k, self.v, self.cu_seqlens_q, self.cu_seqlens_k
 
-    def truth(self) -> np.ndarray:
+    def expected(self) -> np.ndarray:
         """The oracle on the same, already rounded inputs: float64."""
         return oracle(
             *(x.double().cpu().numpy() for x in self.args[:3]),
             self.cu_seqlens_q,
             self.cu_seqlens_k,
-            low=self.low.cpu().numpy(),
-            reach=self.reach.cpu().numpy(),
+            key_start=self.key_start.cpu().numpy(),
+            key_stop=self.key_stop.cpu().numpy(),
             scale=self.q.shape[-1] ** -0.5,
             softcap=self.softcap,
         )
 
     def to(self, device: str) -> Case:
-        moved = {name: getattr(self, name).to(device) for name in ("q", "k", "v", "low", "reach")}
+        moved = {name: getattr(self, name).to(device) for name in ("q", "k", "v", "key_start", "key_stop")}
         return Case(**{**self.__dict__, **moved})
 
 
@@ -74,8 +74,8 @@ def make_case(
         normal(cu_k[-1], heads[1]),
         cu_q,
         cu_k,
-        torch.from_numpy(np.concatenate([low for low, _ in bounds])),
-        torch.from_numpy(np.concatenate([reach for _, reach in bounds])),
+        torch.from_numpy(np.concatenate([key_start for key_start, _ in bounds])),
+        torch.from_numpy(np.concatenate([key_stop for _, key_stop in bounds])),
         softcap,
     )
 
@@ -87,7 +87,7 @@ def plain_torch(case: Case, channels: torch.Tensor | None = None) -> torch.Tenso
     them. torch itself does so for many queries; a few it gives several sums each, which round far less.
     """
     q, k, v = (x.float().cpu() for x in case.args[:3])
-    low, reach = case.low.cpu(), case.reach.cpu()
+    key_start, key_stop = case.key_start.cpu(), case.key_stop.cpu()
     out = torch.zeros_like(q)
     group = q.shape[1] // k.shape[1]
     for (a, b), (c, d) in zip(pairwise(case.cu_seqlens_q), pairwise(case.cu_seqlens_k), strict=True):
@@ -102,7 +102,7 @@ def plain_torch(case: Case, channels: torch.Tensor | None = None) -> torch.Tenso
         if case.softcap:
             scores = case.softcap * torch.tanh(scores / case.softcap)
         key = torch.arange(d - c)
-        visible = (key >= low[a:b, None]) & (key <= reach[a:b, None])
+        visible = (key >= key_start[a:b, None]) & (key < key_stop[a:b, None])
         weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
         out[a:b] = torch.einsum("hqk,khd->qhd", weights, values)
     return out.to(case.q.dtype)
@@ -114,11 +114,11 @@ def assert_close(out: torch.Tensor, case: Case, factor: float = 4.0) -> None:
     One or two rows have one or two errors each way, and either may be lucky: where the first look fails, plain torch's worst is
     taken over several orders of adding a score's products.
     """
-    truth = case.truth()
+    expected = case.expected()
 
     def worst(state: torch.Tensor) -> float:
-        error = np.linalg.norm(state.double().cpu().numpy() - truth, axis=-1)
-        return float((error / np.maximum(np.linalg.norm(truth, axis=-1), 1e-30)).max())
+        error = np.linalg.norm(state.double().cpu().numpy() - expected, axis=-1)
+        return float((error / np.maximum(np.linalg.norm(expected, axis=-1), 1e-30)).max())
 
     assert out.dtype == case.q.dtype
     assert out.isfinite().all()

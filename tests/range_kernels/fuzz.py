@@ -16,11 +16,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from range_kernels import attention
-from range_kernels.cuda import hopper
-from range_kernels.pages import PAGE_SIZES
+from range_kernels.cuda import prefill_sm90
+from range_kernels.kv_cache import PAGE_SIZES
 
-from .gpu_calls import assert_errs_at_most_twice, random_call
-from .paging import last_keys, put_in_pages, run_paged
+from tests.range_kernels.gpu_calls import assert_errs_at_most_twice, random_call
+from tests.range_kernels.paging import last_keys, put_in_pages, run_paged
 
 HEAD_DIMS = (64, 80, 96, 128, 256, 8, 72, 192)
 
@@ -32,11 +32,11 @@ def one(generator: np.random.Generator, head_dims: Sequence[int]) -> str:
     softcap = 20.0 if generator.random() < 0.25 else 0.0
     paged = bool(generator.random() < 0.5)
     case = random_call(generator, head_dim, dtype, decoding=paged)
-    q, k, v, cu_q, cu_k, low, reach = case
+    q, k, v, cu_q, cu_k, key_start, key_stop = case
     torch.empty_like(q).fill_(torch.nan)  # freed at once: the output is likely to lie here
     # As if the GPU were smaller: a block then has many tiles of queries to work through.
     blocks = int(generator.choice([1, 3, 20, 132]))
-    hopper.multiprocessors = lambda device: blocks
+    prefill_sm90.multiprocessors = lambda device: blocks
     if paged:
         page_size = int(generator.choice(PAGE_SIZES))
         new = None
@@ -46,12 +46,12 @@ def one(generator: np.random.Generator, head_dims: Sequence[int]) -> str:
             k, v = k.clone(), v.clone()
             k[last] = v[last] = torch.nan
         pages, table = put_in_pages(generator, k, v, cu_k, page_size)
-        out = run_paged(pages, table, q, cu_q, cu_k, low, reach, new=new, softcap=softcap)
+        out = run_paged(pages, table, q, cu_q, cu_k, key_start, key_stop, new=new, softcap=softcap)
     else:
         # By itself it takes the fastest path; half of the time the portable one is asked for.
         portable = dtype is not torch.float32 and head_dim in HEAD_DIMS[:5] and generator.random() < 0.5
         path = "tensor-core" if portable else None
-        out = attention(q, k, v, cu_q, cu_k, low=low, reach=reach, softcap=softcap, path=path)
+        out = attention(q, k, v, cu_q, cu_k, key_start=key_start, key_stop=key_stop, softcap=softcap, path=path)
     what = f"{'paged' if paged else 'packed'} {dtype} {head_dim}"
     try:
         assert_errs_at_most_twice(out, case, softcap)

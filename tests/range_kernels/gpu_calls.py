@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from range_kernels import visible_keys
-from range_kernels.cuda import hopper
+from range_kernels.cuda import prefill_sm90
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 PATHS = ["tensor-core", "hopper"]
@@ -19,7 +19,7 @@ def random_call(generator, head_dim, dtype, decoding=False):
     """
     kv_heads = int(generator.integers(1, 4))
     heads = kv_heads * int(generator.integers(1, 4))
-    queries, keys, lows, reaches = [], [], [], []
+    queries, keys, key_starts, key_stops = [], [], [], []
     for _ in range(int(generator.integers(1, 4))):
         length = int(generator.choice([1, 17, 63, 64, 65, 127, 128, 129, 200, 257, 400]))
         first = int(generator.integers(0, length)) if generator.random() < 0.3 else 0
@@ -30,22 +30,22 @@ def random_call(generator, head_dim, dtype, decoding=False):
         spans = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=False) if not a < first < b]
         window = int(generator.integers(1, 100)) if generator.random() < 0.3 else None
         rule = str(generator.choice(["inside", "union"]))
-        low, reach = visible_keys(length, spans, first=first, window=window, window_rule=rule)
+        key_start, key_stop = visible_keys(length, spans, first=first, window=window, window_rule=rule)
         queries.append(length - first)
         keys.append(length)
-        lows.append(low)
-        reaches.append(reach)
+        key_starts.append(key_start)
+        key_stops.append(key_stop)
     total_q, total_k = sum(queries), sum(keys)
     make = torch.Generator("cuda").manual_seed(int(generator.integers(2**31)))
     q, k, v = (
         torch.randn(total, count, head_dim, generator=make, device="cuda").to(dtype)
         for total, count in ((total_q, heads), (total_k, kv_heads), (total_k, kv_heads))
     )
-    bounds = [torch.from_numpy(np.concatenate(each)).cuda() for each in (lows, reaches)]
+    bounds = [torch.from_numpy(np.concatenate(each)).cuda() for each in (key_starts, key_stops)]
     return q, k, v, [0, *accumulate(queries)], [0, *accumulate(keys)], *bounds
 
 
-def dense(q, k, v, cu_q, cu_k, low, reach, softcap, dtype):
+def dense(q, k, v, cu_q, cu_k, key_start, key_stop, softcap, dtype):
     """Attention with a dense mask and plain torch operations in `dtype`, one sequence after the other."""
     outs = []
     for (a, b), (c, d) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
@@ -53,7 +53,7 @@ def dense(q, k, v, cu_q, cu_k, low, reach, softcap, dtype):
         x, y, z = (t.to(dtype).transpose(0, 1) for t in (q[a:b], k[c:d], v[c:d]))
         y, z = (t.repeat_interleave(group, dim=0) for t in (y, z))
         place = torch.arange(d - c, device=q.device)
-        seen = (place >= low[a:b, None]) & (place <= reach[a:b, None])
+        seen = (place >= key_start[a:b, None]) & (place < key_stop[a:b, None])
         if softcap:
             scores = torch.tanh(x @ y.transpose(1, 2) * q.shape[2] ** -0.5 / softcap) * softcap
             weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).nan_to_num(0.0)
@@ -68,15 +68,15 @@ def assert_errs_at_most_twice(out, case, softcap=0.0):
 
     In float32 a few roundoffs are no fault: torch happens to round to next to nothing.
     """
-    truth = dense(*case, softcap, torch.float64)
-    theirs = (dense(*case, softcap, out.dtype).double() - truth).norm()
-    mine = (out.double() - truth).norm()
-    limit = 2 * theirs + (1e-12 if out.dtype is not torch.float32 else 4e-6 * truth.norm())
+    expected = dense(*case, softcap, torch.float64)
+    theirs = (dense(*case, softcap, out.dtype).double() - expected).norm()
+    mine = (out.double() - expected).norm()
+    limit = 2 * theirs + (1e-12 if out.dtype is not torch.float32 else 4e-6 * expected.norm())
     assert torch.isfinite(out).all(), "not finite"
     assert mine <= limit, f"error {mine}, {theirs} by torch"
 
 
 def runs(path, head_dim):
     """Skip where this GPU has no such path, or it has no such head size."""
-    if path == "hopper" and (torch.cuda.get_device_capability()[0] != 9 or head_dim not in hopper.HEAD_DIMS):
+    if path == "hopper" and (torch.cuda.get_device_capability()[0] != 9 or head_dim not in prefill_sm90.HEAD_DIMS):
         pytest.skip("no hopper path here")

@@ -29,10 +29,10 @@ def put_in_pages(generator, k, v, cu_k, page_size, spare=3):
     return pages, table
 
 
-def run_paged(pages, table, q, cu_q, cu_k, low, reach, new=None, **options):
+def run_paged(pages, table, q, cu_q, cu_k, key_start, key_stop, new=None, **options):
     """`paged_attention` of packed queries."""
     plan = PagedPlan(table, cu_q, np.diff(cu_k), pages, q.shape[1])
-    return paged_attention(q, pages, LAYER, plan, new=new, low=low, reach=reach, **options)
+    return paged_attention(q, pages, LAYER, plan, new=new, key_start=key_start, key_stop=key_stop, **options)
 
 
 def last_keys(cu_q, cu_k):

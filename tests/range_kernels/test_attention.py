@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from range_kernels import KVPages, StandingPlan, attention, visible_keys
+from range_kernels import CUDAGraphPlan, KVPages, attention, visible_keys
 
-from .cases import DTYPES, assert_close, make_case
+from tests.range_kernels.cases import DTYPES, assert_close, make_case
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +43,7 @@ def cases(draw):
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_matches_the_oracle(case):
-    out = attention(*case.args, low=case.low, reach=case.reach, softcap=case.softcap)
+    out = attention(*case.args, key_start=case.key_start, key_stop=case.key_stop, softcap=case.softcap)
     assert_close(out, case)
 
 
@@ -56,7 +56,7 @@ def test_causal_is_the_default_and_agrees_with_torch():
 
 def test_a_window_equals_its_low():
     case = make_case(2, [(50, 90), (40, 40)], window=7)
-    assert torch.equal(attention(*case.args, window=7), attention(*case.args, low=case.low))
+    assert torch.equal(attention(*case.args, window=7), attention(*case.args, key_start=case.key_start))
 
 
 def test_strided_views_are_read_in_place():
@@ -86,8 +86,8 @@ def test_chunks_of_a_prefill_equal_the_whole():
 
 def test_a_query_that_sees_nothing_gets_zeros():
     case = make_case(6, [(40, 40)])
-    case.reach[[0, 7]] = -1
-    out = attention(*case.args, reach=case.reach)
+    case.key_stop[[0, 7]] = 0
+    out = attention(*case.args, key_stop=case.key_stop)
     assert (out[[0, 7]] == 0).all()
     assert (out[8] != 0).any()
 
@@ -118,9 +118,9 @@ def test_large_scores_do_not_overflow():
         (lambda c: {"v": c.v.half()}, "float16"),
         (lambda c: {"q": c.q[0]}, r"expected \[tokens, heads, head_dim\]"),
         (lambda c: {"q": c.q[:, :3]}, "3 query heads do not divide"),
-        (lambda c: {"reach": c.reach[:3]}, "one a query"),
-        (lambda c: {"low": c.low.long()}, "int64"),
-        (lambda c: {"low": c.low, "window": 3}, "leave window out"),
+        (lambda c: {"key_stop": c.key_stop[:3]}, "one per query"),
+        (lambda c: {"key_start": c.key_start.long()}, "int64"),
+        (lambda c: {"key_start": c.key_start, "window": 3}, "leave window out"),
         (lambda c: {"window": 0}, "window"),
         (lambda c: {"window": 4, "window_rule": "union"}, "needs the spans"),
         (lambda c: {"softcap": -1.0}, "softcap"),
@@ -151,20 +151,20 @@ def test_threads_may_call_at_once():
 
 
 def test_bidirectional_span_sees_its_end():
-    low, reach = visible_keys(6, [(1, 4)])
+    key_start, key_stop = visible_keys(6, [(1, 4)])
     q = torch.zeros(6, 1, 8)
     v = torch.eye(6)[:, None, :].repeat(1, 1, 2)[..., :8].contiguous()
-    out = attention(q, q, v, [0, 6], [0, 6], low=torch.from_numpy(low), reach=torch.from_numpy(reach))
+    out = attention(q, q, v, [0, 6], [0, 6], key_start=torch.from_numpy(key_start), key_stop=torch.from_numpy(key_stop))
     seen = (out[:, 0, :6] > 0).numpy()
     assert seen[1].tolist() == [True, True, True, True, False, False]
-    assert np.array_equal(seen.sum(axis=1), reach + 1)
+    assert np.array_equal(seen.sum(axis=1), key_stop)
 
 
 def test_compiled_code_is_cached_under_what_it_is_made_of():
     from range_kernels.cpu import attention as kernels
-    from range_kernels.cpu.vector import DIGEST
+    from range_kernels.cpu.simd import DIGEST
 
-    assert kernels.VECTOR_DIGEST == DIGEST, f"vector.py changed: set VECTOR_DIGEST in cpu/attention.py to {DIGEST!r}"
+    assert kernels.SIMD_DIGEST == DIGEST, f"simd.py changed: set SIMD_DIGEST in cpu/attention.py to {DIGEST!r}"
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compiles for x86-64 processors")
@@ -174,9 +174,9 @@ def test_other_vector_widths_compute_the_same(tmp_path):
 import sys
 from tests.range_kernels.cases import assert_close, make_case
 from range_kernels import attention
-from range_kernels.cpu.vector import WIDTH
+from range_kernels.cpu.simd import WIDTH
 case = make_case(1, [(70, 130), (33, 33)], head_dim=80, spans=[[(3, 90)], []], window=50)
-assert_close(attention(*case.args, low=case.low, reach=case.reach), case)
+assert_close(attention(*case.args, key_start=case.key_start, key_stop=case.key_stop), case)
 print(WIDTH)
 """
     for name, features, width in (("generic", "+sse2", "4"), ("haswell", "+avx,+avx2,+fma", "8")):
@@ -199,7 +199,7 @@ from range_kernels import attention
 from range_kernels.cpu import launch
 torch.manual_seed(5)
 case = make_case(2, [(300, 300), (33, 290)], head_dim=64, spans=[[(3, 90)], []])
-out = attention(*case.args, low=case.low, reach=case.reach)
+out = attention(*case.args, key_start=case.key_start, key_stop=case.key_stop)
 assert_close(out, case)
 weight, x = torch.randn(700, 640), torch.randn(90, 640)
 product = launch.linear(x, launch.pack_weights(weight), 700)
@@ -233,11 +233,11 @@ def test_numbers_that_would_compute_something_else(arguments, words):
 
 def test_lengths_must_be_integers_and_a_huge_window_is_none():
     case = make_case(13, [(10, 20)], head_dim=16)
-    with pytest.raises(ValueError, match="must hold integers"):
+    with pytest.raises(ValueError, match="must contain integers"):
         attention(*case.args[:3], [0, 10.0], [0, 20])
     assert torch.equal(attention(*case.args, window=2**40), attention(*case.args))
 
 
 def test_a_standing_plan_is_for_a_gpu():
-    with pytest.raises(ValueError, match="float32 with 4 query and 2 KV heads of 64 on cpu: plans stand where"):
-        StandingPlan(1, 1, 1, KVPages(1, 1, 32, 2, 64), 4)
+    with pytest.raises(ValueError, match="float32 with 4 query and 2 KV heads of 64 on cpu: a CUDAGraphPlan needs"):
+        CUDAGraphPlan(1, 1, 1, KVPages(1, 1, 32, 2, 64), 4)

@@ -7,9 +7,11 @@ from itertools import product
 
 import pytest
 from numba.cuda import types
-from range_kernels.cuda import decode, hopper, splice, tensor_core
-from range_kernels.cuda.kernel import Source
-from range_kernels.cuda.warpgroup import keys_of
+from range_kernels.cuda import decode_split_kv, prefill_sm80, prefill_sm90, splice
+from range_kernels.cuda.compiled_kernel import Source
+from range_kernels.cuda.warpgroup_mma import keys_of
+
+pytestmark = pytest.mark.slow
 
 AMPERE, HOPPER = (8, 0), (9, 0, "a")
 
@@ -27,7 +29,7 @@ def compiler():
 
 def check(source, capabilities=(AMPERE, HOPPER), spills=0):
     """Compile and link for each capability; the PTX of the last."""
-    assert source.room < 227 * 1024  # what an SM of sm_90 gives a block
+    assert source.smem_bytes < 227 * 1024  # what an SM of sm_90 gives a block
     for capability in capabilities:
         compiled = source.compile(capability)
         (code, said), ptx = compiled.machine_code(), compiled.ptx()
@@ -47,48 +49,48 @@ GEFORCE, AMPERE_100, HOPPER_100 = 99 << 10, 163 << 10, 227 << 10  # bytes of sha
 
 
 @pytest.mark.parametrize(("dtype", "softcap", "paged"), KINDS)
-@pytest.mark.parametrize("head_dim", tensor_core.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", prefill_sm80.HEAD_DIMS)
 def test_prefill(head_dim, dtype, softcap, paged):
     capabilities = [AMPERE, HOPPER] if dtype == "bfloat16" else [AMPERE]
     for capability in capabilities:
-        shape = tensor_core.choose_shape(head_dim, AMPERE_100 if capability == AMPERE else HOPPER_100)
-        ptx = check(tensor_core.source(head_dim, shape, dtype, softcap, paged), [capability], spills=256)
+        shape = prefill_sm80.choose_shape(head_dim, AMPERE_100 if capability == AMPERE else HOPPER_100)
+        ptx = check(prefill_sm80.source(head_dim, shape, dtype, softcap, paged), [capability], spills=256)
     assert "mma.sync.aligned.m16n8k16" in ptx
 
 
 def test_what_fits_a_gpu_s_shared_memory():
     shapes = {
-        room: [tensor_core.choose_shape(dim, room) for dim in (64, 96, 128, 256)]
+        room: [prefill_sm80.choose_shape(dim, room) for dim in (64, 96, 128, 256)]
         for room in (GEFORCE, AMPERE_100, HOPPER_100)
     }
-    whole, half = tensor_core.Shape(128, 2), tensor_core.Shape(64, 2)
+    whole, half = prefill_sm80.Shape(128, 2), prefill_sm80.Shape(64, 2)
     assert shapes == {
         GEFORCE: [whole, whole, half, None],
-        AMPERE_100: [whole, whole, whole, tensor_core.Shape(64, 1)],
+        AMPERE_100: [whole, whole, whole, prefill_sm80.Shape(64, 1)],
         HOPPER_100: [whole, whole, whole, half],
     }
-    check(tensor_core.source(128, half, "bfloat16", False, True), [(8, 6)])
+    check(prefill_sm80.source(128, half, "bfloat16", False, True), [(8, 6)])
     for room, alone, many in ((GEFORCE, 2, 2), (AMPERE_100, 3, 3), (HOPPER_100, 5, 3)):
-        assert decode.choose_stages(128, 132, 132, room) == alone
-        assert decode.choose_stages(128, 133, 132, room) == many
-    check(decode.source(128, "float16", True, 2), [(8, 9)])
+        assert decode_split_kv.choose_stages(128, 132, 132, room) == alone
+        assert decode_split_kv.choose_stages(128, 133, 132, room) == many
+    check(decode_split_kv.source(128, "float16", True, 2), [(8, 9)])
 
 
 @pytest.mark.parametrize(("dtype", "softcap", "paged"), KINDS)
-@pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", prefill_sm90.HEAD_DIMS)
 def test_prefill_for_hopper(head_dim, dtype, softcap, paged):
     # Three computing warpgroups leave the one that copies 32 registers a thread: some of what it needs once a work is spilled.
-    ptx = check(hopper.source(head_dim, dtype, softcap, paged), [HOPPER], spills=64)
+    ptx = check(prefill_sm90.source(head_dim, dtype, softcap, paged), [HOPPER], spills=64)
     keys = keys_of(head_dim)
     products = [f"m64n{keys}k16"] * (2 * head_dim // 16) + [f"m64n{head_dim}k16"] * (2 * keys // 16)
     assert sorted(re.findall(r"wgmma.mma_async.sync.aligned.(m64n\d+k16)", ptx)) == sorted(products)
 
 
 @pytest.mark.parametrize(("dtype", "softcap", "capability"), [("bfloat16", False, HOPPER), ("float16", True, AMPERE)])
-@pytest.mark.parametrize("head_dim", tensor_core.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", prefill_sm80.HEAD_DIMS)
 def test_decode(head_dim, dtype, softcap, capability):
-    alone = decode.choose_stages(head_dim, 1, 1, HOPPER_100 if capability == HOPPER else AMPERE_100)
-    ptx = check(decode.source(head_dim, dtype, softcap, alone), [capability])
+    alone = decode_split_kv.choose_stages(head_dim, 1, 1, HOPPER_100 if capability == HOPPER else AMPERE_100)
+    ptx = check(decode_split_kv.source(head_dim, dtype, softcap, alone), [capability])
     assert "mma.sync.aligned.m16n8k16" in ptx
 
 
@@ -103,11 +105,11 @@ def test_wide_splice(dtype, converts):
 def test_a_source_says_all_that_its_kernel_depends_on():
     """Its name is the key of the cache on disk: two kernels of one name would be taken for each other."""
     both = [("bfloat16", "float16"), (False, True)]
-    shapes = [tensor_core.Shape(128, 2), tensor_core.Shape(64, 2), tensor_core.Shape(64, 1)]
+    shapes = [prefill_sm80.Shape(128, 2), prefill_sm80.Shape(64, 2), prefill_sm80.Shape(64, 1)]
     sources = [
-        *(tensor_core.source(*kind) for kind in product(tensor_core.HEAD_DIMS, shapes, *both, (False, True))),
-        *(hopper.source(*kind) for kind in product(hopper.HEAD_DIMS, *both, (False, True))),
-        *(decode.source(*kind) for kind in product(tensor_core.HEAD_DIMS, *both, (2, 3, 5))),
+        *(prefill_sm80.source(*kind) for kind in product(prefill_sm80.HEAD_DIMS, shapes, *both, (False, True))),
+        *(prefill_sm90.source(*kind) for kind in product(prefill_sm90.HEAD_DIMS, *both, (False, True))),
+        *(decode_split_kv.source(*kind) for kind in product(prefill_sm80.HEAD_DIMS, *both, (2, 3, 5))),
         *(splice.source(*kind) for kind in product(splice.DTYPES.values(), (False, True))),
     ]
     assert len({source.name for source in sources}) == len(sources)

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from range_kernels import attention
-from range_kernels.cuda import tensor_core
+from range_kernels.cuda import prefill_sm80
 
-from .cases import DTYPES, assert_close, make_case
-from .gpu_calls import NEEDS_GPU, PATHS, assert_errs_at_most_twice, random_call, runs
-from .test_attention import cases
+from tests.range_kernels.cases import DTYPES, assert_close, make_case
+from tests.range_kernels.gpu_calls import NEEDS_GPU, PATHS, assert_errs_at_most_twice, random_call, runs
+from tests.range_kernels.test_attention import cases
 
 pytestmark = NEEDS_GPU
 
@@ -18,7 +18,7 @@ pytestmark = NEEDS_GPU
 @given(cases())
 def test_attention_matches_the_oracle(case):
     there = case.to("cuda")
-    out = attention(*there.args, low=there.low, reach=there.reach, softcap=case.softcap)
+    out = attention(*there.args, key_start=there.key_start, key_stop=there.key_stop, softcap=case.softcap)
     assert out.is_cuda
     assert_close(out, case)
 
@@ -41,9 +41,9 @@ def test_tensor_cores_err_at_most_twice_as_much_as_torch(head_dim, dtype, softca
     generator = np.random.default_rng(head_dim + int(softcap))
     for _ in range(25):
         case = random_call(generator, head_dim, dtype)
-        low, reach = case[5:]
+        key_start, key_stop = case[5:]
         torch.empty_like(case[0]).fill_(torch.nan)  # freed at once: the output is likely to lie here
-        out = attention(*case[:5], low=low, reach=reach, softcap=softcap, path=path)
+        out = attention(*case[:5], key_start=key_start, key_stop=key_stop, softcap=softcap, path=path)
         assert_errs_at_most_twice(out, case, softcap)
 
 
@@ -53,11 +53,11 @@ def test_tensor_cores_take_views_and_queries_that_see_nothing(path):
     make = torch.Generator("cuda").manual_seed(0)
     packed = torch.randn(300, 12, 64, generator=make, device="cuda").bfloat16()
     q, k, v = packed[:, :8], packed[:, 8:10], packed[:, 10:]
-    low = torch.zeros(300, dtype=torch.int32, device="cuda")
-    reach = torch.arange(300, dtype=torch.int32, device="cuda")
-    reach[[0, 70, 299]] = -1
-    out = attention(q, k, v, [0, 300], [0, 300], low=low, reach=reach, path=path)
-    plain = attention(q, k, v, [0, 300], [0, 300], low=low, reach=reach, path="plain")
+    key_start = torch.zeros(300, dtype=torch.int32, device="cuda")
+    key_stop = torch.arange(1, 301, dtype=torch.int32, device="cuda")
+    key_stop[[0, 70, 299]] = 0
+    out = attention(q, k, v, [0, 300], [0, 300], key_start=key_start, key_stop=key_stop, path=path)
+    plain = attention(q, k, v, [0, 300], [0, 300], key_start=key_start, key_stop=key_stop, path="plain")
     assert (out[[0, 70, 299]] == 0).all()
     # Weights are rounded to bfloat16 (2 ** -9) before they meet the values, outputs after.
     assert (out.float() - plain.float()).norm() <= 2**-7 * plain.float().norm()
@@ -74,7 +74,7 @@ def test_nan_is_not_hidden(path):
 
 
 def test_a_gpu_without_room_for_a_head_size_takes_the_plain_kernel(monkeypatch):
-    monkeypatch.setattr(tensor_core, "block_room", lambda device: 99 << 10)
+    monkeypatch.setattr(prefill_sm80, "max_smem_per_block", lambda device: 99 << 10)
     q = torch.randn(3, 1, 256, device="cuda").half()
     with pytest.raises(ValueError, match="101904 bytes of shared memory"):
         attention(q, q, q, [0, 3], [0, 3], path="tensor-core")
@@ -111,7 +111,7 @@ def test_a_path_that_cannot_is_refused_by_name():
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_another_sequences_nan_stays_there(head_dim, path):
-    """Tiles reach past the end of a sequence, where the next one's keys lie."""
+    """Tiles key_stop past the end of a sequence, where the next one's keys lie."""
     runs(path, head_dim)
     lengths = [0, 70, 200, 450]
     q, k, v = (torch.randn(450, 2, head_dim, device="cuda").half() for _ in range(3))

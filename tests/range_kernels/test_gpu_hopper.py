@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 import torch
 from range_kernels import attention, visible_keys
-from range_kernels.cuda import hopper
-from range_kernels.pages import PAGE_SIZES
+from range_kernels.cuda import prefill_sm90
+from range_kernels.kv_cache import PAGE_SIZES
 
-from .gpu_calls import NEEDS_GPU, runs
-from .paging import put_in_pages, run_paged
+from tests.range_kernels.gpu_calls import NEEDS_GPU, runs
+from tests.range_kernels.paging import put_in_pages, run_paged
 
 pytestmark = NEEDS_GPU
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 132])
-@pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", prefill_sm90.HEAD_DIMS)
 def test_hopper_blocks_work_through_many_tiles(head_dim, blocks, monkeypatch):
     """Long and short sequences, spans, windows, and stretches whose queries see nothing, in hundreds of works."""
     runs("hopper", head_dim)
-    monkeypatch.setattr(hopper, "multiprocessors", lambda device: blocks)
+    monkeypatch.setattr(prefill_sm90, "multiprocessors", lambda device: blocks)
     generator = np.random.default_rng(blocks)
     lengths = [1, 900, 130, 2000, 64, 1, 1777, 128]
     cu = [0, *accumulate(lengths)]
@@ -28,20 +28,20 @@ def test_hopper_blocks_work_through_many_tiles(head_dim, blocks, monkeypatch):
     for length in lengths:
         edges = sorted({int(edge) for edge in generator.integers(0, length + 1, 8)})
         window = 300 if length == 2000 else None
-        low, reach = visible_keys(length, list(zip(edges[::2], edges[1::2], strict=False)), window=window)
-        reach[length // 3 : length // 2] = -1
-        bounds.append((low, reach))
-    low, reach = (torch.from_numpy(np.concatenate(each)).cuda() for each in zip(*bounds, strict=True))
+        key_start, key_stop = visible_keys(length, list(zip(edges[::2], edges[1::2], strict=False)), window=window)
+        key_stop[length // 3 : length // 2] = 0
+        bounds.append((key_start, key_stop))
+    key_start, key_stop = (torch.from_numpy(np.concatenate(each)).cuda() for each in zip(*bounds, strict=True))
     q, k, v = (torch.randn(cu[-1], heads, head_dim, device="cuda").bfloat16() for heads in (12, 4, 4))
-    wanted = attention(q, k, v, cu, cu, low=low, reach=reach, path="tensor-core")
+    wanted = attention(q, k, v, cu, cu, key_start=key_start, key_stop=key_stop, path="tensor-core")
     pages, table = put_in_pages(generator, k, v, cu, int(generator.choice(PAGE_SIZES)))
     torch.empty_like(q).fill_(torch.nan)
     for out in (
-        attention(q, k, v, cu, cu, low=low, reach=reach, path="hopper"),
-        run_paged(pages, table, q, cu, cu, low, reach, path="hopper"),
+        attention(q, k, v, cu, cu, key_start=key_start, key_stop=key_stop, path="hopper"),
+        run_paged(pages, table, q, cu, cu, key_start, key_stop, path="hopper"),
     ):
         assert (out.float() - wanted.float()).norm() <= 2**-7 * wanted.float().norm()
-        assert not out[reach < 0].any()
+        assert not out[key_stop == 0].any()
 
 
 def test_launches_on_two_streams_do_not_share_their_work():
@@ -62,10 +62,10 @@ def test_hopper_repeats_itself_bit_for_bit():
     """Warps wait for each other at barriers: a place where one does not would show as another result now and then."""
     runs("hopper", 128)
     generator = np.random.default_rng(0)
-    for head_dim in hopper.HEAD_DIMS:
+    for head_dim in prefill_sm90.HEAD_DIMS:
         q, k, v = (torch.randn(3000, heads, head_dim, device="cuda").bfloat16() for heads in (8, 2, 2))
-        low, reach = visible_keys(3000, [(100, 700), (1000, 1001), (1500, 2800)])
-        bounds = {"low": torch.from_numpy(low).cuda(), "reach": torch.from_numpy(reach).cuda()}
+        key_start, key_stop = visible_keys(3000, [(100, 700), (1000, 1001), (1500, 2800)])
+        bounds = {"key_start": torch.from_numpy(key_start).cuda(), "key_stop": torch.from_numpy(key_stop).cuda()}
         first = attention(q, k, v, [0, 3000], [0, 3000], **bounds, path="hopper")
         for _ in range(int(generator.integers(60, 80))):
             torch.empty_like(q).fill_(torch.nan)

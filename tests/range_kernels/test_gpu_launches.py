@@ -4,22 +4,22 @@ import numpy as np
 import pytest
 import torch
 from range_kernels import (
+    CUDAGraphPlan,
     KVPages,
     PagedPlan,
     SplicePlan,
-    StandingPlan,
     attention,
     paged_attention,
     splice,
     visible_keys,
 )
-from range_kernels.cuda import splice as wide
-from range_kernels.cuda import tiles
-from range_kernels.cuda.kernel import Kernel
+from range_kernels.cuda import splice as cuda_splice
+from range_kernels.cuda import tile_plan
+from range_kernels.cuda.compiled_kernel import Kernel
 
-from .cases import make_case
-from .gpu_calls import NEEDS_GPU
-from .paging import LAYER, put_in_pages
+from tests.range_kernels.cases import make_case
+from tests.range_kernels.gpu_calls import NEEDS_GPU
+from tests.range_kernels.paging import LAYER, put_in_pages
 
 pytestmark = NEEDS_GPU
 
@@ -37,17 +37,19 @@ def test_calls_are_captured_in_a_graph():
     pages, block_table = put_in_pages(generator, k, v, [0, 300, 340], 16)
     paged = PagedPlan(block_table, [0, 1, 2], lengths, pages, 4)
     q = torch.randn(2, 4, 64, device="cuda").bfloat16()
-    low = torch.zeros(2, dtype=torch.int32, device="cuda")
-    reach = torch.tensor([299, 39], dtype=torch.int32, device="cuda")
+    key_start = torch.zeros(2, dtype=torch.int32, device="cuda")
+    key_stop = torch.tensor([300, 40], dtype=torch.int32, device="cuda")
 
     prompt = torch.randn(3000, 24, 64, device="cuda").bfloat16()  # queries, keys and values side by side
-    causal = dict(zip(("low", "reach"), (torch.from_numpy(each).cuda() for each in visible_keys(3000)), strict=True))
+    causal = dict(
+        zip(("key_start", "key_stop"), (torch.from_numpy(each).cuda() for each in visible_keys(3000)), strict=True)
+    )
 
     def prefill():
         return attention(prompt[:, :16], prompt[:, 16:20], prompt[:, 20:], [0, 3000], [0, 3000], **causal)
 
     def all_three():
-        decoded = paged_attention(q, pages, LAYER, paged, low=low, reach=reach)
+        decoded = paged_attention(q, pages, LAYER, paged, key_start=key_start, key_stop=key_stop)
         return splice(ids, table, plan=plan, scale=2.0), decoded, prefill()
 
     side = torch.cuda.Stream()
@@ -57,7 +59,7 @@ def test_calls_are_captured_in_a_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         state, seen, read = all_three()
-    tiles._planned.cache_clear()  # as many other shapes would; what the graph reads must stay
+    tile_plan._planned.cache_clear()  # as many other shapes would; what the graph reads must stay
     spoilt = [torch.full((64,), -1, dtype=torch.int32, device="cuda") for _ in range(20)]  # would take its place
     for seed in range(3):
         torch.manual_seed(seed)
@@ -68,7 +70,7 @@ def test_calls_are_captured_in_a_graph():
             item.normal_()
         graph.replay()
         assert torch.equal(state, splice(ids, table, items, ranges, scale=2.0))
-        assert torch.equal(seen, paged_attention(q, pages, LAYER, paged, low=low, reach=reach))
+        assert torch.equal(seen, paged_attention(q, pages, LAYER, paged, key_start=key_start, key_stop=key_stop))
         assert seen.isfinite().all()
         assert seen.any()
         assert torch.equal(read, prefill())
@@ -81,33 +83,35 @@ def test_a_captured_call_computes_whichever_step_its_plan_holds():
     pages = KVPages(2, 256, 16, 2, 64, torch.bfloat16, "cuda")
     pages.keys.normal_()
     pages.values.normal_()
-    standing = StandingPlan(4, 64, 64, pages, 8)
+    graph_plan = CUDAGraphPlan(4, 64, 64, pages, 8)
     q, k, v = (torch.zeros(4, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (8, 2, 2))
-    low, reach = (torch.zeros(4, dtype=torch.int32, device="cuda") for _ in range(2))
+    key_start, key_stop = (torch.zeros(4, dtype=torch.int32, device="cuda") for _ in range(2))
 
     def call(plan, count):
         given = (q[:count], pages, LAYER, plan)
-        return paged_attention(*given, new=(k[:count], v[:count]), low=low[:count], reach=reach[:count])
+        return paged_attention(
+            *given, new=(k[:count], v[:count]), key_start=key_start[:count], key_stop=key_stop[:count]
+        )
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        call(standing, 4)
+        call(graph_plan, 4)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        seen = call(standing, 4)
+        seen = call(graph_plan, 4)
     for lengths in ([5], [700, 33, 16, 17], [701, 34, 17, 18], [1024], [64, 1], [1000, 1000, 1000, 1000]):
         count = len(lengths)
         plan = PagedPlan(generator.permutation(256).reshape(4, 64)[:count], range(count + 1), lengths, pages, 8)
         for x in (q, k, v):
             x.normal_()
-        low[:count] = torch.tensor([max(length - 900, 0) for length in lengths])
-        reach[:count] = torch.tensor(lengths) - 1
+        key_start[:count] = torch.tensor([max(length - 900, 0) for length in lengths])
+        key_stop[:count] = torch.tensor(lengths)
         before = pages.keys.clone(), pages.values.clone()
         expected = call(plan, count)
         after = pages.keys.clone(), pages.values.clone()
         pages.keys, pages.values = (into.copy_(x) for into, x in zip((pages.keys, pages.values), before, strict=True))
-        standing.take(plan)
+        graph_plan.copy_from(plan)
         graph.replay()
         assert torch.equal(seen[:count], expected)
         assert torch.equal(pages.keys, after[0])
@@ -116,7 +120,7 @@ def test_a_captured_call_computes_whichever_step_its_plan_holds():
 
 def test_a_standing_plan_refuses_what_it_has_no_room_for():
     pages = KVPages(1, 64, 16, 2, 64, torch.bfloat16, "cuda")
-    standing = StandingPlan(2, 8, 2, pages, 4)
+    graph_plan = CUDAGraphPlan(2, 8, 2, pages, 4)
     table = np.arange(64, dtype=np.int32).reshape(4, 16)
     q = torch.zeros(2, 4, 64, dtype=torch.bfloat16, device="cuda")
 
@@ -124,33 +128,33 @@ def test_a_standing_plan_refuses_what_it_has_no_room_for():
         count = len(lengths)
         return PagedPlan(table[:count, :most_pages], np.arange(count + 1) * queries, lengths, pages, 4)
 
-    standing.take(step([128, 5], 8))
+    graph_plan.copy_from(step([128, 5], 8))
     for refused in (step([5, 5, 5], 8), step([5], 9), step([9], 8, queries=2)):
-        with pytest.raises(ValueError, match=r"there is room for \(2, 8, 2\) and one query each"):
-            standing.take(refused)
-    with pytest.raises(ValueError, match="give low and reach"):
-        paged_attention(q, pages, 0, standing)
+        with pytest.raises(ValueError, match=r"this plan takes at most \(2, 8, 2\) and one query each"):
+            graph_plan.copy_from(refused)
+    with pytest.raises(ValueError, match="give key_start and key_stop"):
+        paged_attention(q, pages, 0, graph_plan)
     bounds = {
-        "low": torch.zeros(2, dtype=torch.int32, device="cuda"),
-        "reach": torch.zeros(2, dtype=torch.int32, device="cuda"),
+        "key_start": torch.zeros(2, dtype=torch.int32, device="cuda"),
+        "key_stop": torch.zeros(2, dtype=torch.int32, device="cuda"),
     }
     for wrong in ({"path": "plain"}, {"scale": -1.0}):
         with pytest.raises(ValueError, match="for the tensor-core path"):
-            paged_attention(q, pages, 0, standing, **bounds, **wrong)
+            paged_attention(q, pages, 0, graph_plan, **bounds, **wrong)
     larger = KVPages(1, 32, 32, 2, 64, torch.bfloat16, "cuda")
     with pytest.raises(ValueError, match=r"pages of \(tokens, KV heads\) \(32, 2\): this plan is for \(16, 2\)"):
-        paged_attention(q, larger, 0, standing, **bounds)
+        paged_attention(q, larger, 0, graph_plan, **bounds)
     with pytest.raises(ValueError, match=r"\(32, 2\): this plan is for \(16, 2\)"):
-        standing.take(PagedPlan(table[:1, :8] % 32, [0, 1], [9], larger, 4))
+        graph_plan.copy_from(PagedPlan(table[:1, :8] % 32, [0, 1], [9], larger, 4))
     with pytest.raises(ValueError, match="8 query heads over pages on the GPU: this plan is for 4"):
-        standing.take(PagedPlan(table[:1, :8], [0, 1], [9], pages, 8))
-    with pytest.raises(ValueError, match="up to 16 query heads a KV head"):
-        StandingPlan(2, 8, 2, pages, 34)
+        graph_plan.copy_from(PagedPlan(table[:1, :8], [0, 1], [9], pages, 8))
+    with pytest.raises(ValueError, match="at most 16 query heads per KV head"):
+        CUDAGraphPlan(2, 8, 2, pages, 34)
 
 
 def test_kernels_come_from_disk_the_second_time(tmp_path, monkeypatch):
     monkeypatch.setenv("RANGE_KERNELS_CACHE", str(tmp_path))
-    source = wide.source("float16", False)
+    source = cuda_splice.source("float16", False)
     first = Kernel(source, 0)
     again = Kernel(source, 0)
     assert not first.cached

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from range_kernels import attention
-from range_kernels.cuda import decode, tensor_core
-from range_kernels.pages import PAGE_SIZES
+from range_kernels.cuda import decode_split_kv, prefill_sm80
+from range_kernels.kv_cache import PAGE_SIZES
 
-from .cases import DTYPES
-from .gpu_calls import NEEDS_GPU, PATHS, assert_errs_at_most_twice, random_call, runs
-from .paging import last_keys, put_in_pages, run_paged
+from tests.range_kernels.cases import DTYPES
+from tests.range_kernels.gpu_calls import NEEDS_GPU, PATHS, assert_errs_at_most_twice, random_call, runs
+from tests.range_kernels.paging import last_keys, put_in_pages, run_paged
 
 pytestmark = NEEDS_GPU
 
@@ -26,12 +26,12 @@ def test_paged_attention_errs_at_most_twice_as_much_as_torch(head_dim, dtype, so
     generator = np.random.default_rng(head_dim + int(softcap))
     for _ in range(25):
         case = random_call(generator, head_dim, dtype, decoding=True)
-        q, k, v, cu_q, cu_k, low, reach = case
+        q, k, v, cu_q, cu_k, key_start, key_stop = case
         pages, table = put_in_pages(generator, k, v, cu_k, int(generator.choice(PAGE_SIZES)))
         torch.empty_like(q).fill_(torch.nan)
-        out = run_paged(pages, table, q, cu_q, cu_k, low, reach, softcap=softcap, path=path)
+        out = run_paged(pages, table, q, cu_q, cu_k, key_start, key_stop, softcap=softcap, path=path)
         assert_errs_at_most_twice(out, case, softcap)
-        again = run_paged(pages, table, q, cu_q, cu_k, low, reach, softcap=softcap, path=path)
+        again = run_paged(pages, table, q, cu_q, cu_k, key_start, key_stop, softcap=softcap, path=path)
         assert torch.equal(out, again)  # splits are joined in one order, and counters are back at zero
 
 
@@ -47,18 +47,18 @@ def test_new_keys_are_written_before_they_are_read(queries, page_size):
     packed = torch.randn(int(cu_q[-1]), 12, 64, device="cuda").bfloat16()
     q = packed[:, :8]
     last = last_keys(cu_q, cu_k)
-    low = torch.zeros(len(q), dtype=torch.int32, device="cuda")
-    reach = torch.from_numpy((last - np.repeat(cu_k[:-1], queries)).astype(np.int32)).cuda()
-    reach[2 * queries : 3 * queries] = -1  # a sequence that sees nothing has keys to write, too
+    key_start = torch.zeros(len(q), dtype=torch.int32, device="cuda")
+    key_stop = torch.from_numpy((last + 1 - np.repeat(cu_k[:-1], queries)).astype(np.int32)).cuda()
+    key_stop[2 * queries : 3 * queries] = 0  # a sequence that sees nothing has keys to write, too
     pages, table = put_in_pages(generator, k, v, cu_k, page_size)
     new = packed[:, 8:10], packed[:, 10:]
-    out = run_paged(pages, table, q, cu_q, cu_k, low, reach, new=new)
+    out = run_paged(pages, table, q, cu_q, cu_k, key_start, key_stop, new=new)
     k[last], v[last] = new
     wanted, wanted_table = put_in_pages(np.random.default_rng(page_size + queries), k, v, cu_k, page_size)
     assert np.array_equal(table, wanted_table)
     for mine, theirs in ((pages.keys, wanted.keys), (pages.values, wanted.values)):
         assert torch.equal(mine.view(torch.int16), theirs.view(torch.int16))
-    assert torch.equal(out, run_paged(wanted, table, q, cu_q, cu_k, low, reach))
+    assert torch.equal(out, run_paged(wanted, table, q, cu_q, cu_k, key_start, key_stop))
     assert not out[2 * queries : 3 * queries].any()
 
 
@@ -67,10 +67,10 @@ def test_paged_attention_by_the_plain_kernel(dtype):
     generator = np.random.default_rng(5)
     for _ in range(10):
         case = random_call(generator, 72, dtype, decoding=True)
-        q, k, v, cu_q, cu_k, low, reach = case
+        q, k, v, cu_q, cu_k, key_start, key_stop = case
         pages, table = put_in_pages(generator, k, v, cu_k, 16)
-        out = run_paged(pages, table, q, cu_q, cu_k, low, reach, path="plain")
-        assert torch.equal(out, attention(q, k, v, cu_q, cu_k, low=low, reach=reach, path="plain"))
+        out = run_paged(pages, table, q, cu_q, cu_k, key_start, key_stop, path="plain")
+        assert torch.equal(out, attention(q, k, v, cu_q, cu_k, key_start=key_start, key_stop=key_stop, path="plain"))
 
 
 def test_decode_does_not_hide_nan():
@@ -80,13 +80,13 @@ def test_decode_does_not_hide_nan():
     q, k, v = (
         torch.randn(rows, heads, 128, device="cuda").half() for rows, heads in ((3, 8), (cu_k[-1], 2), (cu_k[-1], 2))
     )
-    low = torch.zeros(3, dtype=torch.int32, device="cuda")
-    reach = torch.tensor([length - 1 for length in lengths], dtype=torch.int32, device="cuda")
+    key_start = torch.zeros(3, dtype=torch.int32, device="cuda")
+    key_stop = torch.tensor(list(lengths), dtype=torch.int32, device="cuda")
     for poison, spoilt in ((q[0], 0), (q[1], 1), (k[40 + 4000, 1], 1), (v[40 + 4000, 1], 1)):
         before = poison.clone()
         poison[:] = torch.nan
         pages, table = put_in_pages(np.random.default_rng(0), k, v, cu_k, 64)
-        out = run_paged(pages, table, q, [0, 1, 2, 3], cu_k, low, reach)
+        out = run_paged(pages, table, q, [0, 1, 2, 3], cu_k, key_start, key_stop)
         poison[:] = before
         assert out[spoilt, 4:].isnan().all()  # heads of the second KV head
         assert out[[row for row in range(3) if row != spoilt]].isfinite().all()
@@ -98,17 +98,17 @@ def test_decode_does_not_hide_nan():
 )
 def test_gpus_with_less_shared_memory(head_dim, room, shape, stages, monkeypatch):
     """The shapes that a GeForce and an A100 take, on this GPU."""
-    for module in (tensor_core, decode):
-        monkeypatch.setattr(module, "block_room", lambda device: room)
-    assert tensor_core.choose_shape(head_dim, room) == tensor_core.Shape(*shape)
-    assert decode.choose_stages(head_dim, 1, 132, room) == stages
+    for module in (prefill_sm80, decode_split_kv):
+        monkeypatch.setattr(module, "max_smem_per_block", lambda device: room)
+    assert prefill_sm80.choose_shape(head_dim, room) == prefill_sm80.Shape(*shape)
+    assert decode_split_kv.choose_stages(head_dim, 1, 132, room) == stages
     generator = np.random.default_rng(head_dim)
     for decoding in (False, True) * 4:
         case = random_call(generator, head_dim, torch.bfloat16, decoding)
-        q, k, v, cu_q, cu_k, low, reach = case
+        q, k, v, cu_q, cu_k, key_start, key_stop = case
         pages, table = put_in_pages(generator, k, v, cu_k, 32)
         for out in (
-            attention(*case[:5], low=low, reach=reach, path="tensor-core"),
-            run_paged(pages, table, q, cu_q, cu_k, low, reach, path="tensor-core"),
+            attention(*case[:5], key_start=key_start, key_stop=key_stop, path="tensor-core"),
+            run_paged(pages, table, q, cu_q, cu_k, key_start, key_stop, path="tensor-core"),
         ):
             assert_errs_at_most_twice(out, case)

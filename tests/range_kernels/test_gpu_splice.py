@@ -6,8 +6,8 @@ import torch
 from range_kernels import splice
 from range_kernels.reference import splice as splice_oracle
 
-from .cases import DTYPES
-from .gpu_calls import NEEDS_GPU
+from tests.range_kernels.cases import DTYPES
+from tests.range_kernels.gpu_calls import NEEDS_GPU
 
 pytestmark = NEEDS_GPU
 

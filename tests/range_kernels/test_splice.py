@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from range_kernels import SplicePlan, splice
 from range_kernels.reference import splice as oracle
 
-from .cases import DTYPES
+from tests.range_kernels.cases import DTYPES
 
 
 @st.composite

@@ -25,9 +25,9 @@ def test_intervals_equal_the_dense_mask(sequence, rule):
         same_span[start:stop, start:stop] = True
     inside = np.ones_like(causal) if window is None else key > query - window
     dense = (causal | same_span) & inside if rule == "inside" else (causal & inside) | same_span
-    low, reach = visible_keys(length, spans, first=first, window=window, window_rule=rule)
-    assert low.dtype == reach.dtype == np.int32
-    assert np.array_equal((low[:, None] <= key[first:]) & (key[first:] <= reach[:, None]), dense[first:])
+    key_start, key_stop = visible_keys(length, spans, first=first, window=window, window_rule=rule)
+    assert key_start.dtype == key_stop.dtype == np.int32
+    assert np.array_equal((key_start[:, None] <= key[first:]) & (key[first:] < key_stop[:, None]), dense[first:])
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,11 @@ if not config.ENABLE_CUDASIM:
         "needs NUMBA_ENABLE_CUDASIM=1, set before Numba is imported (`make test` does)", allow_module_level=True
     )
 
-from range_kernels.cuda import attention as cuda_attention
-from range_kernels.cuda import splice as cuda_splice
+from range_kernels.clipping import clip_items
+from range_kernels.cuda import prefill_simt, splice
 from range_kernels.reference import splice as splice_oracle
-from range_kernels.splice import clip_items
 
-from ..range_kernels.cases import DTYPES, assert_close, make_case
+from tests.range_kernels.cases import DTYPES, assert_close, make_case
 
 CASES = {  # few queries: the simulator runs a Python thread for each of a block's 128
     "two sequences": {"lengths": [(2, 2), (1, 140)], "heads": (2, 1)},
@@ -32,18 +31,18 @@ def test_attention_matches_the_oracle(name, dtype):
     case = make_case(0, **{"heads": (1, 1), "head_dim": 16, "dtype": dtype, **CASES[name]})
     out = torch.full_like(case.q, torch.nan)
     lengths = [np.array(x, np.int32) for x in (case.cu_seqlens_q, case.cu_seqlens_k)]
-    cuda_attention.launch(
-        case.q, case.k, case.v, out, case.low, case.reach, *lengths, case.q.shape[-1] ** -0.5, case.softcap
+    prefill_simt.launch(
+        case.q, case.k, case.v, out, case.key_start, case.key_stop, *lengths, case.q.shape[-1] ** -0.5, case.softcap
     )
     assert_close(out, case)
 
 
 def test_a_query_that_sees_nothing_gets_zeros():
     case = make_case(1, [(4, 4)], head_dim=8)
-    case.reach[2] = -1
+    case.key_stop[2] = 0
     out = torch.full_like(case.q, torch.nan)
     lengths = np.array([0, 4], np.int32)
-    cuda_attention.launch(case.q, case.k, case.v, out, case.low, case.reach, lengths, lengths, 1.0, 0.0)
+    prefill_simt.launch(case.q, case.k, case.v, out, case.key_start, case.key_stop, lengths, lengths, 1.0, 0.0)
     assert (out[2] == 0).all()
 
 
@@ -56,7 +55,7 @@ def test_splice_matches_the_oracle(dtype, hidden):
     for begin, end in ((0, 9), (2, 7)):
         clipped = clip_items(items, ranges, table, begin, end)
         out = torch.full((end - begin, hidden), torch.nan, dtype=dtype)
-        cuda_splice.launch(ids[begin:end], table, clipped, out, 2.0)
+        splice.launch(ids[begin:end], table, clipped, out, 2.0)
         expected = splice_oracle(
             ids[begin:end].numpy(),
             table.float().numpy(),
@@ -73,13 +72,13 @@ def test_a_view_that_begins_between_words():
     item = torch.randn(4 + 1)[1:].view(1, 4)
     clipped = clip_items([item], [(0, 1)], table, 0, 2)
     out = torch.zeros(2, 4)
-    cuda_splice.launch(torch.tensor([0, 3]), table, clipped, out, 1.0)
+    splice.launch(torch.tensor([0, 3]), table, clipped, out, 1.0)
     assert torch.equal(out, torch.stack([item[0], table[3]]))
 
 
 def test_an_id_outside_the_table_shows_as_nan():
     table = torch.randn(5, 4)
     out = torch.zeros(2, 4)
-    cuda_splice.launch(torch.tensor([1, 7], dtype=torch.int32), table, [], out, 1.0)
+    splice.launch(torch.tensor([1, 7], dtype=torch.int32), table, [], out, 1.0)
     assert torch.equal(out[0], table[1])
     assert out[1].isnan().all()

@@ -1,4 +1,4 @@
-"""The trained model reads real handwriting it never saw, in every engine; its pictures and questions are what they say."""
+"""The trained model reads real handwriting it never saw, in every engine; its images and questions are what they say."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 import workbench
-from workbench.digit_cards.cards import SIZE, draw_scene, render, split
-from workbench.digit_cards.checkpoint import DATA
-from workbench.digit_cards.questions import QUESTIONS
-from workbench.vision.build import build_multimodal, build_prompt
-from workbench.vision.flows import compare_flows
+from data.digit_cards.training.cards import SIZE, draw_scene, render, split
+from data.digit_cards.training.questions import QUESTIONS
+from tests.conftest import IMAGES
+from workbench.analysis.pipelines import compare_pipelines
+from workbench.package_data import data_folder
+from workbench.vision.prompt_builder import build_multimodal, build_prompt
 from workbench.vision.tower import load_vision_tower
 
-from .conftest import SAMPLES
+pytestmark = pytest.mark.slow
 
 GREEDY = workbench.GenerationConfig(max_new_tokens=24)
 
@@ -52,22 +53,20 @@ def answer(model, engine, prompt):
         ("count", ["row_of_three"], "three"),
     ],
 )
-def test_sample_pictures_are_read_by_every_engine(question, names, wanted, cards, tower, engines):
-    pictures = [SAMPLES / f"{name}.png" for name in names]
-    prompt = build_prompt(cards, QUESTIONS[question].text, pictures, tower=tower)
+def test_sample_images_are_read_by_every_engine(question, names, wanted, cards, tower, engines):
+    images = [IMAGES / f"{name}.png" for name in names]
+    prompt = build_prompt(cards, QUESTIONS[question].text, images, tower=tower)
     assert {kind: answer(cards, engine, prompt) for kind, engine in engines.items()} == dict.fromkeys(engines, wanted)
 
 
 def test_the_engine_with_vision_inside_reads_them_too(cards, tower):
     engine = workbench.open_engine("transformers-multimodal", cards)
-    prompt = build_multimodal(cards, QUESTIONS["digit"].text, [SAMPLES / "blue_7.png"], tower=tower)
+    prompt = build_multimodal(cards, QUESTIONS["digit"].text, [IMAGES / "blue_7.png"], tower=tower)
     assert answer(cards, engine, prompt) == "7"
 
 
 def test_the_numba_engine_computes_what_transformers_does(cards, tower, engines):
-    prompt = build_prompt(
-        cards, QUESTIONS["order"].text, [SAMPLES / "blue_7.png", SAMPLES / "green_5.png"], tower=tower
-    )
+    prompt = build_prompt(cards, QUESTIONS["order"].text, [IMAGES / "blue_7.png", IMAGES / "green_5.png"], tower=tower)
     assert workbench.check_engine(engines["numba"], prompt).verdict in ("same", "noise")
     swapped = prompt.replace(input_embeddings=prompt.input_embeddings[::-1])
     assert answer(cards, engines["numba"], swapped) == "green 5, blue 7"
@@ -89,7 +88,7 @@ def test_held_out_handwriting_is_read(cards, tower, engines):
 
 
 def test_the_recorded_run_meets_the_bar():
-    record = json.loads((DATA / "evaluation.json").read_text())
+    record = json.loads((data_folder("data/digit_cards") / "evaluation.json").read_text())
     shares = {kind: record["right"][kind] / record["questions"] for kind in QUESTIONS}
     assert min(shares.values()) >= 0.95, shares
     assert sum(map(sum, record["confusion"])) == record["questions"]
@@ -105,7 +104,7 @@ def test_the_split_keeps_handwriting_apart():
         assert {card.index for card in scene.cards} <= held_out
 
 
-def test_a_scene_always_gives_the_same_picture():
+def test_a_scene_always_gives_the_same_image():
     scene = draw_scene(np.random.default_rng(3), split(True), 3)
     first, again = render(scene), render(scene)
     assert first.size == (SIZE, SIZE)
@@ -114,7 +113,7 @@ def test_a_scene_always_gives_the_same_picture():
 
 
 def test_both_flows_answer_alike_and_say_what_they_cost(cards):
-    two, one = compare_flows(cards, QUESTIONS["order"].text, [SAMPLES / "blue_7.png", SAMPLES / "green_5.png"])
+    two, one = compare_pipelines(cards, QUESTIONS["order"].text, [IMAGES / "blue_7.png", IMAGES / "green_5.png"])
     assert two.answer == one.answer == "blue 7, green 5"
     assert two.features_seconds > 0
     assert two.vision_bytes < 0.03 * one.weight_bytes

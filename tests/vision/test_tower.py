@@ -13,11 +13,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import workbench
+from tests.vision.server import serve
 from workbench import ModelError
 from workbench.vision.tower import load_vision_tower
-from workbench.vision.vision_part import load_full
-
-from .server import serve
+from workbench.vision.tower_weights import load_full
 
 REMOTE = Path(__file__).parent / "remote_model"
 
@@ -102,7 +101,7 @@ def test_an_empty_file_on_a_server_is_no_fault(folder):
 def test_unknown_dtypes_and_devices_are_named(cards):
     with pytest.raises(ValueError, match="dtype='bogus'"):
         load_vision_tower(cards, dtype="bogus")
-    with pytest.raises(ModelError, match="device='bogus' is no device"):
+    with pytest.raises(ModelError, match="device='bogus' is not a device"):
         load_vision_tower(cards, device="bogus")
 
 
@@ -174,13 +173,13 @@ def test_an_index_that_leaves_the_folder(folder):
             lambda data: data[: len(data) // 2],
             r"model-00001.* is cut short: tensor '.*' ends at byte \d+, the file at \d+",
         ),
-        (lambda data: data[:5], "is cut short: 5 bytes are no safetensors file"),
+        (lambda data: data[:5], "is cut short: 5 bytes are not a safetensors file"),
         (lambda data: b"\xff" * 8 + data[8:], "its header claims 18446744073709551615 bytes"),
         (lambda data: data[:8] + b"{" * (len(data) - 8), "has a damaged header"),
-        (lambda data: data.replace(b'"BF16"', b'"Q4_K"', 1), "has dtype 'Q4_K', which is not read here"),
+        (lambda data: data.replace(b'"BF16"', b'"Q4_K"', 1), "has dtype 'Q4_K', which is not supported here"),
         (
             lambda data: data.replace(b'"shape":[', b'"shape":[9', 1),
-            r"tensor '.*' of .*model-00001.*is \d+ bytes, its header gives",
+            r"tensor '.*' of .*model-00001.*is \d+ bytes, but its header gives",
         ),
     ],
 )
@@ -215,14 +214,14 @@ def test_missing_and_misshapen_tensors_are_named(folder):
         load_vision_tower(folder)
 
 
-def test_bin_checkpoints_load_without_code_or_not_at_all(small_vlm, tmp_path, pictures):
+def test_bin_checkpoints_load_without_code_or_not_at_all(small_vlm, tmp_path, images):
     model = small_vlm("llava")
     for path in model.path.iterdir():
         if "safetensors" not in path.name:
             shutil.copy(path, tmp_path)
     torch.save(load_file(model.path / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    near = load_vision_tower(model).features(pictures)[0].rows
-    assert torch.equal(load_vision_tower(tmp_path).features(pictures)[0].rows, near)
+    near = load_vision_tower(model).features(images)[0].rows
+    assert torch.equal(load_vision_tower(tmp_path).features(images)[0].rows, near)
     with serve(tmp_path) as (address, _), pytest.raises(ModelError, match="is a pickle, which cannot be read in parts"):
         load_vision_tower(address)
 
@@ -257,7 +256,7 @@ def remote(small_vlm, tmp_path):
     return tmp_path, tensors
 
 
-def test_remote_code_runs_only_when_asked_for(remote, pictures):
+def test_remote_code_runs_only_when_asked_for(remote, images):
     folder, tensors = remote
     with pytest.raises(
         ModelError,
@@ -266,8 +265,8 @@ def test_remote_code_runs_only_when_asked_for(remote, pictures):
         load_vision_tower(folder)
     tower = load_vision_tower(folder, trust_remote_code=True)
     assert tower.report.tensors == 3
-    pixels = tower.process(pictures)["pixel_values"]
+    pixels = tower.process(images)["pixel_values"]
     patches = pixels.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).reshape(2, 4, -1)
     wanted = (patches @ tensors["vision.weight"].T + tensors["vision.bias"]) @ tensors["bridge.weight"].T
-    for features, rows in zip(tower.features(pictures), wanted, strict=True):
+    for features, rows in zip(tower.features(images), wanted, strict=True):
         torch.testing.assert_close(features.rows, rows)

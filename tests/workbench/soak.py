@@ -21,10 +21,9 @@ import psutil
 import torch
 
 import workbench
+from tests.workbench.small_models import random_prompt, save_llama
 from workbench import GenerationConfig, Prompt, PromptError, ResponseType, Span
 from workbench.engines.numba_engine.engine import NumbaEngine
-
-from .small import random_prompt, save_llama
 
 WORKERS = 12
 FATES = ("finish", "finish", "finish", "finish", "cancel", "close", "bad", "drop")

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import workbench
+from tests.workbench.small_architectures import save
+from tests.workbench.small_models import random_prompt, save_llama
+from tests.workbench.soak import Soak
 from workbench import GenerationConfig, ModelError, Prompt, PromptError, ResponseType, Span
-
-from .families import save
-from .small import random_prompt, save_llama
-from .soak import Soak
 
 CONFIG = GenerationConfig(max_new_tokens=12, ignore_eos=True, output_logits="generation")
 
@@ -51,7 +50,7 @@ def together(engine, made, configs):
         tasks = [asyncio.create_task(one(number)) for number in range(len(made))]
         return await asyncio.gather(*tasks)
 
-    return [workbench.engines.messages.join_outputs(outputs) for outputs in asyncio.run(every())]
+    return [workbench.engines.types.join_outputs(outputs) for outputs in asyncio.run(every())]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +69,7 @@ def test_company_changes_no_bit(llama, alone, options):
     assert stats.finished == len(made)
     # Whether requests give way in a small cache depends on when they come; in a large one none does.
     assert "cache_max_entry_count" in options or not stats.preemptions
-    assert "max_batch_size" not in options or max(len(step.pieces) for step in engine.history) == 2
+    assert "max_batch_size" not in options or max(len(step.chunks) for step in engine.history) == 2
 
 
 def test_requests_that_gave_way_keep_what_they_said(llama, alone):
@@ -115,15 +114,15 @@ def test_threads_and_an_event_loop_share_one_engine(llama, alone):
     assert results == {"loop": expected, "threads": expected}
 
 
-def test_a_newcomer_is_not_starved_by_a_long_answer(llama):
+def test_a_new_request_runs_alongside_a_long_one(llama):
     engine = workbench.open_engine("numba", llama, max_prefill_token_num=8)
     long = engine.stream(random_prompt(), GenerationConfig(max_new_tokens=200, ignore_eos=True))
     next(long)
     assert len(list(engine.stream(random_prompt(1), CONFIG))) == 12
     assert [output.status for output in long][-1] is ResponseType.FINISH
-    ran = [{piece.request for piece in step.pieces} for step in engine.history]
+    ran = [{piece.request for piece in step.chunks} for step in engine.history]
     shared = [number for number, requests in enumerate(ran) if 1 in requests]
-    # It ran in every step from its arrival to its end, each time beside the long one, which went on long after.
+    # It ran in every step from its arrival to its end, each time together with the long one, which continued long after.
     assert shared == list(range(shared[0], shared[-1] + 1))
     assert all(0 in ran[number] for number in shared)
     assert ran[shared[-1] + 1 :] == [{0}] * (len(ran) - shared[-1] - 1)
@@ -134,17 +133,17 @@ def test_a_newcomer_is_not_starved_by_a_long_answer(llama):
 def slow(llama, monkeypatch):
     """An engine whose steps take so long that a request of 200 tokens is still running when the test looks."""
     engine = workbench.open_engine("numba", llama, max_batch_size=2)
-    forward = engine.decoder.forward
+    run_batch = engine.runner.run_batch
 
     def sleeping(batch, pages, tap=None):
         time.sleep(0.03)
-        return forward(batch, pages, tap)
+        return run_batch(batch, pages, tap)
 
-    monkeypatch.setattr(engine.decoder, "forward", sleeping)
+    monkeypatch.setattr(engine.runner, "run_batch", sleeping)
     return engine
 
 
-def test_an_early_close_and_a_cancel_free_their_pages(slow):
+def test_close_and_cancel_free_their_pages(slow):
     engine = slow
     config = GenerationConfig(max_new_tokens=200, ignore_eos=True)
     closed, cancelled = engine.stream(random_prompt(), config), engine.stream(random_prompt(1), config, session_id=3)
@@ -157,7 +156,7 @@ def test_an_early_close_and_a_cancel_free_their_pages(slow):
     assert engine.stats().running == 0
 
 
-def test_a_cancel_ends_a_request_that_waits_for_room(slow):
+def test_cancel_ends_a_waiting_request(slow):
     engine = slow
     config = GenerationConfig(max_new_tokens=200, ignore_eos=True)
     first, second = engine.stream(random_prompt(), config), engine.stream(random_prompt(2), config)
@@ -174,17 +173,17 @@ def test_a_cancel_ends_a_request_that_waits_for_room(slow):
     first.close(), second.close()
 
 
-def test_a_fault_in_the_model_ends_one_request_alone(llama, alone, monkeypatch):
+def test_a_failing_forward_pass_ends_only_the_request_that_causes_it(llama, alone, monkeypatch):
     """A step that fails is run again request by request; the one at fault gets the error, with its cause."""
     engine = workbench.open_engine("numba", llama, enable_prefix_caching=False)
-    forward = engine.decoder.forward
+    run_batch = engine.runner.run_batch
 
     def failing(batch, pages, tap=None):
-        if 66 in batch.lengths:  # the request that has just said its sixth token
-            raise FloatingPointError("planted")
-        return forward(batch, pages, tap)
+        if 66 in batch.seq_lens:  # the request that has just generated its sixth token
+            raise FloatingPointError("injected")
+        return run_batch(batch, pages, tap)
 
-    monkeypatch.setattr(engine.decoder, "forward", failing)
+    monkeypatch.setattr(engine.runner, "run_batch", failing)
     made = [random_prompt(0), random_prompt(1, 60), random_prompt(2)]
     results = [None] * 3
 
@@ -200,13 +199,13 @@ def test_a_fault_in_the_model_ends_one_request_alone(llama, alone, monkeypatch):
     for thread in threads:
         thread.join(60)
     assert isinstance(results[1], ModelError)
-    assert "FloatingPointError: planted" in str(results[1])
+    assert "FloatingPointError: injected" in str(results[1])
     for number in (0, 2):
         assert results[number] == alone.generate(made[number], CONFIG).token_ids
     assert engine.stats().pages_used == 0
 
 
-def test_what_the_cache_can_never_hold_is_refused_at_once(llama):
+def test_a_request_larger_than_the_cache_is_refused(llama):
     engine = workbench.open_engine("numba", llama, cache_max_entry_count=3)
     with pytest.raises(PromptError, match=r"90 prompt tokens and 12 new ones take 4 pages of 32 tokens.*has 3"):
         engine.stream(random_prompt(0, 90), CONFIG)
@@ -231,7 +230,7 @@ def test_a_short_soak(llama):
         ({"cache_block_seq_len": 48}, "32, 64, 128, 256"),
     ],
 )
-def test_settings_that_mean_nothing_are_named(llama, options, words):
+def test_invalid_options_are_refused_by_name(llama, options, words):
     with pytest.raises(ValueError, match=words):
         workbench.open_engine("numba", llama, **options)
 
@@ -355,7 +354,7 @@ class TestPrefixCache:
 def test_the_history_says_which_tokens_ran_when(llama):
     engine = workbench.open_engine("numba", llama, max_prefill_token_num=16, enable_prefix_caching=False)
     engine.generate(random_prompt(), GenerationConfig(max_new_tokens=3, ignore_eos=True))
-    pieces = [(piece.start, piece.stop, piece.decoding) for step in engine.history for piece in step.pieces]
+    pieces = [(piece.start, piece.stop, piece.decoding) for step in engine.history for piece in step.chunks]
     assert pieces == [(0, 16, False), (16, 32, False), (32, 40, False), (40, 41, True), (41, 42, True)]
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.new_tokens, stats.steps, stats.finished) == (40, 2, 5, 1)

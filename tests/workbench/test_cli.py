@@ -5,12 +5,11 @@ import json
 import pytest
 
 import workbench
-from workbench.cli import main
-from workbench.compare import FaultyEngine
-from workbench.compare.faults import off_by_one
+from tests.workbench.small_models import random_prompt, save_llama
+from workbench.cli.main import main
+from workbench.faults import FaultyEngine
+from workbench.faults.prompt_faults import off_by_one
 from workbench.recording import Recording
-
-from .small import random_prompt, save_llama
 
 
 def test_fetch_and_check(capsys):
@@ -96,7 +95,7 @@ def test_compare_judges_and_explains(files, capsys):
     )
     out = capsys.readouterr().out
     assert out.startswith("bug at tap embed, token 4, span 0")
-    assert "every row stands 1 token too late: the range is off by one" in out
+    assert "every row is 1 token too late: the range is off by one" in out
     assert "<!doctype html>" in (files / "r.html").read_text()
     assert run(files, "compare", "ref.safetensors", "bad.safetensors", "--json") == 1
     found = json.loads(capsys.readouterr().out)
@@ -123,7 +122,7 @@ def test_record_keeps_what_can_be_opened_again(files, capsys):
         "bfloat16",
         "--out",
         str(files / "kept"),
-        "--no-misuses",
+        "--no-invalid-prompts",
     ]
     # The small model has no tokenizer, and answers are kept as words.
     assert main(["record", str(files / "p.json"), *arguments]) == 2

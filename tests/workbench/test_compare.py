@@ -5,12 +5,14 @@ import torch
 
 import workbench
 from workbench import GenerationConfig, TraceError
-from workbench.compare import FaultyEngine, check_engine, compare
-from workbench.compare.calibrate import clean_runs
-from workbench.compare.faults import FAULTS
-from workbench.compare.metrics import cosine, relative_error, unit_roundoff
-from workbench.compare.run import reference as cached_reference
+from workbench.benchmarks.calibrate_verdict import clean_runs
+from workbench.comparison import check_engine, compare
+from workbench.comparison.metrics import cosine, relative_error, unit_roundoff
+from workbench.comparison.reference_cache import reference_engine as cached_reference
+from workbench.faults import FAULTS
 from workbench.trace import Trace
+
+pytestmark = pytest.mark.slow
 
 TAPS = ["embed", "layers.*", "layers.*.*", "norm", "logits"]
 
@@ -24,8 +26,8 @@ def prompt(model, japan):
 
 @pytest.fixture(scope="module")
 def traces(model, engine, prompt):
-    truth, floor = cached_reference(model, "float64"), cached_reference(model, "float32")
-    return truth.trace(prompt, TAPS), engine.trace(prompt, TAPS), floor.trace(prompt, TAPS)
+    reference, floor = cached_reference(model, "float64"), cached_reference(model, "float32")
+    return reference.trace(prompt, TAPS), engine.trace(prompt, TAPS), floor.trace(prompt, TAPS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -36,9 +38,9 @@ def test_clean_engines_are_noise(model, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", FAULTS)
-def test_planted_faults_are_bugs_at_the_splice(model, prompt, name, dtype):
-    comparison = check_engine(FaultyEngine(workbench.open_engine("numba", model, dtype=dtype), FAULTS[name]), prompt)
+@pytest.mark.parametrize("name", ["range +1", "placeholders used", "rows reversed"])
+def test_prompt_faults_are_bugs_at_the_splice(model, prompt, name, dtype):
+    comparison = check_engine(FAULTS[name].inject(workbench.open_engine("numba", model, dtype=dtype)), prompt)
     assert comparison.verdict == "bug"
     first = comparison.first_divergence
     assert (first.tap, first.token, first.span) == ("embed", 26, 0)
@@ -62,10 +64,10 @@ def test_a_wrong_weight_is_found_where_it_is(model, prompt, layer, part, tap):
 
 
 def test_one_token_of_one_tap_is_enough(model, engine, traces):
-    truth, candidate, floor = traces
+    reference, candidate, floor = traces
     states = {tap: state.clone() for tap, state in candidate.items()}
     states["layers.20"][31] *= 1.0001
-    comparison = compare(truth, with_states(candidate, states), floor=floor)
+    comparison = compare(reference, with_states(candidate, states), floor=floor)
     assert (comparison.verdict, comparison.first_divergence.tap, comparison.first_divergence.token) == (
         "bug",
         "layers.20",
@@ -75,29 +77,29 @@ def test_one_token_of_one_tap_is_enough(model, engine, traces):
 
 
 def test_the_reference_itself_is_the_same(traces):
-    truth, _, floor = traces
-    comparison = compare(truth, floor, floor=floor)
+    reference, _, floor = traces
+    comparison = compare(reference, floor, floor=floor)
     assert comparison.verdict == "same"
     assert comparison.first_divergence is None
     assert float(comparison.ratios.max()) <= 1.0
 
 
 def test_several_floors_are_at_least_as_high_as_one(model, traces, prompt):
-    truth, candidate, floor = traces
+    reference, candidate, floor = traces
     several = cached_reference(model, "float32").noise_floor(prompt, TAPS)
     assert len(several) == 4
     assert all(torch.equal(several[0][tap], floor[tap]) for tap in floor)
     assert not torch.equal(several[1]["layers.3"], several[2]["layers.3"])
-    one, more = compare(truth, candidate, floor=floor), compare(truth, candidate, floor=several)
+    one, more = compare(reference, candidate, floor=floor), compare(reference, candidate, floor=several)
     assert (more.floors >= one.floors).all()
     assert float(more.floors.mean()) < 3 * float(one.floors.mean())
 
 
 def test_a_nan_is_a_bug_not_noise(traces):
-    truth, candidate, floor = traces
+    reference, candidate, floor = traces
     states = {tap: state.clone() for tap, state in candidate.items()}
     states["layers.3"][5, 2] = torch.nan
-    comparison = compare(truth, with_states(candidate, states), floor=floor)
+    comparison = compare(reference, with_states(candidate, states), floor=floor)
     assert (comparison.verdict, comparison.first_divergence.tap, comparison.first_divergence.token) == (
         "bug",
         "layers.3",
@@ -108,7 +110,7 @@ def test_a_nan_is_a_bug_not_noise(traces):
 def test_a_faulty_engine_also_generates_from_the_wrong_prompt(engine, japan):
     injected, plain = japan
     config = GenerationConfig(max_new_tokens=6)
-    faulty = FaultyEngine(engine, FAULTS["placeholders used"])
+    faulty = FAULTS["placeholders used"].inject(engine)
     assert faulty.generate(injected, config).token_ids == engine.generate(plain, config).token_ids
 
 
@@ -131,15 +133,15 @@ def with_states(trace: Trace, states=None, **provenance) -> Trace:
     ],
 )
 def test_what_cannot_be_compared_is_refused(traces, change, words):
-    truth, candidate, floor = change(*traces)
+    reference, candidate, floor = change(*traces)
     with pytest.raises(TraceError, match=words):
-        compare(truth, candidate, floor=floor)
+        compare(reference, candidate, floor=floor)
 
 
 def test_other_positions_are_refused(engine, traces, prompt):
-    truth, _, floor = traces
+    reference, _, floor = traces
     with pytest.raises(TraceError, match="different positions"):
-        compare(truth, engine.trace(prompt, ["embed"], positions=[1, 2]), floor=floor)
+        compare(reference, engine.trace(prompt, ["embed"], positions=[1, 2]), floor=floor)
 
 
 def test_metrics():

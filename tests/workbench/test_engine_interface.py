@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import workbench
+from tests.workbench.small_models import random_prompt, save_llama
 from workbench import EmbeddingRangeError, GenerationConfig, Prompt, PromptError, ResponseType
-
-from .small import random_prompt, save_llama
 
 CONFIG = GenerationConfig(max_new_tokens=10, ignore_eos=True)
 
@@ -43,7 +42,7 @@ def test_lmdeploys_spellings(small):
         gen_config=CONFIG,
     )
     assert [t for output in theirs for t in output.token_ids] == small.generate(prompt, CONFIG).token_ids
-    with pytest.raises(EmbeddingRangeError, match="two names of one thing"):
+    with pytest.raises(EmbeddingRangeError, match="name the same argument"):
         small.stream_infer(1, [1], embedding_ranges=[], input_embedding_ranges=[])
     with pytest.raises(TypeError, match="embeding_ranges"):
         small.stream_infer(1, [1], embeding_ranges=[(0, 1)])
@@ -105,14 +104,14 @@ def test_cancel_and_repeated_session(small):
     assert len(list(small.stream_infer(7, *arguments(random_prompt()), CONFIG))) == 10
 
 
-def test_a_repeated_session_that_is_not_read_to_its_end_blocks_nobody(small):
+def test_an_unread_repeated_session_does_not_block_cancel(small):
     first = small.stream_infer(9, *arguments(random_prompt()), CONFIG)
     next(first)
     repeated = small.stream_infer(9, *arguments(random_prompt()), CONFIG)
     assert next(repeated).status is ResponseType.SESSION_REPEAT
-    assert not small._sessions_lock.locked()
-    assert small.cancel(9)
+    assert small.cancel(9)  # would wait forever for a lock that the unread stream still held
     first.close()
+    assert len(list(small.stream_infer(9, *arguments(random_prompt()), CONFIG))) == 10
 
 
 def test_a_stream_that_is_never_started_leaves_nothing(small):
@@ -208,7 +207,7 @@ BAD = [
     (Prompt([5] * 9, [torch.zeros(2, 64)], [(4, 6)]), EmbeddingRangeError, "64 wide"),
     (Prompt([5] * 9, [torch.full((2, 48), torch.nan)], [(4, 6)]), EmbeddingRangeError, "NaN"),
     (Prompt([5] * 9, position_ids=torch.zeros(3, 9, dtype=torch.long)), PromptError, "M-RoPE"),
-    (Prompt([5] * 9, position_ids=torch.arange(-1, 8)), PromptError, "positions count from 0"),
+    (Prompt([5] * 9, position_ids=torch.arange(-1, 8)), PromptError, "positions start at 0"),
 ]
 
 

@@ -1,12 +1,11 @@
-"""The float64 reference against a Llama written in NumPy: float64 in every operation, or it is no truth."""
+"""The float64 reference against a Llama written in NumPy: float64 in every operation, or it is no reference."""
 
 import numpy as np
 import pytest
 import torch
 
 import workbench
-
-from .small import VARIANTS, random_prompt, save_llama
+from tests.workbench.small_models import VARIANTS, random_prompt, save_llama
 
 
 def numpy_llama(model: workbench.Model, prompt: workbench.Prompt) -> np.ndarray:
@@ -50,8 +49,8 @@ def test_the_truth_is_float64_in_every_operation(tmp_path):
     reference = workbench.open_engine("transformers", model, dtype="float64")
     logits = reference.trace(prompt, ["logits"])["logits"]
     assert logits.dtype == torch.float64
-    truth = numpy_llama(model, prompt)
-    assert np.linalg.norm(logits.numpy() - truth) / np.linalg.norm(truth) < 1e-14
+    reference = numpy_llama(model, prompt)
+    assert np.linalg.norm(logits.numpy() - reference) / np.linalg.norm(reference) < 1e-14
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -67,6 +66,6 @@ def test_casting_the_model_alone_is_not_enough(tmp_path):
     cast = workbench.open_engine("transformers", model, dtype="float32")
     cast.network, cast.dtype = cast.network.double(), torch.float32
     cast.decoder = cast.network.get_decoder()
-    truth = numpy_llama(model, prompt)
-    error = np.linalg.norm(cast.trace(prompt, ["logits"])["logits"].numpy() - truth) / np.linalg.norm(truth)
+    reference = numpy_llama(model, prompt)
+    error = np.linalg.norm(cast.trace(prompt, ["logits"])["logits"].numpy() - reference) / np.linalg.norm(reference)
     assert error > 1e-9

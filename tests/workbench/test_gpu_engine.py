@@ -7,13 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from range_kernels import StandingPlan
+from range_kernels import CUDAGraphPlan
 
 import workbench
-from workbench.compare.verdict import compare
-
-from .families import save
-from .small import VARIANTS, random_prompt, save_llama
+from tests.workbench.small_architectures import save
+from tests.workbench.small_models import VARIANTS, random_prompt, save_llama
+from workbench.comparison.verdict import compare
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 TAPS = ["embed", "layers.*", "layers.*.*", "norm", "logits"]
@@ -23,10 +22,10 @@ TAPS = ["embed", "layers.*", "layers.*.*", "norm", "logits"]
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_numba_engine_is_noise(tmp_path, name, dtype):
     model, prompt = save_llama(tmp_path, **VARIANTS[name]), random_prompt()
-    truth = workbench.open_engine("transformers", model, dtype="float64", device="cuda").trace(prompt, TAPS)
+    reference = workbench.open_engine("transformers", model, dtype="float64", device="cuda").trace(prompt, TAPS)
     floor = workbench.open_engine("transformers", model, dtype=dtype, device="cuda").noise_floor(prompt, TAPS)
     engine = workbench.open_engine("numba", model, dtype=dtype, device="cuda")
-    comparison = compare(truth, engine.trace(prompt, TAPS), floor=floor)
+    comparison = compare(reference, engine.trace(prompt, TAPS), floor=floor)
     assert comparison.verdict == "noise", str(comparison)
 
 
@@ -61,8 +60,8 @@ def test_a_replayed_request_is_bit_for_bit_the_launched_one(tmp_path, dtype):
             assert ours.token_ids == theirs.token_ids
             assert torch.equal(ours.logits, theirs.logits)
             assert torch.equal(ours.last_hidden_state, theirs.last_hidden_state)
-    assert len(replays.decoder.captured._graphs) > 1
-    assert launches.decoder.captured is None
+    assert len(replays.runner.graphs._graphs) > 1
+    assert launches.runner.graphs is None
 
 
 def test_replayed_requests_in_company_are_noise(tmp_path):
@@ -81,7 +80,7 @@ def test_replayed_requests_in_company_are_noise(tmp_path):
             assert float((ours.logits - theirs.logits).norm() / theirs.logits.norm()) < 0.03
             if ours.token_ids != theirs.token_ids:  # a tie to bfloat16: from here on they read different texts
                 break
-    assert max(sequences for sequences, _ in replays.decoder.captured._graphs) >= 4
+    assert max(sequences for sequences, _ in replays.runner.graphs._graphs) >= 4
 
 
 def test_weights_put_in_the_place_of_others_are_noticed(tmp_path):
@@ -106,7 +105,7 @@ def test_steps_that_cannot_be_captured_are_launched(tmp_path, monkeypatch, faili
     run_layers = decoder.run_layers
 
     def fails(inputs, pages, tap=None):
-        if isinstance(inputs.plan, StandingPlan):
+        if isinstance(inputs.plan, CUDAGraphPlan):
             calls.append(0)
             if len(calls) - 1 in failing:
                 decoder.layers[0].qkv(inputs.hidden)
@@ -117,15 +116,15 @@ def test_steps_that_cannot_be_captured_are_launched(tmp_path, monkeypatch, faili
     if len(failing) == 2:
         with pytest.warns(UserWarning, match="without CUDA graphs from here on: no room for a graph"):
             said = replays.generate(random_prompt(), LONG)
-        assert decoder.captured is None
+        assert replays.runner.graphs is None
     else:
         said = replays.generate(random_prompt(), LONG)
-        assert decoder.captured is not None
+        assert replays.runner.graphs is not None
     assert torch.equal(said.logits, launches.generate(random_prompt(), LONG).logits)
     torch.rand(3, device="cuda")
     engine = workbench.open_engine("numba", replays.model, dtype="bfloat16", device="cuda")
     assert torch.equal(engine.generate(random_prompt(), LONG).logits, said.logits)
-    assert engine.decoder.captured is not None
+    assert engine.runner.graphs is not None
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3-vl", "smollm3, windows"])
@@ -139,7 +138,7 @@ def test_windows_ropes_and_axes_are_replayed(tmp_path, name):
         assert said[0].token_ids == said[1].token_ids
         assert torch.equal(said[0].logits, said[1].logits)
     assert engines[0].stats().prefix_hits == 64
-    assert engines[0].decoder.captured._graphs
+    assert engines[0].runner.graphs._graphs
 
 
 def test_graphs_made_in_inference_mode_serve_outside_it(tmp_path):
@@ -164,7 +163,7 @@ def test_an_engine_that_is_dropped_leaves_the_gpu(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_digit_cards_reads_pictures_on_the_gpu(dtype):
+def test_digit_cards_reads_images_on_the_gpu(dtype):
     model = workbench.load_model("digit-cards")
     tower = workbench.load_vision_tower(model, device="cuda")
     engine = workbench.open_engine("numba", model, dtype=dtype, device="cuda")
@@ -206,10 +205,12 @@ def test_transformers_with_our_attention_errs_at_most_twice_as_much(kind, change
     mask[0, :40] = 0
     seen = mask.bool()
     network.set_attn_implementation("sdpa")
-    truth = network.double()(ids, attention_mask=mask).logits[seen]
+    reference = network.double()(ids, attention_mask=mask).logits[seen]
     errors = {}
     network.to(dtype)
     for name in ("range_kernels", "sdpa"):
         network.set_attn_implementation(name)
-        errors[name] = float((network(ids, attention_mask=mask).logits[seen].double() - truth).norm() / truth.norm())
+        errors[name] = float(
+            (network(ids, attention_mask=mask).logits[seen].double() - reference).norm() / reference.norm()
+        )
     assert errors["range_kernels"] <= 2 * errors["sdpa"], errors

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import workbench
+from tests.workbench.small_models import random_prompt, save_llama
 from workbench import (
     EmbeddingRangeError,
     GenerationConfig,
@@ -19,9 +20,7 @@ from workbench import (
     Span,
     TraceError,
 )
-from workbench.compare import check_engine
-
-from .small import random_prompt, save_llama
+from workbench.comparison import check_engine
 
 KINDS = ["numba", "transformers"]
 
@@ -118,7 +117,7 @@ def test_a_model_of_nan_says_so(tmp_path):
     tensors["model.norm.weight"][:] = torch.nan
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for kind in KINDS:
-        with pytest.raises(ModelError, match="logits of new token 0 hold NaN"):
+        with pytest.raises(ModelError, match="logits of new token 0 contain NaN"):
             workbench.open_engine(kind, model).generate(random_prompt())
 
 
@@ -141,8 +140,8 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path, kind):
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ("model.layers.0.self_attn.q_proj.bias", "configuration says that there is none"),
-        ("lm_head.weight", "which holds"),
+        ("model.layers.0.self_attn.q_proj.bias", "configuration excludes it"),
+        ("lm_head.weight", "differs from its embedding table"),
     ],
 )
 def test_a_checkpoint_that_contradicts_its_configuration(tmp_path, extra, words):

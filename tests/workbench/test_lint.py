@@ -40,14 +40,14 @@ def test_rows_of_another_size_are_suspect(model, japan):
     assert (finding.code, finding.severity, finding.item) == ("row-norm", "warning", 0)
 
 
-def test_turbomind_lets_rows_shift_from_item_to_item():
+def test_turbomind_shifts_rows_from_item_to_item():
     """First item two rows too long: accepted, and the second range gets the first item's last rows."""
     prompt = Prompt(range(10), [item(4, 1), item(2, 2)], [(1, 3), (5, 7)])
     assert "target-differs" in codes(lint(prompt, target="turbomind"))
     computed = effective_prompt(prompt, "turbomind==0.18.0")
     assert torch.equal(computed.input_embeddings[0], item(2, 1))
     assert torch.equal(computed.input_embeddings[1], item(2, 1))
-    assert not list(computed.faults(20, 576))
+    assert not list(computed.findings(20, 576))
 
 
 @pytest.mark.parametrize(

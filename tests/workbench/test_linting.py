@@ -4,10 +4,9 @@ import pytest
 import torch
 
 import workbench
+from tests.workbench.small_architectures import save
 from workbench import EmbeddingRangeError, Prompt, Span, effective_prompt, lint
 from workbench.vision import build_prompt, load_vision_tower
-
-from .families import save
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +15,7 @@ def cards():
 
 
 @pytest.fixture(scope="module")
-def pictures(cards):
+def images(cards):
     return build_prompt(
         cards, "Read the cards.", ["data/images/blue_7.png", "data/images/green_5.png"], tower=load_vision_tower(cards)
     )
@@ -49,7 +48,7 @@ class TestCasts:
     def test_overflow_is_an_error_that_names_the_row(self):
         (finding,) = lint(self.prompt(rows(1.0, 70000.0)), dtype="float16")
         assert (finding.code, finding.severity, finding.item) == ("row-overflow", "error", 0)
-        assert "1 of 2 rows overflow in float16, whose largest number is 65504 (row 1 holds 70000)" in finding.message
+        assert "1 of 2 rows overflow in float16, whose largest number is 65504 (row 1 has 70000)" in finding.message
         assert codes(lint(self.prompt(rows(1.0, 70000.0)), dtype="bfloat16")) == []
 
     @pytest.mark.parametrize("value", [65504.0, 65519.0])
@@ -77,29 +76,29 @@ class TestCasts:
 
 
 class TestPlaceholders:
-    def test_a_built_prompt_is_clean(self, cards, pictures):
-        assert codes(lint(pictures, cards)) == []
+    def test_a_built_prompt_is_clean(self, cards, images):
+        assert codes(lint(images, cards)) == []
 
-    def test_a_shift_is_seen_and_its_mend_is_exact(self, cards, pictures):
-        moved = pictures.replace(embedding_ranges=[(start + 2, stop + 2) for start, stop in pictures.embedding_ranges])
+    def test_a_shift_is_seen_and_its_mend_is_exact(self, cards, images):
+        moved = images.replace(embedding_ranges=[(start + 2, stop + 2) for start, stop in images.embedding_ranges])
         over, bare = (each for each in lint(moved, cards) if each.severity == "warning")
         assert (over.code, bare.code) == ("range-over-text", "placeholder-bare")
-        assert "move every range by -2, and each lies over its placeholders exactly" in over.message
-        assert "2 of 98 placeholders '<image>' (16) lie outside every range (first at position 3)" in bare.message
+        assert "move every range by -2, and each covers its placeholders exactly" in over.message
+        assert "2 of 98 placeholders '<image>' (16) are outside every range (first at position 3)" in bare.message
 
-    def test_uneven_moves_are_told_one_by_one(self, cards, pictures):
-        (a, b), (c, d) = pictures.embedding_ranges
+    def test_uneven_moves_are_told_one_by_one(self, cards, images):
+        (a, b), (c, d) = images.embedding_ranges
         over = next(
             each
-            for each in lint(pictures.replace(embedding_ranges=[(a, b), (c + 3, d + 3)]), cards)
+            for each in lint(images.replace(embedding_ranges=[(a, b), (c + 3, d + 3)]), cards)
             if each.code == "range-over-text"
         )
-        assert f"their placeholders stand at [{a}, {b}), [{c}, {d})" in over.message
+        assert f"their placeholders are at [{a}, {b}), [{c}, {d})" in over.message
         assert over.item == 1
 
-    def test_a_missing_item(self, cards, pictures):
-        one = pictures.replace(
-            input_embeddings=pictures.input_embeddings[:1], embedding_ranges=pictures.embedding_ranges[:1], spans=()
+    def test_a_missing_item(self, cards, images):
+        one = images.replace(
+            input_embeddings=images.input_embeddings[:1], embedding_ranges=images.embedding_ranges[:1], spans=()
         )
         (finding,) = (each for each in lint(one, cards) if each.severity == "warning")
         assert finding.code == "placeholder-bare"
@@ -153,7 +152,7 @@ class TestTargets:
             ("turbomind", {"embedding_ranges": [(1, 4)]}, "target-rejects", "2 input_embeddings and 1 ranges"),
             ("sglang==0.3.0", {}, "target-differs", "older than these rules"),
             ("lmdeploy-pytorch==0.6.4", {}, "target-accepts", "as it stands"),
-            ("lmdeploy-pytorch==0.6.5", {}, "target-ignores", "swallowed without a word"),
+            ("lmdeploy-pytorch==0.6.5", {}, "target-ignores", "silently ignored"),
             ("vllm", {}, "target-accepts", "as it stands"),
             ("vllm==0.8.5", {}, "target-differs", "older than these rules"),
             (
@@ -195,11 +194,11 @@ class TestTargets:
         spans = [Span(attention="bidirectional")] * 2
         assert "flash-causal" in codes(lint(self.prompt.replace(spans=spans), target="transformers"))
 
-    def test_vision_models_lose_their_rows_in_early_vllm(self, cards, pictures):
-        assert "target-differs" in codes(lint(pictures, cards, "vllm==0.20.0"))
+    def test_vision_models_lose_their_rows_in_early_vllm(self, cards, images):
+        assert "target-differs" in codes(lint(images, cards, "vllm==0.20.0"))
         with pytest.raises(EmbeddingRangeError, match="computes something undefined: models with vision inside"):
-            effective_prompt(pictures, "vllm==0.20.0", cards)
-        assert effective_prompt(pictures, "vllm==0.24.0", cards).digest == pictures.digest
+            effective_prompt(images, "vllm==0.20.0", cards)
+        assert effective_prompt(images, "vllm==0.24.0", cards).digest == images.digest
 
     def test_a_wrong_width_is_undefined_in_turbomind(self, model):
         prompt = Prompt([5] * 12, [torch.ones(3, 64)], [(1, 4)])

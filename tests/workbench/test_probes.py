@@ -7,15 +7,13 @@ import pytest
 import torch
 
 import workbench
+from tests.workbench.small_models import random_prompt, save_llama
 from workbench import Prompt, PromptError, Span, probe
-from workbench.compare import mutants
-from workbench.compare.faults import FaultyEngine, off_by_one, placeholders
-from workbench.compare.mutants import MUTANTS
-from workbench.compare.mutants.plant import change_batch
-from workbench.probes import PROBES, _Subject
-from workbench.ranges import shift
-
-from .small import random_prompt, save_llama
+from workbench.comparison.probes import PROBES, _Subject
+from workbench.faults import FAULTS, FaultyEngine
+from workbench.faults.batching_faults import random_states, stale_prefix_cache
+from workbench.faults.inject import change_batch
+from workbench.prompt.ranges import shift
 
 
 @pytest.fixture(scope="module")
@@ -48,22 +46,22 @@ def test_the_reference_passes_too(llama):
     assert report["chunks"].passed is None
 
 
-FAULTS = {
-    "determinism": mutants.dice,
-    "used": lambda engine: FaultyEngine(engine, placeholders),
-    "identity": MUTANTS["scale missing"].plant,
-    "placeholders": mutants.placeholders_leak,
-    "position": MUTANTS["range -1"].plant,
-    "causality": MUTANTS["sees the next token"].plant,
-    "canary": lambda engine: FaultyEngine(engine, off_by_one),
-    "batch": mutants.crowded_batch,
-    "prefix cache": mutants.stale_prefix_cache,
+QUESTION_FAULTS = {
+    "determinism": "random states",
+    "used": "placeholders used",
+    "identity": "scale missing",
+    "placeholders": "placeholders leak",
+    "position": "range -1",
+    "causality": "sees the next token",
+    "canary": "range +1",
+    "batch": "crowded batch",
+    "prefix cache": "stale prefix cache",
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", QUESTION_FAULTS)
 def test_each_question_finds_its_fault(llama, name):
-    report = probe(FAULTS[name](fresh(llama)), long_prompt(), only=[name])
+    report = probe(FAULTS[QUESTION_FAULTS[name]].inject(fresh(llama)), long_prompt(), only=[name])
     assert report[name].passed is False, str(report)
     assert not report.passed
 
@@ -71,7 +69,7 @@ def test_each_question_finds_its_fault(llama, name):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["determinism", "identity", "causality", "batch"])
 def test_an_engine_that_rolls_dice_does_not_set_its_own_limit(llama, name, dtype):
-    report = probe(mutants.dice(fresh(llama, dtype=dtype), 3.0), long_prompt(), only=[name])
+    report = probe(random_states(fresh(llama, dtype=dtype), 3.0), long_prompt(), only=[name])
     assert report[name].passed is False, str(report)
 
 
@@ -89,19 +87,20 @@ def test_other_tokens_from_equal_states_are_no_agreement(llama, monkeypatch):
     monkeypatch.setattr(engine, "generate", spoilt)
     result = probe(engine, long_prompt(), only=["batch"])["batch"]
     assert result.passed is False
-    assert "the same states, and other tokens" in result.evidence
+    assert "the same states, but different tokens" in result.evidence
 
 
 def test_chunks_are_held_against_the_whole(llama):
     spoilt = change_batch(
-        fresh(llama, max_prefill_token_num=16), lambda batch: setattr(batch, "reach", (batch.reach - 1).clamp(min=0))
+        fresh(llama, max_prefill_token_num=16),
+        lambda batch: setattr(batch, "key_stop", (batch.key_stop - 1).clamp(min=1)),
     )
     report = probe(fresh(llama), long_prompt(), only=["chunks"], chunked=spoilt)
     assert report["chunks"].passed is False, str(report)
 
 
 def test_a_stale_cache_is_named(llama):
-    report = probe(mutants.stale_prefix_cache(fresh(llama)), long_prompt(), only=["prefix cache"])
+    report = probe(stale_prefix_cache(fresh(llama)), long_prompt(), only=["prefix cache"])
     assert "the first rows' state is served" in report["prefix cache"].evidence
 
 
@@ -118,7 +117,7 @@ def test_what_cannot_be_asked_is_said(llama):
     start = Prompt([5] * 40, [rows], [(0, 5)])
     report = probe(fresh(llama), start, only=["causality"])
     assert report["causality"].passed is None
-    assert "nothing stands before it" in report["causality"].evidence
+    assert "there is nothing before it" in report["causality"].evidence
     same = Prompt([5] * 40, [rows[:1].expand(5, -1).contiguous()], [(3, 8)])
     assert probe(fresh(llama), same, only=["position"])["position"].passed is None
 
@@ -146,4 +145,4 @@ def test_limits_are_the_engines_own_rounding(llama):
 
 
 def test_every_probe_has_a_fault_that_it_finds():
-    assert set(FAULTS) | {"chunks"} == set(PROBES)
+    assert set(QUESTION_FAULTS) | {"chunks"} == set(PROBES)

@@ -1,15 +1,14 @@
-"""Prompts on disk: everything comes back, a person can edit the ranges, and hostile files are refused by name."""
+"""Prompt files: save and load round-trip, ranges can be edited by hand, and hostile files are refused by name."""
 
 import json
-from pathlib import Path
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.workbench.small_models import random_prompt
 from workbench import MultimodalPrompt, Prompt, PromptError, Span
-
-from .small import random_prompt
 
 
 def full_prompt() -> Prompt:
@@ -20,7 +19,7 @@ def full_prompt() -> Prompt:
 
 
 @pytest.mark.parametrize("make", [full_prompt, random_prompt, lambda: Prompt([1, 2, 3])], ids=["full", "plain", "text"])
-def test_everything_comes_back(make, tmp_path):
+def test_save_and_load_round_trip(make, tmp_path):
     prompt = make()
     prompt.save(tmp_path / "p.json")
     again = Prompt.load(tmp_path / "p.json")
@@ -29,7 +28,7 @@ def test_everything_comes_back(make, tmp_path):
     assert (tmp_path / "p.safetensors").exists() == bool(prompt.input_embeddings)
 
 
-def test_rows_that_were_loaded_outlive_their_file(tmp_path):
+def test_loaded_rows_are_unchanged_when_the_file_is_replaced(tmp_path):
     """Loaded rows are the file, mapped into memory: another prompt in its place must not change them."""
     items = [torch.randn(40_000, 4) for _ in range(2)]
     Prompt([1] * 80_000, items, [(0, 40_000), (40_000, 80_000)]).save(tmp_path / "p.json")
@@ -38,14 +37,14 @@ def test_rows_that_were_loaded_outlive_their_file(tmp_path):
     assert all(torch.equal(mine, item) for mine, item in zip(loaded.input_embeddings, items, strict=True))
 
 
-def test_what_was_there_stays_where_writing_fails(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_files_unchanged(tmp_path, monkeypatch):
     random_prompt().save(tmp_path / "p.json")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    def full(self, data):
+    def disk_full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(PromptError, match="No space left"):
         random_prompt().save(tmp_path / "p.json")
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -57,14 +56,14 @@ def test_dtypes_are_kept(dtype, tmp_path):
     assert Prompt.load(tmp_path / "p.json").input_embeddings[0].dtype is dtype
 
 
-def test_ranges_may_be_edited_even_to_wrong_ones(tmp_path):
+def test_edited_ranges_load_even_if_invalid(tmp_path):
     random_prompt().save(tmp_path / "p.json")
     record = json.loads((tmp_path / "p.json").read_text())
     assert record["embedding_ranges"] == [[4, 9], [20, 29]]
     record["embedding_ranges"][0] = [90, 95]
     (tmp_path / "p.json").write_text(json.dumps(record))
     wrong = Prompt.load(tmp_path / "p.json")
-    assert next(fault.code for fault in wrong.faults()) == "range-bounds"
+    assert next(finding.code for finding in wrong.findings()) == "range-bounds"
     wrong.save(tmp_path / "again.json")
     assert Prompt.load(tmp_path / "again.json").digest == wrong.digest
 
@@ -79,25 +78,28 @@ def test_views_of_one_tensor_can_be_saved(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": "workbench-prompt-9"}, "no prompt of this version"),
-        ({"input_ids": "abc"}, "input_ids must be a list of integers"),
-        ({"input_ids": [1, 2.5]}, "input_ids must be a list of integers"),
-        ({"input_ids": [True]}, "input_ids must be a list of integers"),
-        ({"input_ids": [2**80]}, "larger than any there is"),
-        ({"embedding_ranges": [[1]]}, "pairs"),
-        ({"embedding_ranges": {"a": 1}}, "pairs"),
-        ({"embedding_ranges": [[0, 10**30]]}, "larger than any there is"),
-        ({"spans": [{"modality": 3}]}, r"spans\[0\].modality must be a string"),
-        ({"spans": [{"grid": "7x7"}]}, r"spans\[0\].grid must be a list of integers"),
-        ({"spans": [{"block": [1, 2, 3]}]}, r"spans\[0\].block must be"),
-        ({"spans": [{"colour": "red"}]}, r"spans\[0\] must be an object with some of"),
-        ({"spans": [{"attention": "sideways"}]}, "sideways"),
-        ({"spans": 3}, "spans must be a list"),
+        ({"format": "workbench-prompt-9"}, "not a prompt of this version"),
+        ({"input_ids": "abc"}, "input_ids is 'abc': input should be a valid list"),
+        ({"input_ids": [1, 2.5]}, r"input_ids\[1\] is 2.5: input should be a valid integer"),
+        ({"input_ids": [True]}, r"input_ids\[0\] is True: input should be a valid integer"),
+        ({"input_ids": [2**80]}, r"input_ids\[0\] is 1208925819614629174706176: input should be less than"),
+        ({"embedding_ranges": [[1]]}, r"embedding_ranges\[0\] is \[1\]: list should have at least 2 items"),
+        ({"embedding_ranges": {"a": 1}}, "embedding_ranges is .*: input should be a valid list"),
+        ({"embedding_ranges": [[0, 10**30]]}, r"embedding_ranges\[0\]\[1\] is 10{30}: input should be less than"),
+        ({"spans": [{"modality": 3}]}, r"spans\[0\].modality is 3: input should be a valid string"),
+        ({"spans": [{"grid": "7x7"}]}, r"spans\[0\].grid is '7x7': input should be a valid list"),
+        ({"spans": [{"block": [1, 2, 3]}]}, r"spans\[0\].block is \[1, 2, 3\]: list should have at most 2 items"),
+        ({"spans": [{"colour": "red"}]}, r"the field spans\[0\].colour is unknown"),
+        (
+            {"spans": [{"attention": "sideways"}]},
+            r"spans\[0\].attention is 'sideways': input should be 'causal' or 'bidirectional'",
+        ),
+        ({"spans": 3}, "spans is 3: input should be a valid list"),
         ({"tensors": "../p.safetensors"}, "in the same folder"),
         ({"tensors": "/etc/passwd"}, "in the same folder"),
-        ({"tensors": "p.pkl"}, "must name a .safetensors file"),
+        ({"tensors": "p.pkl"}, "must name a .safetensors file in the same folder"),
         ({"tensors": "gone.safetensors"}, "Copy both files"),
-        ({"pickle": "gASV"}, "unknown fields 'pickle'"),
+        ({"pickle": "gASV"}, "the field pickle is unknown"),
     ],
 )
 def test_hostile_json_is_refused(change, words, tmp_path):
@@ -109,13 +111,13 @@ def test_hostile_json_is_refused(change, words, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe\x00", b"[" * 100_000, b"null", b'{"format": NaN}'])
-def test_what_is_no_prompt_at_all(content, tmp_path):
+def test_files_that_are_not_prompts_are_refused(content, tmp_path):
     (tmp_path / "p.json").write_bytes(content)
     with pytest.raises(PromptError):
         Prompt.load(tmp_path / "p.json")
 
 
-def test_damaged_or_foreign_rows(tmp_path):
+def test_damaged_or_foreign_tensor_files_are_refused(tmp_path):
     random_prompt().save(tmp_path / "p.json")
     path = tmp_path / "p.safetensors"
     whole = path.read_bytes()
@@ -127,8 +129,8 @@ def test_damaged_or_foreign_rows(tmp_path):
         Prompt.load(tmp_path / "p.json")
 
 
-def test_what_cannot_be_saved(tmp_path):
-    with pytest.raises(PromptError, match="name the JSON file"):
+def test_save_refuses_what_load_could_not_read(tmp_path):
+    with pytest.raises(PromptError, match="give the name of the JSON file"):
         random_prompt().save(tmp_path / "p.safetensors")
     with pytest.raises(PromptError, match="cannot be written"):
         random_prompt().save(tmp_path / "no" / "such" / "folder.json")

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workbench.ranges import clip, pack, range_faults, shift
+from workbench.prompt.checks import range_findings
+from workbench.prompt.ranges import clip, pack, shift
 
 
 @pytest.mark.parametrize(
@@ -25,11 +26,11 @@ from workbench.ranges import clip, pack, range_faults, shift
     ],
 )
 def test_faults(ranges, rows, codes):
-    assert [fault.code for fault in range_faults(ranges, 10, rows)] == codes
+    assert [fault.code for fault in range_findings(ranges, 10, rows)] == codes
 
 
 def test_messages_name_item_numbers_and_mend():
-    (fault,) = range_faults([(0, 3), (2, 5)], 10, [3, 3])
+    (fault,) = range_findings([(0, 3), (2, 5)], 10, [3, 3])
     assert fault.item == 1
     assert "embedding_ranges[1] = [2, 5) overlaps embedding_ranges[0] = [0, 3) by 1 tokens" in fault.message
     assert "start it at 3 or later" in fault.message
@@ -56,6 +57,6 @@ def test_clip_keeps_exactly_the_tokens_of_the_chunk(prompt, start, stop):
 @given(st.lists(sound_ranges(), min_size=1, max_size=4))
 def test_pack_lays_prompts_end_to_end_and_stays_sound(prompts):
     cumulative, packed = pack([length for length, _ in prompts], [ranges for _, ranges in prompts])
-    assert not list(range_faults(packed, cumulative[-1]))
+    assert not list(range_findings(packed, cumulative[-1]))
     back = [pair for (_, ranges), at in zip(prompts, cumulative, strict=False) for pair in shift(ranges, at)]
     assert packed == back

@@ -10,15 +10,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import workbench
+from tests.workbench.small_models import random_prompt, save_llama
 from workbench import Prompt, Span
-from workbench.compare import FaultyEngine
-from workbench.compare.faults import FAULTS
+from workbench.analysis.state_maps import METRICS, StateMaps, state_maps
+from workbench.faults import FAULTS
 from workbench.plots import kernel_bars
-from workbench.state_maps import METRICS, StateMaps, state_maps
 from workbench.widgets import ComparisonView, HiddenStateMap, PatchView, RangeEditor
-from workbench.widgets.comparison_view import NextWords
-
-from .small import random_prompt, save_llama
+from workbench.widgets.comparison_view import NextTokens
 
 TAPS = ("embed", "layers.*", "norm")
 
@@ -108,8 +106,8 @@ def test_errors_of_a_comparison_join_the_map(engine, maps):
         maps.add_error(workbench.check_engine(engine, random_prompt(), ["logits"]))
 
 
-def picture_of(view):
-    """The picture in a view's mime bundle."""
+def image_of(view):
+    """The image in a view's mime bundle."""
     data, _ = view._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data
     return Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
@@ -138,7 +136,7 @@ def test_the_map_shows_what_is_asked_for(engine, maps):
     assert view.values == b""
     assert "yet" in view.message
     view.metric = "cosine"
-    assert picture_of(view).size[0] == 1100
+    assert image_of(view).size[0] == 1100
     fallen = HiddenStateMap(maps, metric="error")
     assert (fallen.metric, fallen.scale, fallen.unit) == ("change", "log", "")
     with pytest.raises(ValueError, match="metric='heat'"):
@@ -151,7 +149,7 @@ def test_patches_of_every_kind():
     ranges = [(0, 6), (6, 14), (14, 19), (20, 24)]
     prompt = Prompt(range(30), [torch.zeros(b - a, 4) for a, b in ranges], ranges, spans)
     view = PatchView(prompt, [Image.new("RGB", (900, 600), "red"), None, None, Image.new("RGB", (10, 10))])
-    found = [(item["label"], item["start"], item["lines"], item["columns"], item["picture"]) for item in view.items]
+    found = [(item["label"], item["start"], item["lines"], item["columns"], item["image"]) for item in view.items]
     assert found == [
         ("wide", 0, 2, 3, 0),
         ("image 1, frame 0", 6, 2, 2, -1),
@@ -160,7 +158,7 @@ def test_patches_of_every_kind():
         ("image 3", 20, 1, 4, -1),  # one number is no grid
     ]
     assert [item["range"] for item in view.items] == [0, 1, 1, 2, 3]
-    assert max(Image.open(io.BytesIO(view.pictures[0])).size) == 512
+    assert max(Image.open(io.BytesIO(view.images[0])).size) == 512
     for odd in ((-2, -2), (3, 3), ()):  # none that its rows fill
         (item,) = PatchView(Prompt(range(9), [torch.zeros(4, 4)], [(2, 6)], [Span(grid=odd)])).items
         assert (item["lines"], item["columns"]) == (1, 4)
@@ -168,13 +166,13 @@ def test_patches_of_every_kind():
     assert view.items[0]["start"] == 1
     view.colour(np.arange(30, dtype=np.float32), "norm", (1.0, 30.0), "by norm")
     assert len(view.values) == 120
-    assert picture_of(view).size[0] == 1100
-    *pictures, bar = view.figure().axes
+    assert image_of(view).size[0] == 1100
+    *images, bar = view.figure().axes
     assert bar.get_ylabel() == "by norm"
-    assert pictures[0].get_title() == "wide: tokens [1, 7)"
-    painted = [axes.images[-1].get_array() for axes in pictures]
+    assert images[0].get_title() == "wide: tokens [1, 7)"
+    painted = [axes.images[-1].get_array() for axes in images]
     assert painted[0].tolist() == [[1, 2, 3], [4, 5, 6]]
-    assert [len(axes.images) for axes in pictures] == [2, 1, 1, 1, 1]  # colours over a picture, and where there is none
+    assert [len(axes.images) for axes in images] == [2, 1, 1, 1, 1]  # colours over an image, and where there is none
     odd = np.full(30, 7, np.float32)
     odd[1:5] = 0, np.nan, np.inf, 99
     # On a logarithmic scale zero has no colour, and what lies beyond an end has the end's.
@@ -186,7 +184,7 @@ def test_patches_of_every_kind():
     view.clear()
     assert len(view.figure().axes) == 5
     assert PatchView(Prompt([1, 2])).items == []
-    assert picture_of(PatchView(Prompt([1, 2]))).size[0] == 1100
+    assert image_of(PatchView(Prompt([1, 2]))).size[0] == 1100
 
 
 def test_a_verdict_to_look_at(engine):
@@ -195,12 +193,12 @@ def test_a_verdict_to_look_at(engine):
         view.figure()
     assert "image/png" not in view._repr_mimebundle_()[0]
     view.figure = lambda: Figure(figsize=(0.0, 0.0))
-    with pytest.warns(UserWarning, match="no picture is stored beside this view"):
+    with pytest.warns(UserWarning, match="no image is stored with this view"):
         assert "image/png" not in view._repr_mimebundle_()[0]
     del view.figure
     tokens = engine.model.tokens(prompt.input_ids)
     logits = {name: engine.trace(prompt, ["logits"])["logits"][-1] for name in ("reference", "engine")}
-    words = NextWords.of(engine.model, logits)
+    words = NextTokens.of(engine.model, logits)
     assert words.runs["engine"] == words.runs["reference"]
     view.show(workbench.check_engine(engine, prompt), prompt, tokens, words)
     assert "noise" in view.banner.value
@@ -208,7 +206,7 @@ def test_a_verdict_to_look_at(engine):
     assert "range 1 (embeddings)" in view.spans.value
     assert words.runs["engine"][0][0] in view.words.value
     assert 'alt="error by layer' in view.chart.value
-    faulty = workbench.check_engine(FaultyEngine(engine, FAULTS["off by one"]), prompt)
+    faulty = workbench.check_engine(FAULTS["range +1"].inject(engine), prompt)
     view.show(faulty, prompt, tokens)
     assert "bug at tap embed, token 4" in view.banner.value
     assert view.map.chosen == [faulty.taps.index("embed"), 4]
@@ -224,10 +222,10 @@ def test_a_verdict_to_look_at(engine):
     assert view.map.spans == [[2, 11]]  # the second range, in columns of what was kept
 
 
-def test_the_editor_has_a_picture_too(engine):
-    assert picture_of(RangeEditor(random_prompt(), engine.model)).size[0] == 1100
+def test_the_editor_has_a_image_too(engine):
+    assert image_of(RangeEditor(random_prompt(), engine.model)).size[0] == 1100
     long = RangeEditor(Prompt([5] * 3000, [torch.zeros(4, 48)], [(2000, 2004)]), engine.model)
-    assert picture_of(long).size[1] < 1000  # the beginning; `figure` draws all of it
+    assert image_of(long).size[1] < 1000  # the beginning; `figure` draws all of it
 
 
 def test_kernel_bars_hold_the_report():

@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import workbench
+from tests.workbench.small_models import random_prompt, save_llama
 from workbench import Trace, TraceError
-from workbench.cut_checkpoint import cut_checkpoint
-
-from .small import random_prompt, save_llama
+from workbench.models.truncate_checkpoint import truncate_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def test_saved_and_loaded_whole(trace, tmp_path):
 
 
 def test_a_missing_tap_is_named(trace):
-    with pytest.raises(KeyError, match=r"'norm' was not traced; this trace holds embed, layers.3"):
+    with pytest.raises(KeyError, match=r"'norm' was not traced; this trace contains embed, layers.3"):
         trace["norm"]
 
 
@@ -120,7 +119,7 @@ class TestOnDisk:
 
     def test_an_engine_that_gives_too_little_is_named(self, llama, tmp_path, monkeypatch):
         engine = workbench.open_engine("numba", llama)
-        monkeypatch.setattr(engine, "_trace", lambda prompt, taps, positions, keep: None)
+        monkeypatch.setattr(engine, "run_trace", lambda prompt, taps, positions, keep: None)
         with pytest.raises(TraceError, match="the engine gave no embed"):
             engine.trace(random_prompt(), ["embed"], path=tmp_path / "t.safetensors")
 
@@ -171,5 +170,5 @@ def test_models_are_told_apart_by_their_weights(tmp_path, llama):
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, other.path / "model.safetensors", metadata={"format": "pt"})
     assert workbench.load_model(other.path).digest != llama.digest
-    cut = workbench.load_model(cut_checkpoint(llama.path, tmp_path, 2))
+    cut = workbench.load_model(truncate_checkpoint(llama.path, tmp_path, 2))
     assert cut.digest != llama.digest

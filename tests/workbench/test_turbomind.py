@@ -8,14 +8,13 @@ import pytest
 import torch
 
 import workbench
+from tests.workbench.small_architectures import internlm2_of
 from workbench import GenerationConfig, ModelError, Prompt, PromptError, ResponseType, Span
-from workbench.bench_serving import spliced_prompt
-from workbench.compare import compare, compare_text, first_divergence
-from workbench.compare.run import reference
-from workbench.misuse import MISUSES, observe
+from workbench.benchmarks.serving import spliced_prompt
+from workbench.comparison import compare, compare_text, first_divergence
+from workbench.comparison.reference_cache import reference_engine
+from workbench.faults import FAULTS, faults_of, observe
 from workbench.trace import Trace
-
-from .families import internlm2_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,7 +79,7 @@ def test_it_is_noise_at_every_depth(tmp_path, kind):
         assert found.divergence is None, str(found)
         assert found.comparison.taps == ("depth.1", "depth.2", "depth.3", "depth.4", "norm", "logits")
         text = compare_text(
-            reference(model, "bfloat16", "cuda").generate(prompt, CONFIG), engine.generate(prompt, CONFIG)
+            reference_engine(model, "bfloat16", "cuda").generate(prompt, CONFIG), engine.generate(prompt, CONFIG)
         )
         assert text.close, str(text)
 
@@ -90,10 +89,10 @@ def test_internlm2_is_noise(tmp_path, llama, prompt):
     model = internlm2_of(llama, tmp_path)
     with workbench.open_engine("turbomind", model, **SMALL) as engine:
         run = engine.trace(prompt, ["norm", "logits"])
-    truth = reference(llama, "float64", "cuda").trace(prompt, ["norm", "logits"])
-    floor = reference(llama, "bfloat16", "cuda").noise_floor(prompt, ["norm", "logits"])
+    reference = reference_engine(llama, "float64", "cuda").trace(prompt, ["norm", "logits"])
+    floor = reference_engine(llama, "bfloat16", "cuda").noise_floor(prompt, ["norm", "logits"])
     comparison = compare(
-        truth, Trace(run, run.positions, {**run.provenance, "model_digest": llama.digest}), floor=floor
+        reference, Trace(run, run.positions, {**run.provenance, "model_digest": llama.digest}), floor=floor
     )
     assert comparison.verdict == "noise", str(comparison)
 
@@ -111,12 +110,10 @@ def test_two_gpus_answer_as_one_does(llama, engine, prompt):
     assert [tokens[:1] for tokens in outputs] == [engine.generate(prompt, CONFIG).token_ids[:1]] * 8
 
 
-def test_a_planted_shift_is_a_bug_at_the_first_depth(llama, prompt):
+def test_a_shifted_range_diverges_at_the_first_depth(llama, prompt):
     """One depth after the splice is the earliest that TurboMind shows."""
-    from workbench.compare.faults import FaultyEngine, off_by_one
-
     with workbench.open_engine("turbomind", llama, depth_sweep=True, **SMALL) as engine:
-        found = first_divergence(FaultyEngine(engine, off_by_one), prompt, device="cuda")
+        found = first_divergence(FAULTS["range +1"].inject(engine), prompt, device="cuda")
     assert (found.divergence.tap, found.divergence.token, found.divergence.span) == ("depth.1", 10, 0)
 
 
@@ -126,11 +123,11 @@ def test_all_probes(llama, engine, prompt):
     assert [result.passed for result in report.results] == [True] * 10, str(report)
 
 
-@pytest.mark.parametrize("misuse", MISUSES)
-def test_what_it_does_with_wrong_prompts_is_what_lint_says(llama, prompt, misuse):
+@pytest.mark.parametrize("name", [fault.name for fault in faults_of("invalid prompt")])
+def test_invalid_prompts_do_what_lint_predicts(llama, prompt, name):
     with workbench.open_engine("turbomind", llama, isolated=True, check=False, **SMALL) as engine:
-        seen = observe(engine, prompt, "turbomind", misuse, "cuda")
-    assert seen.agrees is (None if misuse == "wrong width" else True), str(seen)
+        seen = observe(engine, prompt, "turbomind", FAULTS[name], "cuda")
+    assert seen.agrees is (None if name == "wrong width" else True), str(seen)
 
 
 def test_our_check_comes_first(engine, prompt):
@@ -192,7 +189,7 @@ def test_its_pytorch_engine_refuses_embeddings(llama, prompt):
         engine = workbench.open_engine("lmdeploy-pytorch", llama)
     except ModelError as error:
         pytest.skip(str(error))
-    with pytest.raises(workbench.EmbeddingRangeError, match="swallow them without a word"):
+    with pytest.raises(workbench.EmbeddingRangeError, match="silently ignore them"):
         engine.generate(prompt, CONFIG)
     config = json.loads((llama.path / "config.json").read_text())
     assert len(engine.generate(Prompt([5] * 20), CONFIG).token_ids) == 16, config

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 import workbench
+from tests.workbench.small_models import random_prompt, save_llama
 from workbench import GenerationConfig, ModelError, Prompt, PromptError, ResponseType
-from workbench.engines.lmdeploy_calls import embeddings_for, infer_arguments, installed_version
+from workbench.engines.lmdeploy.compat import embeddings_for, infer_arguments, installed_version
 from workbench.errors import EngineDied
-
-from .small import random_prompt, save_llama
 
 
 class Status(enum.Enum):
@@ -291,7 +290,7 @@ def test_options_that_mean_nothing(lmdeploy, llama, options, kind, words):
         workbench.open_engine("turbomind", llama, **options)
 
 
-@pytest.mark.parametrize(("version", "words"), [("0.4.2", "older than 0.5.0"), ("soon", "which is none")])
+@pytest.mark.parametrize(("version", "words"), [("0.4.2", "older than 0.5.0"), ("soon", "which is not valid")])
 def test_versions_that_are_not_known(lmdeploy, version, words):
     lmdeploy.__version__ = version
     with pytest.raises(ModelError, match=words):

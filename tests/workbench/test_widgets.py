@@ -1,75 +1,72 @@
-"""The benches without a browser: what they show follows the controls, and errors appear in the view."""
+"""Explorer and views without a browser: what they show follows the controls, and errors appear in the view."""
 
-import io
 import threading
 import time
 
 import pytest
-from PIL import Image
 
 import workbench
+from tests.workbench.small_models import random_prompt, save_llama
 from workbench import GenerationConfig
 from workbench.plots import schedule_figure
-from workbench.widgets import ComparisonBench, EngineView, LandingBench, RangeEditor
-from workbench.widgets.latest import Latest
-
-from .small import random_prompt, save_llama
+from workbench.widgets import EngineView, RangeEditor
+from workbench.widgets.latest_job import LatestJob
 
 
 @pytest.fixture(scope="module")
-def landing(engine):
-    bench = LandingBench(engine, new_tokens=4)
-    assert bench.wait()
-    return bench
+def explorer(engine):
+    explorer = workbench.explore(
+        engine.model, engine=engine, inject="another word", word=" Japan", at=" France", answer_start="The capital is",
+        judge=False, new_tokens=4,
+    )  # fmt: skip
+    assert explorer.wait()
+    yield explorer
+    explorer.close()
 
 
-def test_japan_over_france(landing):
-    landing.kind.value, landing.word.value = "another word", " Japan"
-    landing.start.value, landing.rows.value = 29, 1
-    assert landing.wait()
-    assert "Nothing before position 29 changes" in landing.status.value
-    assert "<b>plain</b>: The capital is<b> Paris" in landing.words.value
-    assert "<b>injected</b>: The capital is<b> Tokyo" in landing.words.value
-    assert Image.open(io.BytesIO(landing.image.value)).size == (1100, 620)
+def test_injecting_japan_over_france_changes_the_answer(explorer):
+    assert explorer.answer().startswith(" Tokyo")
+    assert "The first token whose states change is 29" in explorer.status.value
+    assert "The capital is<b> Tokyo" in explorer.words.value
 
 
-def test_identity_says_so_and_draws_another_picture(landing):
-    before = landing.image.value
-    landing.kind.value = "identity"
-    assert landing.wait()
-    assert "bit for bit" in landing.status.value
-    assert landing.image.value != before
+def test_identity_changes_no_bit(explorer):
+    before = explorer.map.values
+    explorer.injection.kind.value = "identity"
+    assert explorer.wait()
+    assert "bit for bit" in explorer.status.value
+    assert explorer.map.values != before
+    assert explorer.answer().startswith(" Paris")
 
 
-def test_moving_the_range_moves_it_in_the_prompt(landing):
-    landing.kind.value = "noise"
-    landing.start.value, landing.rows.value = 10, 3
-    assert landing.wait()
-    assert landing.prompt.embedding_ranges == ((10, 13),)
-    assert "Nothing before position 10 changes" in landing.status.value
+def test_injected_rows_follow_the_range(explorer):
+    explorer.injection.kind.value = "noise"
+    explorer.editor.embedding_ranges = [[10, 13]]
+    assert explorer.wait()
+    assert explorer.prompt.embedding_ranges == ((10, 13),)
+    assert len(explorer.prompt.input_embeddings[0]) == 3
+    assert "The first token whose states change is 10" in explorer.status.value
 
 
-def test_an_error_appears_in_the_view_and_the_bench_goes_on(landing):
-    landing.kind.value = "mix"
-    landing.word.value = ""
-    assert landing.wait()
-    assert "has no tokens" in landing.status.value
-    landing.word.value = " Japan"
-    assert landing.wait()
-    assert "Rows injected" in landing.status.value
+def test_error_appears_in_the_view_and_the_explorer_continues(explorer):
+    explorer.injection.kind.value = "mix"
+    explorer.injection.word.value = ""
+    assert explorer.wait()
+    assert "has no tokens" in explorer.status.value
+    explorer.injection.word.value = " Japan"
+    assert explorer.wait()
+    assert "Ranges" in explorer.status.value
 
 
-def test_a_shorter_question_keeps_the_range_inside(landing):
-    landing.start.value = landing.start.max
-    landing.question.value = "Hi"
-    assert landing.wait()
-    stop = landing.prompt.embedding_ranges[0][1]
-    assert stop <= len(landing.prompt)
-    assert "Rows injected" in landing.status.value
+def test_words_to_replace_must_be_in_the_question(model, engine):
+    with pytest.raises(workbench.PromptError, match="at=' Peru' is not part of the prompt"):
+        workbench.explore(model, engine=engine, inject="noise", at=" Peru")
 
 
-def test_figure_for_papers(landing):
-    assert len(landing.figure().axes) >= 4
+@pytest.mark.parametrize(("setting", "value"), [("inject", "nothing"), ("fault", "range +100")])
+def test_unknown_menu_entries_are_refused(model, engine, setting, value):
+    with pytest.raises(ValueError, match="choose one of"):
+        workbench.explore(model, engine=engine, **{setting: value})
 
 
 def stored(view):
@@ -79,24 +76,33 @@ def stored(view):
     return data
 
 
-def test_comparison_bench(model):
-    bench = ComparisonBench(model)
-    assert bench.wait()
-    assert bench.comparison.verdict == "noise"
-    sound = stored(bench)["image/png"]
-    clean = bench.verdict.chart.value
-    bench.fault.value = "rows reversed"
-    assert bench.wait()
-    assert bench.comparison.verdict == "bug"
-    assert "bug at tap embed" in bench.verdict.banner.value
-    assert bench.verdict.chart.value != clean
-    assert "bug at tap embed" in bench.figure().axes[0].get_title(loc="left")
-    assert stored(bench)["image/png"] != sound
+def test_fault_menu_injects_a_fault(model, engine):
+    explorer = workbench.explore(model, engine=engine, inject="mix", word=" Japan", at=" capital of", new_tokens=1)
+    assert explorer.wait()
+    assert explorer.comparison.verdict == "noise"
+    clean, chart = stored(explorer)["image/png"], explorer.verdict.chart.value
+    explorer.fault.value = "rows reversed"
+    assert explorer.wait()
+    assert explorer.comparison.verdict == "bug"
+    assert "bug at tap embed" in explorer.verdict.banner.value
+    assert explorer.verdict.chart.value != chart
+    assert "bug at tap embed" in explorer.verdict.figure().axes[0].get_title(loc="left")
+    assert stored(explorer)["image/png"] != clean
+    explorer.close()
+
+
+def test_close_releases_the_engine_that_explore_opened(tmp_path_factory, model):
+    explorer = workbench.explore(model, judge=False, new_tokens=1)
+    assert explorer.wait()
+    engine = explorer.engine
+    explorer.close()
+    with pytest.raises(workbench.ModelError, match="was closed"):
+        engine.generate(explorer.prompt)
 
 
 def test_only_the_newest_job_finishes():
     done, errors = [], []
-    latest = Latest(errors.append)
+    latest = LatestJob(errors.append)
     release = threading.Event()
 
     def job(number):
@@ -134,8 +140,8 @@ def worked(tmp_path_factory):
 
 
 class TestEngineView:
-    def test_the_picture_holds_what_the_history_says(self, worked):
-        """Red stands where a range is: widths in the picture are tokens of the steps."""
+    def test_the_image_holds_what_the_history_says(self, worked):
+        """Red stands where a range is: widths in the image are tokens of the steps."""
         figure = schedule_figure(worked.history, ["first", "second"])
         above, below = figure.axes[:2]
         assert [label.get_text() for label in above.get_yticklabels()] == ["first", "second"]
@@ -146,7 +152,7 @@ class TestEngineView:
         # [4, 9) and [20, 29) in chunks of 16 tokens; the second time 64 tokens came from the cache, with all ranges.
         assert [round(each.get_width() / scale) for each in red] == [5, 9]
         assert [int(each.get_x()) for each in red] == [0, 1]
-        tokens = [sum(len(piece) for piece in step.pieces) for step in worked.history]
+        tokens = [sum(len(piece) for piece in step.chunks) for step in worked.history]
         heights: dict[float, float] = {}
         for bar in below.patches:
             heights[round(bar.get_x(), 3)] = heights.get(round(bar.get_x(), 3), 0) + bar.get_height()

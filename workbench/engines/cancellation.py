@@ -1,4 +1,4 @@
-"""Whether a request was cancelled, told from any thread."""
+"""A thread-safe cancellation token with callbacks."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Callable
 
 
 class Cancellation:
-    """Whether a request was cancelled, and whom to tell at once."""
+    """The cancellation token of one request."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
-        self._told: list[Callable[[], object]] = []
+        self._callbacks: list[Callable[[], object]] = []
 
-    def tell(self, callback: Callable[[], object]) -> None:
-        """Call `callback` when the request is cancelled, from the thread that cancels; at once where it is already."""
-        self._told.append(callback)
+    def add_callback(self, callback: Callable[[], object]) -> None:
+        """Call `callback` in the thread that cancels the request, or immediately if it is already cancelled."""
+        self._callbacks.append(callback)
         if self._event.is_set():
             callback()
 
     def set(self) -> None:
         """Cancel the request."""
         self._event.set()
-        for callback in list(self._told):
+        for callback in list(self._callbacks):
             callback()
 
     def is_set(self) -> bool:
-        """Whether it was cancelled."""
+        """Whether the request was cancelled."""
         return self._event.is_set()

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits, and the loop that turns a model into a stream of tokens."""
+"""Sampling of the next token from logits, and the loop that generates a stream of tokens."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 from ..errors import ModelError
 from ..prompt import Prompt
-from .messages import EngineOutput, GenerationConfig, ResponseType
+from .types import EngineOutput, GenerationConfig, ResponseType
 
 
 class Sampler:
-    """Next tokens of one request; its random numbers depend on the request's seed alone."""
+    """Chooses the tokens of one request; its random numbers depend only on the request's seed."""
 
     def __init__(self, config: GenerationConfig, prompt_ids: Sequence[int], stops: frozenset[int]) -> None:
         self.config = config
@@ -25,20 +25,20 @@ class Sampler:
         else:
             self.generator.manual_seed(config.random_seed)
 
-    def next(self, logits: torch.Tensor, made: int) -> tuple[int, dict[int, float] | None]:
-        """Choose from `logits` `[vocab]` float32 on the CPU; return the token and the log probabilities asked for."""
+    def next(self, logits: torch.Tensor, num_generated: int) -> tuple[int, dict[int, float] | None]:
+        """Choose from `logits` `[vocab]` float32 on the CPU; return the token and the requested log probabilities."""
         config = self.config
-        token = _largest(logits)
-        if torch.isnan(logits[token]):  # NaN counts as the largest
+        token = _argmax(logits)
+        if torch.isnan(logits[token]):  # argmax treats NaN as the largest
             raise ModelError(
-                f"the logits of new token {made} hold NaN: the model overflows in this dtype, or its weights are NaN"
+                f"the logits of new token {num_generated} contain NaN: the model overflows in this dtype, or its weights are NaN"
             )
-        adjusted = self._adjust(logits, made)
+        adjusted = self._adjust(logits, num_generated)
         if config.do_sample and config.temperature > 1e-5:
-            chances, ids = self._candidates(adjusted)
-            token = int(ids[torch.multinomial(chances, 1, generator=self.generator)])
+            probabilities, ids = self._candidates(adjusted)
+            token = int(ids[torch.multinomial(probabilities, 1, generator=self.generator)])
         elif adjusted is not logits:
-            token = _largest(adjusted)
+            token = _argmax(adjusted)
         logits = adjusted
         self.seen.add(token)
         if config.logprobs is None:
@@ -49,10 +49,10 @@ class Sampler:
         report[token] = float(logprobs[token])
         return token, report
 
-    def _adjust(self, logits: torch.Tensor, made: int) -> torch.Tensor:
-        """Repetition penalty (Keskar et al. 2019, arXiv:1909.05858), banned tokens, and no stop before the minimum."""
+    def _adjust(self, logits: torch.Tensor, num_generated: int) -> torch.Tensor:
+        """Apply the repetition penalty (Keskar et al. 2019, arXiv:1909.05858), banned tokens and the minimum length."""
         config = self.config
-        too_early = made < (config.min_new_tokens or 0) and bool(self.stops)
+        too_early = num_generated < (config.min_new_tokens or 0) and bool(self.stops)
         if config.repetition_penalty == 1.0 and not config.bad_token_ids and not too_early:
             return logits
         logits = logits.clone()
@@ -67,26 +67,28 @@ class Sampler:
         return logits
 
     def _candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens to draw from, likeliest first, and their chances: temperature, then top-k, top-p (Holtzman et al. 2019,
-        arXiv:1904.09751) and min-p, in that order."""
+        """Return probabilities and ids of the candidates, most likely first.
+
+        Temperature, then top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751) and min-p, in that order.
+        """
         config = self.config
         count = config.top_k if 0 < config.top_k < len(logits) else len(logits)
         ordered, ids = (logits / config.temperature).topk(count)
-        chances = ordered.softmax(dim=-1)
-        if config.top_p < 1.0:
-            chances[chances.cumsum(dim=-1) - chances > config.top_p] = 0.0  # the token that crosses top_p stays
+        probabilities = ordered.softmax(dim=-1)
+        if config.top_p < 1.0:  # the token that crosses top_p stays
+            probabilities[probabilities.cumsum(dim=-1) - probabilities > config.top_p] = 0.0
         if config.min_p > 0.0:
-            chances[chances < config.min_p * chances[0]] = 0.0
-        return chances, ids
+            probabilities[probabilities < config.min_p * probabilities[0]] = 0.0
+        return probabilities, ids
 
 
-def _largest(logits: torch.Tensor) -> int:
-    """NumPy's argmax takes a tenth of the time of torch's on a vocabulary, which counts where many requests decode."""
+def _argmax(logits: torch.Tensor) -> int:
+    """The argmax. NumPy's takes a tenth of the time of torch's on a vocabulary, which matters if many requests decode."""
     return int(logits.numpy().argmax())
 
 
 class Run(Protocol):
-    """One request inside an engine: both calls return `(logits [rows, vocab], hidden [rows, hidden])` for new tokens."""
+    """One request. Both calls return `(logits [rows, vocab], hidden [rows, hidden])`; the last row predicts the next token."""
 
     def prefill(self, all_logits: bool) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -100,64 +102,64 @@ def stop_tokens(model, config: GenerationConfig) -> frozenset[int]:
     return frozenset([*own, *(config.stop_token_ids or ())])
 
 
-class Answer:
-    """What one request says, token by token.
+class GenerationState:
+    """The generation of one request, token by token.
 
     Attributes:
-        made: tokens said so far; `token`: the last one chosen; `finished`: whether there will be more.
+        num_generated: tokens generated so far; `token`: the last one chosen; `finished`: whether generation has ended.
     """
 
     def __init__(self, prompt: Prompt, config: GenerationConfig, stops: frozenset[int]) -> None:
         inside = {position for start, stop in prompt.embedding_ranges for position in range(start, stop)}
-        said = [
+        text_ids = [
             token for position, token in enumerate(prompt.input_ids) if position not in inside
-        ]  # placeholders are not words
+        ]  # placeholders do not count for the repetition penalty
         self.config, self.stops = config, stops
-        self.made, self.token, self.finished = 0, -1, False
-        self._sampler = Sampler(config, said, stops)
+        self.num_generated, self.token, self.finished = 0, -1, False
+        self._sampler = Sampler(config, text_ids, stops)
 
     @property
-    def wants_all(self) -> bool:
-        """Whether the states of every prompt token are asked for."""
+    def wants_all_states(self) -> bool:
+        """Whether the states of every prompt token are requested."""
         return "all" in (self.config.output_logits, self.config.output_last_hidden_state)
 
-    def take(self, logits: torch.Tensor, hidden: torch.Tensor) -> EngineOutput:
-        """Choose the next token from the last of `logits` `[rows, vocab]`; `hidden` `[rows, hidden]`.
+    def next_output(self, logits: torch.Tensor, hidden: torch.Tensor) -> EngineOutput:
+        """Choose the next token from the last row of `logits` `[rows, vocab]`; `hidden` is `[rows, hidden]`.
 
-        With max_new_tokens=0 none is chosen: the output holds the prompt's own states.
+        With max_new_tokens=0 no token is chosen: the output contains the prompt's states.
         """
         config = self.config
-        asked = _asked(logits, config.output_logits), _asked(hidden, config.output_last_hidden_state)
+        states = _requested(logits, config.output_logits), _requested(hidden, config.output_last_hidden_state)
         if config.max_new_tokens == 0:
             self.finished = True
-            return EngineOutput(ResponseType.FINISH, [], 0, None, *asked)
-        self.token, logprobs = self._sampler.next(logits[-1].float().cpu(), self.made)
+            return EngineOutput(ResponseType.FINISH, [], 0, None, *states)
+        self.token, logprobs = self._sampler.next(logits[-1].float().cpu(), self.num_generated)
         stopped = self.token in self.stops
-        self.made += not stopped
-        self.finished = stopped or self.made == config.max_new_tokens
+        self.num_generated += not stopped
+        self.finished = stopped or self.num_generated == config.max_new_tokens
         return EngineOutput(
             ResponseType.FINISH if self.finished else ResponseType.SUCCESS,
             [] if stopped else [self.token],
-            self.made,
+            self.num_generated,
             None if logprobs is None else [] if stopped else [logprobs],
-            *asked,
+            *states,
         )
 
 
 def generate(
     run: Run, prompt: Prompt, config: GenerationConfig, stops: frozenset[int]
 ) -> Generator[EngineOutput, None, None]:
-    """Prefill, then one token a step until a stop token or the limit."""
-    answer = Answer(prompt, config, stops)
-    yield answer.take(*run.prefill(all_logits=config.output_logits == "all"))
-    while not answer.finished:
-        yield answer.take(*run.decode(answer.token))
+    """Prefill, then decode one token per step until a stop token or the limit."""
+    state = GenerationState(prompt, config, stops)
+    yield state.next_output(*run.prefill(all_logits=config.output_logits == "all"))
+    while not state.finished:
+        yield state.next_output(*run.decode(state.token))
 
 
-def _asked(states: torch.Tensor, extent: str | None) -> torch.Tensor | None:
+def _requested(states: torch.Tensor, extent: str | None) -> torch.Tensor | None:
     if extent is None:
         return None
     states = (states if extent == "all" else states[-1:]).float().cpu()
-    # Whoever keeps a row must not keep a whole step of everybody's.
+    # Clone: keeping a row must not keep the memory of a whole step with all its requests.
     shared = states.untyped_storage().nbytes() > states.nbytes or states.is_pinned()
     return states.clone() if shared else states

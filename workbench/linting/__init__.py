@@ -1,4 +1,4 @@
-"""What is wrong with a prompt, and what an engine would make of it."""
+"""Lint prompts: what is wrong with a prompt, and what an engine would compute from it."""
 
 from .lint import effective_prompt, lint
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..errors import EmbeddingRangeError
-from ..findings import Finding
 from ..models import Model
-from ..prompt import Prompt
-from ..targets import Effect, Target, effect
-from .places import placeholder_findings, span_findings
-from .rows import cast_findings, norm_findings
+from ..prompt import Finding, Prompt
+from .embeddings import cast_findings, norm_findings
+from .placement import placeholder_findings, span_findings
+from .targets import Effect, Target, effect
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -23,24 +22,24 @@ def lint(
     dtype: str | None = None,
     max_prefill_token_num: int | None = None,
 ) -> list[Finding]:
-    """All findings about a prompt: faults first, then what is merely suspect, then what `target` would do.
+    """All findings about a prompt: faults first, then what is only suspicious, then what `target` would do.
 
     Args:
         model: checks ids against its vocabulary, rows against its width and embedding table, ranges against its placeholders.
         target: `"turbomind==0.18.0"`, `"lmdeploy-pytorch"`, `"vllm"`, `"sglang"`, `"transformers"`.
-        dtype: what the engine computes in; says what the cast of the rows loses.
-        max_prefill_token_num: tokens of a prefill chunk, for an engine that cuts wherever a chunk ends.
+        dtype: the engine's dtype; reports what is lost when rows are cast to it.
+        max_prefill_token_num: tokens per prefill chunk, for an engine that cuts spans at the end of a chunk.
 
     Raises:
-        ValueError: a target, dtype or chunk that does not exist.
+        ValueError: an unknown target or dtype, or a chunk of less than one token.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(_DTYPES)}")
     if max_prefill_token_num is not None and max_prefill_token_num < 1:
-        raise ValueError(f"max_prefill_token_num={max_prefill_token_num}: a chunk holds at least one token")
+        raise ValueError(f"max_prefill_token_num={max_prefill_token_num}: a chunk has at least one token")
     parsed = Target.parse(target) if target is not None else None
     config = model.text_config if model else None
-    findings = list(prompt.faults(config.vocab_size, config.hidden_size) if config else prompt.faults())
+    findings = list(prompt.findings(config.vocab_size, config.hidden_size) if config else prompt.findings())
     if dtype is not None:
         findings += cast_findings(prompt, dtype)
     if model is not None:
@@ -54,12 +53,12 @@ def lint(
 
 
 def effective_prompt(prompt: Prompt, target: str, model: Model | None = None) -> Prompt:
-    """The prompt that `target` really computes: rows shifted, embeddings ignored, positions dropped.
+    """Return the prompt that `target` actually computes: rows shifted, embeddings ignored, positions dropped.
 
-    Run it on the reference to reproduce, and thereby explain, a wrong answer.
+    Run it on the reference to reproduce, and so explain, a wrong answer.
 
     Raises:
-        EmbeddingRangeError: the target rejects the prompt, so that it computes nothing, or nobody can say what it computes.
+        EmbeddingRangeError: the target rejects the prompt and computes nothing, or its result is undefined.
     """
     parsed = Target.parse(target)
     result = effect(prompt, parsed, model)
@@ -70,7 +69,7 @@ def effective_prompt(prompt: Prompt, target: str, model: Model | None = None) ->
 
 
 def _target_findings(result: Effect, target: Target) -> Iterator[Finding]:
-    status = f"; that surfaces as {result.status}" if result.status else ""
+    status = f"; it surfaces as {result.status}" if result.status else ""
     for note in result.notes:
         yield Finding(f"target-{result.outcome}", "warning", f"{target}: {note}{status}")
     if result.outcome == "accepts":

@@ -1,11 +1,10 @@
-"""Pictures, one function each, drawn into matplotlib Figures without pyplot state; no widgets, no engines."""
+"""Plots, one function each, drawn into matplotlib Figures without pyplot state; they need no widgets and run no engines."""
 
-from .batches import plan_figure
 from .errors import comparison_figure, error_by_layer, ratio_map
+from .heat_map import hidden_state_map
+from .injection_effect import injection_effect_figure
 from .kernels import kernel_bars
-from .landing import landing_figure
-from .maps import hidden_state_map
-from .patches import patch_figure
+from .packing import plan_figure
 from .png import to_png
 from .schedule import schedule_figure
 from .tokens import token_strip
@@ -14,9 +13,8 @@ __all__ = [
     "comparison_figure",
     "error_by_layer",
     "hidden_state_map",
+    "injection_effect_figure",
     "kernel_bars",
-    "landing_figure",
-    "patch_figure",
     "plan_figure",
     "ratio_map",
     "schedule_figure",

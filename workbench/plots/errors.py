@@ -1,4 +1,4 @@
-"""An engine against its noise floor: error by layer, and where on the map it is more than noise."""
+"""An engine's error compared with the noise floor: by layer, and as a map over taps and tokens."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from ..compare import Comparison
+from ..comparison import Comparison
 from .style import ENGINE, FLOOR, SPAN, mark_spans, mark_tokens, tap_axis, token_axis
 
 
 def error_by_layer(comparison: Comparison) -> Figure:
-    """The largest relative error over tokens at every tap, with the noise floor and what is allowed as a band."""
+    """Plot the largest relative error over tokens at every tap, with the noise floor and the band of allowed errors."""
     figure = Figure(figsize=(11, 3.2), dpi=100, layout="constrained")
     _draw_errors(figure.add_subplot(), comparison)
     return figure
 
 
 def ratio_map(comparison: Comparison, tokens: Sequence[str], ranges: Sequence[tuple[int, int]] = ()) -> Figure:
-    """Error in noise floors at every tap and token: below 1 it beats the reference, above the factor it is a bug."""
+    """Plot the error in noise floors at every tap and token: below 1 it beats the reference, above the factor it is a bug."""
     figure = Figure(figsize=(11, 4), dpi=100, layout="constrained")
     _draw_map(figure.add_subplot(), comparison, tokens, ranges)
     return figure
 
 
 def comparison_figure(comparison: Comparison, tokens: Sequence[str], ranges: Sequence[tuple[int, int]] = ()) -> Figure:
-    """The verdict, `error_by_layer` and `ratio_map` on one page."""
+    """Plot the verdict, `error_by_layer` and `ratio_map` on one page."""
     figure = Figure(figsize=(11, 7.4), dpi=100, layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(3, 4))
     above.set_title("\n".join(wrap(str(comparison), 150)), fontsize=9, loc="left")

@@ -1,4 +1,4 @@
-"""Kernel benchmarks as bars: ours in colour, what a user would pick instead in grey."""
+"""Kernel benchmarks as bars: our kernels in colour, the alternatives in grey."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _OURS = ("hopper", "tensor-core", "ours")
 def kernel_bars(
     rows: Sequence[Mapping[str, Any]], value: str, unit: str, titles: Mapping[tuple[int, ...], str]
 ) -> Figure:
-    """One panel a shape, a bar a kernel, longest on top.
+    """Draw one panel per shape with one bar per kernel, the longest on top.
 
     Args:
-        rows: of a report of `python -m range_kernels.bench`: each has `shape`, `kernel` and the number.
-        value: which number; `unit` is written after it.
+        rows: rows of a report of `python -m range_kernels.benchmarks.__main__`; each has `shape`, `kernel` and `value`.
+        value: key of the number to plot; `unit` is added to the titles.
         titles: `{shape: title}` of the panels, in order.
 
     Raises:
-        ValueError: a shape of which the report has no row.
+        ValueError: the report has no row of a shape.
     """
     figure = Figure(figsize=(11, 3.4), dpi=100, layout="constrained")
     for axes, (shape, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
@@ -34,8 +34,8 @@ def kernel_bars(
         numbers = [float(row[value]) for row in found]
         colours = [(SPAN if "spans" in name else ENGINE) if name.startswith(_OURS) else QUIET for name in names]
         axes.barh(names, numbers, color=colours, height=0.7)
-        for place, number in enumerate(numbers):
-            axes.text(number, place, f" {number:.3g}", va="center", fontsize=7)
+        for index, number in enumerate(numbers):
+            axes.text(number, index, f" {number:.3g}", va="center", fontsize=7)
         axes.set_title(f"{title}, {unit}", fontsize=9, loc="left")
         axes.tick_params(labelsize=7)
         axes.set_xlim(0, max(numbers) * 1.15)

@@ -10,19 +10,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-# Tokens are of every script; a letter that the font lacks is drawn as a box, which says enough.
+# Tokens come in every script; a character that the font lacks is drawn as a box, so no warning is needed.
 warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font", category=UserWarning)
 
 
 def to_png(figure: Figure) -> bytes:
-    """Render without touching pyplot, so that nothing is displayed twice and threads do not meet."""
+    """Render without pyplot, so that nothing is displayed twice and threads share no state."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return canvas_png(canvas)
 
 
 def canvas_png(canvas: FigureCanvasAgg) -> bytes:
-    """What is drawn on the canvas now. Light compression: it goes to a browser on the same machine or down a tunnel."""
+    """The canvas as PNG bytes. Lightly compressed, as they go to a browser on the same machine or through a tunnel."""
     buffer = BytesIO()
     Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "png", compress_level=2)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The engine's schedule as a picture: which tokens of which request ran in which step, ranges coloured."""
+"""The engine's schedule as a figure: which tokens of which request ran in which step, with ranges in colour."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from ..engines.numba_engine.stats import Step, StepPiece
+from ..engines.numba_engine.stats import Step, StepChunk
 from .style import ENGINE, FLOOR, INK, PAPER, QUIET, SPAN
 
 PROMPT = "#b0bec5"
@@ -16,32 +16,32 @@ _CACHED = "#e4e9eb"
 
 
 def schedule_figure(steps: Sequence[Step], labels: Sequence[str] = ()) -> Figure:
-    """Requests are lanes, steps are columns; tokens and pages of each step below.
+    """Draw requests as lanes and steps as columns, with the tokens and pages of each step below.
 
-    A prompt's piece fills its cell from left to right in token order, injected rows in red; a decode step is a bar; what the prefix
-    cache held stands hatched before the first piece.
+    A prompt's chunk fills its cell from left to right in token order, with injected rows in red; a decode step is a bar; tokens
+    from the prefix cache are hatched, before the first chunk.
 
     Args:
         steps: `engine.history`, or part of it.
-        labels: what to call request 0, 1, ... of the engine; their numbers else.
+        labels: names of the engine's requests 0, 1, ...; by default, their numbers.
     """
-    requests = sorted({piece.request for step in steps for piece in step.pieces})
+    requests = sorted({chunk.request for step in steps for chunk in step.chunks})
     lanes = {request: lane for lane, request in enumerate(requests)}
-    height = min(max(len(lanes), 2) * 0.26, 6.0)  # many requests get thin lanes, not a tall picture
+    height = min(max(len(lanes), 2) * 0.26, 6.0)  # many requests get thin lanes, not a tall figure
     figure = Figure(figsize=(11, 1.9 + height), dpi=100, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[height + 0.3, 1.2])
-    most = max((len(piece) for step in steps for piece in step.pieces if not piece.decoding), default=1)
+    most = max((len(chunk) for step in steps for chunk in step.chunks if not chunk.decoding), default=1)
     seen: set[int] = set()
     for column, step in enumerate(steps):
-        for piece in step.pieces:
-            lane = lanes[piece.request]
-            if piece.decoding:
+        for chunk in step.chunks:
+            lane = lanes[chunk.request]
+            if chunk.decoding:
                 above.add_patch(Rectangle((column + 0.3, lane + 0.2), 0.4, 0.6, facecolor=ENGINE, linewidth=0))
             else:
-                if piece.cached and piece.start == piece.cached and piece.request not in seen:
-                    _cached(above, column, lane, piece)
-                _prefill(above, column, lane, piece, most)
-            seen.add(piece.request)
+                if chunk.cached and chunk.start == chunk.cached and chunk.request not in seen:
+                    _cached(above, column, lane, chunk)
+                _prefill(above, column, lane, chunk, most)
+            seen.add(chunk.request)
     above.set_ylim(len(lanes), 0)
     names = [labels[request] if request < len(labels) else str(request) for request in requests]
     every = -(-len(lanes) // 32)
@@ -61,34 +61,34 @@ def schedule_figure(steps: Sequence[Step], labels: Sequence[str] = ()) -> Figure
     return figure
 
 
-def _prefill(axes: Axes, column: int, lane: int, piece: StepPiece, most: int) -> None:
-    """Width says how many tokens, to one scale over the picture; numbers say which."""
+def _prefill(axes: Axes, column: int, lane: int, chunk: StepChunk, most: int) -> None:
+    """Draw a prompt's chunk; its width is its number of tokens, on one scale for the whole figure."""
     scale = 0.92 / most
     left = column + 0.04
     axes.add_patch(
-        Rectangle((left, lane + 0.12), scale * len(piece), 0.76, facecolor=PROMPT, edgecolor=INK, linewidth=0.5)
+        Rectangle((left, lane + 0.12), scale * len(chunk), 0.76, facecolor=PROMPT, edgecolor=INK, linewidth=0.5)
     )
-    for start, stop in piece.ranges:
-        at = left + scale * (start - piece.start)
+    for start, stop in chunk.ranges:
+        at = left + scale * (start - chunk.start)
         axes.add_patch(Rectangle((at, lane + 0.12), scale * (stop - start), 0.76, facecolor=SPAN, linewidth=0))
 
 
-def _cached(axes: Axes, column: int, lane: int, piece: StepPiece) -> None:
+def _cached(axes: Axes, column: int, lane: int, chunk: StepChunk) -> None:
     axes.add_patch(
         Rectangle(
             (column - 0.3, lane + 0.12), 0.3, 0.76, facecolor=_CACHED, edgecolor=QUIET, hatch="////", linewidth=0.5
         )
     )
-    axes.text(column - 0.34, lane + 0.5, str(piece.cached), fontsize=6, color=QUIET, ha="right", va="center")
+    axes.text(column - 0.34, lane + 0.5, str(chunk.cached), fontsize=6, color=QUIET, ha="right", va="center")
 
 
 def _load(axes: Axes, steps: Sequence[Step]) -> None:
-    """Stacked bars: tokens of each step by kind; a line: pages of the KV cache in use."""
+    """Draw the tokens of each step as stacked bars by kind, and the KV cache's pages in use as a line."""
     columns = [column + 0.5 for column in range(len(steps))]
-    decodes = [sum(len(piece) for piece in step.pieces if piece.decoding) for step in steps]
-    injected = [sum(stop - start for piece in step.pieces for start, stop in piece.ranges) for step in steps]
+    decodes = [sum(len(chunk) for chunk in step.chunks if chunk.decoding) for step in steps]
+    injected = [sum(stop - start for chunk in step.chunks for start, stop in chunk.ranges) for step in steps]
     texts = [
-        sum(len(piece) for piece in step.pieces) - each - rows
+        sum(len(chunk) for chunk in step.chunks) - each - rows
         for step, each, rows in zip(steps, decodes, injected, strict=True)
     ]
     axes.bar(columns, decodes, width=0.8, color=ENGINE)
@@ -96,7 +96,7 @@ def _load(axes: Axes, steps: Sequence[Step]) -> None:
     axes.bar(columns, texts, width=0.8, bottom=[a + b for a, b in zip(decodes, injected, strict=True)], color=PROMPT)
     axes.set_ylabel("tokens", fontsize=8)
     axes.set_xlabel("step", fontsize=8)
-    axes.set_xlim(-0.6 if any(p.cached for step in steps for p in step.pieces) else 0, max(len(steps), 1))
+    axes.set_xlim(-0.6 if any(p.cached for step in steps for p in step.chunks) else 0, max(len(steps), 1))
     axes.tick_params(labelsize=7)
     pages = axes.twinx()
     pages.plot(columns, [step.pages_used for step in steps], color=FLOOR, linewidth=1.6)

@@ -1,4 +1,4 @@
-"""Colours and small helpers that all pictures share."""
+"""Colours and small helpers that all plots share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
-SPAN = "#d1495b"  # what was injected
+SPAN = "#d1495b"  # injected rows
 ENGINE = "#00798c"
 FLOOR = "#edae49"
 INK = "#222222"
@@ -16,7 +16,7 @@ PAPER = "#f4f4f2"
 
 
 def visible(token: str) -> str:
-    """A token as a short label: line breaks as arrows, blanks as dots, nothing empty."""
+    """A token as a short label: line breaks and tabs as arrows, a leading space as a dot, an empty token as ∅."""
     text = token.replace("\n", "↵").replace("\t", "⇥").replace("$", r"\$")
     text = "".join(letter if letter.isprintable() else "·" for letter in text)
     text = "·" + text[1:] if text.startswith(" ") else text
@@ -24,17 +24,17 @@ def visible(token: str) -> str:
 
 
 def mark_spans(axes: Axes, ranges: Sequence[tuple[int, int]]) -> list[Artist]:
-    """Two lines at the ends of each range, over a picture whose columns are tokens."""
+    """Draw a line at both ends of each range, on a plot whose columns are tokens."""
     edges = sorted({edge for pair in ranges for edge in pair})
     return [axes.axvline(edge - 0.5, color=SPAN, linewidth=1.2) for edge in edges]
 
 
 LABELLED_TOKENS = 80
-"""Up to so many tokens are written out under a map; beyond that their positions are numbered."""
+"""Up to this many tokens are written out under a map; with more, positions are shown instead."""
 
 
 def token_axis(axes: Axes, tokens: Sequence[str]) -> None:
-    """Token labels under a picture whose columns are tokens; positions when there are many."""
+    """Write token labels under a plot whose columns are tokens, or positions if there are many."""
     axes.set_xlim(-0.5, len(tokens) - 0.5)
     if len(tokens) > LABELLED_TOKENS:
         axes.set_xlabel("position", fontsize=8)
@@ -54,7 +54,7 @@ def mark_tokens(axes: Axes, tokens: Sequence[str], ranges: Sequence[tuple[int, i
 
 
 def token_label(axes: Axes, tokens: Sequence[str], position: int, color: str) -> Artist:
-    """One label under column `position`. Plain text: matplotlib's ticks cost five times as much to draw."""
+    """Write one label under column `position`, as plain text: matplotlib's ticks take five times as long to draw."""
     return axes.text(
         position, -0.03, visible(tokens[position]), rotation=90, ha="center", va="top", fontsize=7, family="monospace",
         color=color, transform=axes.get_xaxis_transform(),
@@ -62,7 +62,7 @@ def token_label(axes: Axes, tokens: Sequence[str], position: int, color: str) ->
 
 
 def tap_axis(axes: Axes, taps: Sequence[str]) -> None:
-    """Tap names on the left, thinned so that they stay readable; the first and the last are always there."""
+    """Write tap names on the left, thinned so that they stay readable; the first and the last are always shown."""
     short = [tap.removeprefix("layers.") for tap in taps]
     step = max(1, -(-len(short) // 10))
     at = [*range(0, max(len(short) - step, 1), step), len(short) - 1]

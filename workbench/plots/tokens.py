@@ -1,4 +1,4 @@
-"""The token strip: a prompt as boxes, ranges in colour."""
+"""The token strip: a prompt's tokens as boxes, with ranges in colour."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from matplotlib.patches import Rectangle
 
 from .style import INK, PAPER, QUIET, SPAN, visible
 
-_ROOM = 118  # characters in a line
+_LINE_LENGTH = 118  # characters per line
 
 
 def _lines(tokens: Sequence[str]) -> list[list[tuple[int, str, int]]]:
-    """Lay tokens out in lines: (position, label, first character) of each."""
+    """Lay tokens out in lines: (position, label, first column) of each token."""
     lines: list[list[tuple[int, str, int]]] = []
     line: list[tuple[int, str, int]] = []
     at = 0
     for position, token in enumerate(tokens):
         label = visible(token)
-        if at + len(label) + 1 > _ROOM:
+        if at + len(label) + 1 > _LINE_LENGTH:
             lines.append(line)
             line, at = [], 0
         line.append((position, label, at))
@@ -37,7 +37,7 @@ def draw_token_strip(axes: Axes, tokens: Sequence[str]) -> None:
             _box(axes, row, at, label, PAPER, INK)
             if position == line[0][0]:
                 axes.text(at + 0.1, row + 0.8, str(position), ha="left", va="center", fontsize=6, color=QUIET)
-    axes.set_xlim(-0.3, _ROOM + 1)
+    axes.set_xlim(-0.3, _LINE_LENGTH + 1)
     axes.set_ylim(len(lines), -0.15)
     axes.axis("off")
 

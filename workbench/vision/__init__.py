@@ -1,9 +1,8 @@
-"""Pictures and sounds: towers read alone, prompts built, features kept."""
+"""Images and sounds: load vision towers alone, build prompts, store features."""
 
-from .build import build_multimodal, build_prompt
-from .families import Features
-from .features import FeatureStore
-from .flows import compare_flows, flows_table
+from .architectures import Features
+from .feature_store import FeatureStore
+from .prompt_builder import build_multimodal, build_prompt
 from .tower import VisionTower, load_vision_tower
 
 __all__ = [
@@ -12,7 +11,5 @@ __all__ = [
     "VisionTower",
     "build_multimodal",
     "build_prompt",
-    "compare_flows",
-    "flows_table",
     "load_vision_tower",
 ]

@@ -1,7 +1,7 @@
-"""A model's own preparation of pictures and sounds, loaded part by part.
+"""A model's own preprocessing of images and sounds, loaded part by part.
 
-Transformers' combined processors cannot be built without torchvision where a model also takes videos, though pictures need none
-of it; image processor, tokenizer and feature extractor can, each by itself.
+If a model also takes videos, Transformers' combined processor cannot be built without torchvision, although images do not need
+it; image processor, tokenizer and feature extractor can each be built without it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import ModelError, PromptError
-from .sounds import SoundError, open_sound
+from .audio import AudioError, open_audio
 
 
 class Processor:
@@ -44,30 +44,30 @@ class Processor:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Everything that decides what a picture becomes, for cache keys."""
+        """All settings that determine how inputs are preprocessed, for cache keys."""
         return json.loads(json.dumps(self._reader.to_dict(), default=str, sort_keys=True))
 
-    def images(self, pictures: Sequence[Image.Image], *, nested: bool = False, **options: Any) -> dict[str, Any]:
-        """Pixel values, and what goes with them, of the pictures of one prompt; `nested` says so to the image processor."""
-        grouped = [list(pictures)] if nested else list(pictures)
+    def images(self, images: Sequence[Image.Image], *, nested: bool = False, **options: Any) -> dict[str, Any]:
+        """Return pixel values and related inputs for the images of one prompt; `nested` passes them as one nested list."""
+        grouped = [list(images)] if nested else list(images)
         try:
             return dict(self._reader(images=grouped, return_tensors="pt", **options))
         except (ValueError, TypeError, RuntimeError) as error:
-            raise PromptError(f"{self.model_type}'s image processor refuses the pictures: {error}") from error
+            raise PromptError(f"{self.model_type}'s image processor refuses the images: {error}") from error
 
     def audio(self, waves: Sequence[Any]) -> dict[str, Any]:
-        """Mel features `[sounds, bins, frames]` and their mask, of WAV files or waveforms."""
+        """Return mel features `[sounds, bins, frames]` and their mask for WAV files or waveforms."""
         rate = self._reader.sampling_rate
-        heard = [open_sound(wave, rate) for wave in waves]
+        sounds = [open_audio(wave, rate) for wave in waves]
         longest = getattr(self._reader, "n_samples", None)
-        for number, sound in enumerate(heard):
-            if longest is not None and len(sound) > longest:  # Whisper's extractor would cut it without a word
-                raise SoundError(
-                    f"sound {number} lasts {len(sound) / rate:.1f} s and {self.model_type} hears {longest / rate:.0f} s: cut it "
-                    "into pieces"
+        for number, sound in enumerate(sounds):
+            if longest is not None and len(sound) > longest:  # Whisper's extractor would cut it silently
+                raise AudioError(
+                    f"sound {number} lasts {len(sound) / rate:.1f} s but {self.model_type} takes {longest / rate:.0f} s: cut it "
+                    "into shorter sounds"
                 )
         output = self._reader(
-            heard,
+            sounds,
             sampling_rate=rate,
             return_tensors="pt",
             return_attention_mask=True,
@@ -79,7 +79,7 @@ class Processor:
         return processed
 
     def text(self, messages: list[dict]) -> str:
-        """The chat as text, markers where pictures and sounds go."""
+        """Return the chat as text, with markers where images and sounds go."""
         if self.chat_template is None:
             raise PromptError(
                 f"{self.model_type}: the model folder has no chat template; give build_prompt a text instead"
@@ -92,7 +92,7 @@ class Processor:
     def _load(self, auto_class: Any, folder: Path, what: str, **options: Any) -> Any:
         try:
             return auto_class.from_pretrained(folder, trust_remote_code=self.trusted, **options)
-        except Exception as error:  # Transformers raises many kinds for a damaged folder
+        except Exception as error:  # Transformers raises many error types for a damaged folder
             raise ModelError(f"the {what} in {folder} cannot be read: {error}") from error
 
 

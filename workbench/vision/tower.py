@@ -1,6 +1,6 @@
-"""Only the vision part of a vision-language model: its tower and projector, without the language model's weights.
+"""Load only the vision part of a vision-language model: its tower and projector, without the language model's weights.
 
-Transformers' own code computes the features; of the checkpoint only the vision tensors are read (`vision_part.py`).
+Transformers' own code computes the features; only the vision tensors of the checkpoint are read (`tower_weights.py`).
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ from typing import Any
 
 import torch
 
-from ..engines.options import parse_device, parse_dtype
 from ..errors import ModelError
-from ..memory import PeakMemory, in_words
-from ..models import BUILT_IN, Model, load_model
-from .families import Family, Features, family_of, run_tower
-from .images import Picture, open_image
+from ..models import Model, load_model
+from ..models.model import BUILT_IN
+from ..models.options import parse_device, parse_dtype
+from ..models.sources import open_source
+from .architectures import Family, Features, family_of, run_tower
+from .images import ImageLike, open_image
+from .peak_memory import PeakMemory, in_words
 from .processors import Processor
-from .sources import open_source
-from .vision_part import build_network, load_full, plain_settings, read_configuration, small_files, vision_tensors
+from .tower_weights import build_network, load_full, plain_settings, read_configuration, small_files, vision_tensors
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading a tower took.
+    """The cost of loading a tower.
 
     Attributes:
-        tensors, tensor_bytes: of the vision part.
-        bytes_read: of weight files, headers and index included.
-        bytes_skipped: of weight files, never read.
-        peak_bytes: memory above what the process held before.
+        tensors, tensor_bytes: number and bytes of the vision tensors.
+        bytes_read: bytes read from weight files, with headers and index.
+        bytes_skipped: bytes of weight files that were not read.
+        peak_bytes: peak memory above what the process used before.
     """
 
     tensors: int
@@ -56,13 +57,13 @@ class LoadReport:
 
 
 class VisionTower:
-    """Tower and projector of one model: pictures in, rows for the language model out.
+    """Tower and projector of one model: images in, rows for the language model out.
 
     Attributes:
         location: the folder or address that it was read from.
         config: the whole model's configuration.
-        network: Transformers' model, its language part empty.
-        report: what loading took.
+        network: Transformers' model with an empty language part.
+        report: the cost of loading it.
         weights_digest: SHA-256 of the vision weights' bytes as stored, for caches.
     """
 
@@ -73,36 +74,36 @@ class VisionTower:
         self.report, self.weights_digest = report, digest
         parameter = next(network.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
-        own_code = getattr(config, "auto_map", None) is not None  # how it lays out pictures is not known here
+        own_code = getattr(config, "auto_map", None) is not None  # how it lays out images is not known here
         self.family: Family | None = None if own_code else family_of(config, processor.tokenizer)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over all, besides the pictures, that decides their features: weights, processor, dtype, versions."""
+        """SHA-256 of everything except the images that determines their features: weights, processor, dtype, versions."""
         import transformers
 
         parts = {
             "weights": self.weights_digest,
             "processor": self.processor.settings,
             "dtype": str(self.dtype),
-            # Feature layers, projector, rows a picture, scale factors stand beside the vision part, not in it.
+            # Feature layers, projector, rows per image and scale factors are outside the vision part of the configuration.
             "config": {key: value for key, value in plain_settings(self.config).items() if key != "text_config"},
             "transformers": transformers.__version__,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     @torch.no_grad()
-    def features(self, items: Sequence[Picture | Any]) -> list[Features]:
-        """The features of pictures (or sounds) that stand in one prompt.
+    def features(self, items: Sequence[ImageLike | Any]) -> list[Features]:
+        """Compute the features of the images (or sounds) of one prompt.
 
         Args:
-            items: pictures (PIL or paths); for audio models waveforms, mono float arrays at the model's sampling rate.
+            items: images (PIL or paths); for audio models waveforms, mono float arrays at the model's sampling rate.
 
         Returns:
-            one `Features` an item, rows on the CPU in the tower's dtype.
+            one `Features` per item, rows on the CPU in the tower's dtype.
 
         Raises:
-            ImageError: a picture that cannot be used, by name.
+            ImageError: an image that cannot be used, by name.
         """
         if not items:
             return []
@@ -117,18 +118,18 @@ class VisionTower:
             for each in found
         ]
 
-    def process(self, items: Sequence[Picture | Any]) -> dict[str, Any]:
-        """What the model's own processor makes of the items: pixel values and what goes with them."""
+    def process(self, items: Sequence[ImageLike | Any]) -> dict[str, Any]:
+        """Run the model's own processor on the items; return pixel values and related inputs."""
         if self.family is None:
             return self.processor.images([open_image(item) for item in items])
         if self.family.modality == "audio":
             return self.processor.audio(items)
-        pictures = [open_image(item) for item in items]
-        return self.processor.images(pictures, nested=self.family.nested, **self.family.reader_options)
+        images = [open_image(item) for item in items]
+        return self.processor.images(images, nested=self.family.nested, **self.family.reader_options)
 
     @torch.no_grad()
     def run(self, processed: dict[str, Any]) -> Any:
-        """Processed inputs through tower and projector."""
+        """Run processed inputs through tower and projector."""
         given = {name: self._moved(value) for name, value in processed.items()}
         return self.family.run(self.network, given) if self.family else run_tower(self.network, "image", given)
 
@@ -138,11 +139,11 @@ class VisionTower:
         return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
     @torch.no_grad()
-    def check_parity(self, items: Sequence[Picture | Any], full: Any = None) -> float:
-        """The largest difference between these features and the full model's, which is 0.0 where all is well.
+    def check_parity(self, items: Sequence[ImageLike | Any], full: Any = None) -> float:
+        """Return the largest difference between these features and the full model's; 0.0 is expected.
 
         Args:
-            full: the full model's network, for one that is open already; else it is loaded, language weights and all.
+            full: the full model's network, if it is already open; else it is loaded, with its language weights.
         """
         if full is None:
             if not Path(self.location).is_dir():
@@ -167,10 +168,10 @@ def load_vision_tower(
     """Load only the vision tower and projector of a model.
 
     Args:
-        model: from `load_model`, a built-in name, a folder, the http(s) address of a folder, or a Hugging Face id, of which only the vision
+        model: from `load_model`, a built-in name, a folder, the http(s) address of a folder, or a Hugging Face id; only the vision
             tensors' bytes are fetched.
-        dtype: to compute in.
-        trust_remote_code: run Python files that come with the model; `ModelError` names them where they are needed.
+        dtype: the dtype to compute in.
+        trust_remote_code: run Python files that come with the model; `ModelError` names them if they are needed.
 
     Raises:
         ValueError: a dtype that towers do not compute in.
@@ -181,7 +182,7 @@ def load_vision_tower(
     location = str(model.path) if isinstance(model, Model) else str(model)
     trusted = trust_remote_code or (isinstance(model, Model) and model.trust_remote_code)
     name = model.name if isinstance(model, Model) else location
-    number_type, place = parse_dtype(dtype, DTYPES, "vision"), parse_device(device, "vision")
+    torch_dtype, torch_device = parse_dtype(dtype, DTYPES, "vision"), parse_device(device, "vision")
     source = open_source(location)
     with tempfile.TemporaryDirectory() as scratch:
         folder = small_files(source, Path(scratch))
@@ -189,8 +190,8 @@ def load_vision_tower(
         weights_start = source.bytes_read
         with PeakMemory() as peak:
             tensors, total, digest = vision_tensors(source)
-            network = build_network(config, folder, tensors, number_type, trusted)
-            network = network.to(place).eval()
+            network = build_network(config, folder, tensors, torch_dtype, trusted)
+            network = network.to(torch_device).eval()
         read = source.bytes_read - weights_start
         size = sum(tensor.nbytes for tensor in tensors.values())
         report = LoadReport(len(tensors), size, read, max(0, total - read), peak.bytes)

@@ -1,25 +1,19 @@
-"""Widgets: controls and what they show. They call engines and plots, and hold no maths of their own."""
+"""Widgets: controls and views for notebooks. They call engines and plots, and compute nothing themselves."""
 
-from .batches import PlanBench
-from .comparison import ComparisonBench
 from .comparison_view import ComparisonView
-from .engine import EngineView
+from .engine_view import EngineView
 from .explorer import Explorer
 from .hidden_state_map import HiddenStateMap
-from .landing import LandingBench
+from .packing_panel import PackingPanel
 from .patch_view import PatchView
-from .pictures import PictureBench
 from .range_editor import RangeEditor
 
 __all__ = [
-    "ComparisonBench",
     "ComparisonView",
     "EngineView",
     "Explorer",
     "HiddenStateMap",
-    "LandingBench",
+    "PackingPanel",
     "PatchView",
-    "PictureBench",
-    "PlanBench",
     "RangeEditor",
 ]

@@ -1,4 +1,4 @@
-"""An engine against the reference, to look at: verdict, error by layer, map, spans, next words."""
+"""A view of an engine's comparison with the reference: verdict, error by layer, map, spans, next tokens."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ..compare import Comparison
+from ..analysis.state_maps import StateMaps
+from ..comparison import Comparison
 from ..models import Model
 from ..plots.errors import comparison_figure, error_by_layer
+from ..plots.html_table import html_table
 from ..plots.png import to_png
 from ..prompt import Prompt
-from ..state_maps import StateMaps
 from ..trace import Trace
-from . import parts
+from . import components
 from .hidden_state_map import HiddenStateMap
 from .view import Composite
 
 
 @dataclass(frozen=True)
-class NextWords:
-    """Likeliest next tokens of several runs, by name: `{"engine": [(token, probability), ...]}`, likeliest first."""
+class NextTokens:
+    """The likeliest next tokens of several runs, by name: `{"engine": [(token, probability), ...]}`, likeliest first."""
 
     runs: dict[str, list[tuple[str, float]]]
 
     @classmethod
-    def of_traces(cls, model: Model, traces: Mapping[str, Trace], count: int = 5) -> NextWords | None:
-        """From the last logits of traces by name; None where one holds none."""
+    def of_traces(cls, model: Model, traces: Mapping[str, Trace], count: int = 5) -> NextTokens | None:
+        """Compute them from the last logits of traces, by name; None if a trace has no logits."""
         if not all("logits" in trace for trace in traces.values()):
             return None
         return cls.of(model, {name: trace["logits"][-1] for name, trace in traces.items()}, count)
 
     @classmethod
-    def of(cls, model: Model, logits: dict[str, torch.Tensor], count: int = 5) -> NextWords:
-        """From each run's logits `[vocab]` after the last token."""
+    def of(cls, model: Model, logits: dict[str, torch.Tensor], count: int = 5) -> NextTokens:
+        """Compute them from each run's logits `[vocab]` after the last token."""
         runs = {}
         for name, row in logits.items():
             best = row.float().softmax(dim=-1).topk(count)
@@ -48,13 +49,13 @@ class NextWords:
 
 
 class ComparisonView(Composite):
-    """`show` takes a comparison; before the first it says that there is none."""
+    """A view of one comparison at a time, set by `show`; "not compared yet" before the first."""
 
     def __init__(self, height: int = 300) -> None:
         self.comparison: Comparison | None = None
         self._tokens: Sequence[str] = ()
         self._prompt: Prompt | None = None
-        self.banner = w.HTML(parts.note("plain", "not compared yet"))
+        self.banner = w.HTML(components.note("plain", "not compared yet"))
         self.chart = w.HTML()
         self.map = HiddenStateMap(metric="error", height=height)
         self.spans, self.words, self.table = w.HTML(), w.HTML(), w.HTML()
@@ -63,15 +64,15 @@ class ComparisonView(Composite):
         self.view.add_class("workbench-verdict")
 
     def show(
-        self, comparison: Comparison, prompt: Prompt, tokens: Sequence[str], words: NextWords | None = None
+        self, comparison: Comparison, prompt: Prompt, tokens: Sequence[str], words: NextTokens | None = None
     ) -> None:
-        """Show a comparison of the prompt's run; `tokens` are its ids as text."""
+        """Show a comparison for `prompt`; `tokens` are its ids as text."""
         chart = base64.b64encode(to_png(error_by_layer(comparison))).decode()
         self.comparison, self._prompt, self._tokens = comparison, prompt, tokens
         self.restate()
-        said = f"error by layer beside the noise floor: {comparison}"
-        self.chart.value = f'<img alt="{escape(said)}" style="max-width:100%" src="data:image/png;base64,{chart}">'
-        shown = [tokens[int(place)] for place in comparison.positions]
+        alt = f"error by layer compared with the noise floor: {comparison}"
+        self.chart.value = f'<img alt="{escape(alt)}" style="max-width:100%" src="data:image/png;base64,{chart}">'
+        shown = [tokens[int(position)] for position in comparison.positions]
         ratios = comparison.ratios.numpy().astype(np.float32)
         columns = comparison.columns(prompt.embedding_ranges)
         self.map.show(StateMaps(shown, comparison.taps, columns, {"error": ratios}))
@@ -92,19 +93,22 @@ class ComparisonView(Composite):
             ]
             for row in comparison.table()
         ]
-        self.table.value = parts.table(
-            ["tap", "largest error", "noise floor", "in noise floors", "least cosine"], rows, "Every tap as a table"
+        self.table.value = html_table(
+            ["tap", "largest error", "noise floor", "in noise floors", "lowest cosine"],
+            rows,
+            "All taps as a table",
+            folded=True,
         )
 
     def restate(self) -> None:
-        """Put the verdict back where `say` stands."""
+        """Show the verdict again after `say` has replaced it."""
         comparison = self._shown()
         kind = "good" if comparison.verdict != "bug" else "bad"
-        self.banner.value = parts.note(kind, f"<b>{escape(str(comparison))}</b>")
+        self.banner.value = components.note(kind, f"<b>{escape(str(comparison))}</b>")
 
     def say(self, kind: str, message: str) -> None:
-        """A line in place of the verdict; what was compared last stays below."""
-        self.banner.value = parts.note(kind, message)
+        """Show a message in place of the verdict; the last comparison stays below it."""
+        self.banner.value = components.note(kind, message)
 
     def figure(self) -> Figure:
         """Verdict, error by layer and the map in noise floors, as a matplotlib figure.
@@ -118,7 +122,7 @@ class ComparisonView(Composite):
 
     def _shown(self) -> Comparison:
         if self.comparison is None:
-            raise RuntimeError("nothing has been compared yet: call show(), or wait for the bench")
+            raise RuntimeError("nothing has been compared yet: call show(), or wait() of the explorer")
         return self.comparison
 
 
@@ -128,23 +132,14 @@ def _span_table(comparison: Comparison) -> str:
         name = "text" if row["span"] is None else f"range {row['span']} ({row['kind']})"
         wrong = row["first_wrong"] or "nowhere"
         rows.append([name, str(row["tokens"]), f"{row['ratio']:.3g} at {row['tap']}, token {row['token']}", str(wrong)])
-    return _plain_table("By span", ["span", "tokens", "worst, in noise floors", "first wrong at"], rows)
+    return html_table(["span", "tokens", "worst error, in noise floors", "first wrong at"], rows, "By span")
 
 
-def _word_table(words: NextWords) -> str:
+def _word_table(words: NextTokens) -> str:
     columns = list(words.runs.values())
     rows = [
         [cell for column in columns for cell in (repr(column[i][0]), f"{column[i][1]:.1%}")]
         for i in range(len(columns[0]))
     ]
     header = [cell for name in words.runs for cell in (name, "")]
-    return _plain_table("Next token", header, rows)
-
-
-def _plain_table(title: str, header: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th style='text-align:left;padding:1px 12px 1px 0'>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td style='padding:1px 12px 1px 0'>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
-    return f"<b>{escape(title)}</b><table style='line-height:1.4'><tr>{head}</tr>{body}</table>"
+    return html_table(header, rows, "Next token")

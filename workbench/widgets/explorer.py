@@ -1,4 +1,4 @@
-"""The whole bench in one cell: prompt, pictures, map, answers, verdict, all linked."""
+"""The explorer: a prompt, its images, hidden-state map, answers and verdict in one notebook cell, all linked."""
 
 from __future__ import annotations
 
@@ -12,136 +12,168 @@ import ipywidgets as w
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..compare import Comparison
-from ..compare.run import check_with_traces, reference
-from ..engines.api import TAPS, Engine
+from ..analysis.state_maps import METRICS, StateMaps, state_maps
+from ..comparison import Comparison
+from ..comparison.check import check_with_traces
+from ..comparison.reference_cache import reference_engine
+from ..engines.base import TAPS, Engine
 from ..engines.numba_engine.engine import NumbaEngine
-from ..engines.numba_engine.warm import WarmRun
+from ..engines.numba_engine.incremental import IncrementalTrace
 from ..errors import ModelError, PromptError
+from ..faults import FAULTS, FaultyEngine, faults_of
 from ..prompt import Prompt
-from ..state_maps import METRICS, StateMaps, state_maps
 from ..trace import Trace
-from . import parts
+from . import components
 from .answers import Answers
-from .bench import Bench
-from .comparison_view import ComparisonView, NextWords
+from .comparison_view import ComparisonView, NextTokens
 from .hidden_state_map import HiddenStateMap
+from .injection_menu import AS_BUILT, InjectionMenu
+from .panel import Panel
 from .patch_view import PatchView
 from .range_editor import RangeEditor
 
-_PAUSE = 0.35  # seconds without a move before answers are asked for
+NO_FAULT = "none"
+_PROMPT_FAULTS = tuple(fault.name for fault in faults_of("prompt") if fault.any_prompt)
+_PAUSE_SECONDS = 0.35  # without a change, before answers are generated
 
 
-class Explorer(Bench):
-    """Drag a range: lint answers at once, then the map, then the engine's and the reference's words, then the verdict.
+class Explorer(Panel):
+    """Linked views of one prompt. After a range is dragged, lint is updated at once, then the map, the engine's and the reference's
+    answers, and the verdict.
 
-    Whatever still runs for the ranges before is stopped. Errors stand in the view.
+    A new change stops the work for earlier ranges. Errors are shown in the view.
 
     Attributes:
-        editor, patches, map, verdict: the views, for code that drives them.
-        view: the widget that holds all of it.
+        editor, patches, map, verdict: the views, for use from code.
+        view: the widget that contains all of them.
 
     Args:
-        engine: whose hidden states are shown.
-        prompt: what the bench begins with.
-        pictures: of the items in order.
-        ask: builds a prompt from another question; None leaves the question out.
-        target: an engine whose view of the prompt lint adds, such as "turbomind==0.18.0".
-        judge: compare with the reference after each move; else only once its box is ticked.
+        engine: the engine whose hidden states are shown.
+        prompt: the initial prompt.
+        images: one image per item, in order; None for an item without an image.
+        ask: builds a prompt from another question; without it there is no question box.
+        target: an engine whose rules lint adds, such as "turbomind==0.18.0".
+        judge: compare with the reference after each change; otherwise only once its box is ticked.
+        inject: what to inject, as in the menu; "as built" means the prompt's own items. word: for "another word" and "mix".
+        fault: a fault to inject into the engine's input, as in the menu.
+        answer_start: the end of the prompt's text, shown before every answer.
+        owns_engine: whether `close` closes the engine.
 
     Raises:
-        ValueError: new_tokens below 1.
+        ValueError: `inject`, `fault` or `target` is unknown, or `new_tokens` is below 1.
     """
 
     def __init__(
         self,
         engine: Engine,
         prompt: Prompt,
-        pictures: Sequence[Image.Image | None] = (),
+        images: Sequence[Image.Image | None] = (),
         *,
         question: str = "",
         ask: Callable[[str], Prompt] | None = None,
         target: str | None = None,
         judge: bool = True,
         new_tokens: int = 12,
+        inject: str = AS_BUILT,
+        word: str = "",
+        fault: str = NO_FAULT,
+        answer_start: str = "",
+        owns_engine: bool = False,
     ) -> None:
+        if fault not in (NO_FAULT, *_PROMPT_FAULTS):
+            raise ValueError(f"fault={fault!r}: choose one of {', '.join((NO_FAULT, *_PROMPT_FAULTS))}")
         if new_tokens < 1:
             raise ValueError(f"new_tokens={new_tokens}: answers need at least 1")
         super().__init__()
         self.engine, self.new_tokens, self._home, self._ask = engine, new_tokens, prompt, ask
-        self.reference = reference(engine.model, str(engine.dtype).removeprefix("torch."), "cpu")
+        self.reference = reference_engine(engine.model, str(engine.dtype).removeprefix("torch."), "cpu")
         self._run: Callable[[Prompt], Trace] = (
-            WarmRun(engine).trace if isinstance(engine, NumbaEngine) else lambda prompt: engine.trace(prompt, TAPS)
+            IncrementalTrace(engine).trace
+            if isinstance(engine, NumbaEngine)
+            else lambda prompt: engine.trace(prompt, TAPS)
         )
         self._plain: Trace | None = None
         self._maps: StateMaps | None = None
-        self._answers = Answers(engine, self.reference)
-        self._mapped = threading.Event()  # the first map is there, or what kept it from coming
-        self._shown = self._judged = ""  # digests of the prompts whose map and verdict stand
-        self._colouring = threading.Lock()  # a hand chooses layers while the worker brings new maps
+        self._answers = Answers(answer_start)
+        self._owns_engine = owns_engine
+        self._mapped = threading.Event()  # set by the first map, or by an error that prevented it
+        self._map_state = self._verdict_state = ""  # `_state()` when the shown map and verdict were computed
+        self._colour_lock = threading.Lock()  # the user may select a layer while the worker sets new maps
         self.map_seconds = math.nan
-        """From a change to its map, the last time."""
+        """Seconds from the start of the last redraw to its map."""
 
         dtype = str(engine.dtype).removeprefix("torch.")
-        self.editor = RangeEditor(prompt, engine.model, target=target, dtype=dtype, height=128)
-        self.patches = PatchView(prompt, pictures, width=236 if len(pictures) < 2 else 180)
+        self.injection = InjectionMenu(engine.model, inject, word)
+        self.fault = w.Dropdown(
+            options=(NO_FAULT, *_PROMPT_FAULTS), value=fault, description="Fault", layout={"width": "230px"}
+        )
+        self.editor = RangeEditor(
+            prompt, engine.model, target=target, dtype=dtype, height=128, items=self.injection.apply
+        )
+        self.patches = PatchView(prompt, images, width=236 if len(images) < 2 else 180)
         self.map = HiddenStateMap(height=330)
         self.verdict = ComparisonView()
-        self.question = parts.text("Question", question, "520px")
-        self.back = w.Button(description="Ranges back", tooltip="to where they were built", icon="undo")
+        self.question = components.text("Question", question, "520px")
+        self.back = w.Button(description="Reset ranges", tooltip="back to where they were built", icon="undo")
         self.judge = w.Checkbox(
-            value=judge, description="judge after each move", indent=False, layout={"width": "180px"}
+            value=judge, description="compare automatically", indent=False, layout={"width": "180px"}
         )
         self.words = w.HTML()
         controls: list[w.Widget] = [self.question] if ask else []
+        row = {"flex_flow": "row wrap", "align_items": "center"}
         side = w.Box([self.patches], layout={"flex": "0 0 auto", "max_width": "250px", "overflow": "auto"})
         middle = w.Box([self.map], layout={"flex": "1 1 560px", "min_width": "420px"})
         middle.children[0].layout.width = "100%"
-        folded = w.Accordion([self.verdict.view], titles=("Against the reference",), selected_index=0)
+        folded = w.Accordion([self.verdict.view], titles=("Comparison with the reference",), selected_index=0)
         self.view = w.VBox(
             [
-                w.HBox([*controls, self.back, self.judge, self.progress, self.doing],
-                       layout={"flex_flow": "row wrap", "align_items": "center"}),
+                w.HBox([*controls, self.back, self.judge, self.progress, self.doing], layout=row),
+                w.HBox([*self.injection.controls, self.fault], layout=row),
                 self.editor,
-                w.HBox([side, middle] if pictures else [middle], layout={"flex_flow": "row wrap", "grid_gap": "14px"}),
+                w.HBox([side, middle] if images else [middle], layout={"flex_flow": "row wrap", "grid_gap": "14px"}),
                 self.status, self.words, folded,
             ],
-            layout={"max_width": parts.WIDTH},
+            layout={"max_width": components.WIDTH},
         )  # fmt: skip
         self.view.add_class("workbench-explorer")
         for left, right in ((self.editor, self.map), (self.map, self.patches), (self.patches, self.editor)):
             w.jslink((left, "hovered"), (right, "hovered"))
         self.editor.observe(self._changed, "embedding_ranges")
-        self.question.observe(self._asked, "value")
+        self.question.observe(self._question_changed, "value")
         self.judge.observe(self._changed, "value")
+        self.fault.observe(self._changed, "value")
+        self.injection.observe(self._injection_changed)
         self.back.on_click(lambda button: self._go_home())
-        self.map.observe(self._coloured, ["row", "metric", "scale"])
+        self.map.observe(self._map_changed, ["row", "metric", "scale"])
         self._changed()
 
     @property
     def prompt(self) -> Prompt:
-        """The prompt as the editor has it."""
+        """The prompt with the current ranges and injected rows."""
         return self.editor.prompt
 
     @property
     def comparison(self) -> Comparison | None:
-        """The comparison at these ranges, or None where there is none yet."""
-        return self.verdict.comparison if self._judged == self.prompt.digest else None
+        """The comparison for the current prompt and fault, or None if there is none yet."""
+        return self.verdict.comparison if self._verdict_state == self._state() else None
 
     def answer(self, which: str = "engine") -> str:
-        """What the engine, or the "reference", says to the prompt as it stands.
+        """The answer of the engine, or of the "reference", to the current prompt.
 
         Raises:
-            RuntimeError: it has not said it yet.
+            RuntimeError: there is no answer yet.
         """
-        said = self._answers.get(which, self.prompt, self.new_tokens)
-        if said is None:
+        name = next(iter(self._engines())) if which == "engine" else which
+        text = self._answers.get(name, self.prompt, self.new_tokens)
+        if text is None:
             raise RuntimeError(f"there is no answer of {which!r} to these ranges yet: call wait(), or look at the view")
-        return said
+        return text
 
     def close(self) -> None:
-        """Stop what runs and take the views down. An open bench keeps its engine's weights in memory."""
+        """Stop running work, remove the views, and close the engine if the explorer owns it."""
         self._jobs.close()
+        if self._owns_engine:
+            self.engine.close()
         for widget in (self.editor, self.patches, self.map, self.verdict.map, self.verdict.view, self.view):
             widget.close()
 
@@ -150,14 +182,41 @@ class Explorer(Bench):
         self.wait()
         return self.map.figure()
 
-    def still(self) -> Figure | None:
-        self._mapped.wait(60.0)  # the map alone: answers and verdict come seconds later
+    def snapshot(self) -> Figure | None:
+        self._mapped.wait(60.0)  # for the map only: answers and verdict take seconds longer
         return self.map.figure()
+
+    @property
+    def faulty_engine(self) -> Engine:
+        """The engine with the selected fault, if any."""
+        change = self._change()
+        return self.engine if change is None else FaultyEngine(self.engine, change)
+
+    def _change(self) -> Callable[[Prompt], Prompt] | None:
+        return None if self.fault.value == NO_FAULT else FAULTS[self.fault.value].change
+
+    def _engines(self) -> dict[str, Engine]:
+        name = "engine" if self.fault.value == NO_FAULT else f"engine with {self.fault.value}"
+        return {name: self.faulty_engine, "reference": self.reference}
+
+    def _state(self) -> str:
+        """Digest of what is shown: the prompt and the fault."""
+        return f"{self.prompt.digest} {self.fault.value}"
+
+    def _state_or_empty(self) -> str:
+        try:
+            return self._state()
+        except PromptError:  # for example, the word to inject has no tokens
+            return ""
+
+    def _injection_changed(self, change: object = None) -> None:
+        self.editor.refresh()
+        self._changed()
 
     def _go_home(self) -> None:
         self.editor.prompt = self._home
 
-    def _asked(self, change: object = None) -> None:
+    def _question_changed(self, change: object = None) -> None:
         if self._ask is None:
             return
         try:
@@ -166,89 +225,92 @@ class Explorer(Bench):
             self._show_error(error)
             return
         self.editor.prompt = self._home
-        self._changed()  # the ranges may be where they were
+        self._changed()  # needed if the ranges are unchanged, so that the editor reports no change
 
     def _draw(self) -> Iterator[None]:
         began = time.perf_counter()
-        prompt, home = self.prompt, self._home
-        if self._judged == prompt.digest:
+        prompt, home, state = self.prompt, self.injection.apply(self._home), self._state()
+        if self._verdict_state == state:
             self.verdict.restate()
-        elif self._judged:
-            self.verdict.say("plain", "not compared at these ranges yet; below is what was compared last")
+        elif self._verdict_state:
+            self.verdict.say("plain", "not compared at these ranges yet; the last comparison is shown below")
         self.patches.show(prompt)
         self.map.spans = [list(pair) for pair in prompt.embedding_ranges]
-        bare = prompt.bare
+        bare = prompt.without_embeddings
         if self._plain is None or self._plain.provenance["prompt"] != bare.digest:
             self._plain = self.engine.trace(bare, TAPS[:-1])
         yield
-        injected = self._run(prompt)
+        change = self._change()
+        self.faulty_engine.check(prompt)
+        injected = self._run(prompt if change is None else change(prompt))
         self._maps = maps = state_maps(self.engine, injected, self._plain, prompt)
         self.map.show(maps, {"lens": METRICS["lens"].title, "error": METRICS["error"].title})
         self._colour()
-        self._shown = prompt.digest
+        self._map_state = state
         self.status.value = self._describe(maps, home)
         self.map_seconds = time.perf_counter() - began
         self._mapped.set()
         yield
         if self.map.metric == "lens":
             yield from self._add_lens(maps)
-        self._jobs.pause(_PAUSE)  # a hand that drags wants the next map, not this one's answer
+        self._jobs.pause(_PAUSE_SECONDS)  # during a drag, the next map matters more than this one's answers
         yield
-        yield from self._say(prompt, home)
+        yield from self._stream_answers(prompt, home)
         if self.judge.value:
-            yield from self._judge(prompt, maps)
+            yield from self._compare(prompt, maps, state)
 
     def _describe(self, maps: StateMaps, home: Prompt) -> str:
         change = maps.values["change"]
         if not maps.ranges:
-            return parts.note(
-                "plain", "No range: the prompt is its tokens. Add one, and it needs an item of as many rows."
+            return components.note(
+                "plain", "No range: the prompt has only tokens. A range that you add needs an item with as many rows."
             )
         moved = [a for (a, b), (c, d) in zip(maps.ranges, home.embedding_ranges, strict=False) if (a, b) != (c, d)]
-        place = "where they were built" if not moved else "moved"
-        said = f"Ranges {place}: {', '.join(f'[{a}, {b})' for a, b in maps.ranges)}."
+        status = "unchanged" if not moved else "moved"
+        text = f"Ranges {status}: {', '.join(f'[{a}, {b})' for a, b in maps.ranges)}."
         if not change.any():
-            return parts.note("good", f"{said} Every state is the same as without embeddings, bit for bit.")
+            return components.note("good", f"{text} Every state is the same as without embeddings, bit for bit.")
         first, last = int(change.any(axis=0).argmax()), int((change[-1] > 0).sum())
-        return parts.note(
+        return components.note(
             "plain",
-            f"{said} The first token whose states change is {first}; at the last layer {last} of {len(maps.tokens)} do.",
+            f"{text} The first token whose states change is {first}; at the last layer {last} of {len(maps.tokens)} tokens do.",
         )
 
-    def _say(self, prompt: Prompt, home: Prompt) -> Iterator[None]:
-        """Stream the answers; known ones are shown at once."""
-        for doing, share in self._answers.stream(prompt, home, self.new_tokens):
-            self.words.value = self._answers.html(prompt, home, self.new_tokens)
-            self._told(doing, share)
+    def _stream_answers(self, prompt: Prompt, home: Prompt) -> Iterator[None]:
+        """Stream the answers; cached ones are shown at once."""
+        engines = self._engines()
+        for doing, share in self._answers.stream(engines, prompt, home, self.new_tokens):
+            self.words.value = self._answers.html(engines, prompt, home, self.new_tokens)
+            self._show_progress(doing, share)
             yield
-        self._quiet()
-        self.words.value = self._answers.html(prompt, home, self.new_tokens)
+        self._hide_progress()
+        self.words.value = self._answers.html(engines, prompt, home, self.new_tokens)
 
-    def _judge(self, prompt: Prompt, maps: StateMaps) -> Iterator[None]:
-        """The verdict on the engine at these ranges; the reference runs in float64 and four times in the dtype."""
+    def _compare(self, prompt: Prompt, maps: StateMaps, state: str) -> Iterator[None]:
+        """Compare the engine with the reference, which runs in float64 and four times in the engine's dtype."""
         self.verdict.say("plain", "comparing with Transformers …")
-        comparison, truth, run = check_with_traces(self.engine, prompt, progress=self._progress("reference"))
+        comparison, expected, run = check_with_traces(self.faulty_engine, prompt, progress=self._progress("reference"))
         yield
-        names = {"Transformers, float64": truth, f"{self.engine.capabilities.name}, {comparison.dtype}": run}
-        self.verdict.show(comparison, prompt, maps.tokens, NextWords.of_traces(self.engine.model, names))
-        self._judged = prompt.digest
+        names = {"Transformers, float64": expected, f"{self.engine.capabilities.name}, {comparison.dtype}": run}
+        self.verdict.show(comparison, prompt, maps.tokens, NextTokens.of_traces(self.engine.model, names))
+        self._verdict_state = state
         maps.add_error(comparison)
         if self.map.metric == "error":
             self.map.refresh()
             self._colour()
-        self._quiet()
+        self._hide_progress()
 
     def _add_lens(self, maps: StateMaps) -> Iterator[None]:
         if "lens" not in maps.values:
-            self.map.message = "reading every state through the head …"
+            self.map.message = "applying the logit lens to every state …"
             maps.add_lens(self.engine, self._progress("logit lens"))
             yield
-        self._quiet()
+        self._hide_progress()
         self.map.refresh()
         self._colour()
 
-    def _coloured(self, change: Any) -> None:
-        """Another layer or metric was chosen; what is missing is computed."""
+    def _map_changed(self, change: Any) -> None:
+        """Colour the patches after another layer, metric or scale was selected; compute a missing logit lens."""
         maps = self._maps
         if (
             maps is not None
@@ -260,12 +322,14 @@ class Explorer(Bench):
                 self._changed()
             else:
                 self.map.message = (
-                    "comes with the verdict" if self.judge.value else "comes with the verdict: tick its box"
+                    "computed with the verdict"
+                    if self.judge.value
+                    else "computed with the verdict: tick 'compare automatically'"
                 )
         self._colour()
 
     def _colour(self) -> None:
-        with self._colouring:
+        with self._colour_lock:
             maps, metric, row = self._maps, self.map.metric, self.map.row
             if maps is None:
                 return
@@ -278,11 +342,11 @@ class Explorer(Bench):
 
     def _show_error(self, error: Exception) -> None:
         super()._show_error(error)
-        if self._shown != self.prompt.digest:  # what stands is of other ranges
-            self.map.clear("the ranges as they are do not run: see the message below")
+        if self._map_state != self._state_or_empty():  # what is shown belongs to other ranges
+            self.map.clear("these ranges do not run: see the message below")
             self.patches.clear()
             self.words.value = ""
-            if self._judged:
-                self.verdict.say("plain", "the ranges as they are do not run; below is what was compared last")
-            self._shown = ""
+            if self._verdict_state:
+                self.verdict.say("plain", "these ranges do not run; the last comparison is shown below")
+            self._map_state = ""
         self._mapped.set()

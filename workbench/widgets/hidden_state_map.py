@@ -1,4 +1,4 @@
-"""The map of hidden states in the browser: layers by tokens, by any metric, linked with the other views."""
+"""The map of hidden states in the browser: layers by tokens, coloured by any metric, linked with the other views."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import numpy as np
 import traitlets
 from matplotlib.figure import Figure
 
-from ..plots.maps import hidden_state_map
-from ..state_maps import METRICS, StateMaps
+from ..analysis.state_maps import METRICS, StateMaps
+from ..plots.heat_map import hidden_state_map
 from .view import View, palette, source
 
 _BARS = 48
 
 
 class HiddenStateMap(View):
-    """Point at a cell to read it, click it (or Enter) to open its state; `metric` says what colours mean.
+    """A map of hidden states: pointing at a cell shows its number, clicking it (or Enter) opens its state.
 
     Args:
-        maps: from `workbench.state_maps.state_maps`; `show` takes others later.
-        metric: one that `maps.values` holds.
+        maps: from `workbench.analysis.state_maps.state_maps`; `show` replaces them later.
+        metric: the metric that the colours show, a key of `maps.values`.
         height: in pixels.
 
-    Traits to link: `hovered`, the token under the pointer or -1; `row`, the tap whose numbers other views colour by; `chosen`,
-    `[row, token]` of the opened cell or empty.
+    Traits to link: `hovered`, the token under the pointer, or -1; `row`, the index of the tap whose numbers colour the other views;
+    `chosen`, `[row, token]` of the opened cell, or empty.
     """
 
     _esm = source("shared.js", "hidden_state_map.js")
@@ -53,16 +53,16 @@ class HiddenStateMap(View):
             raise ValueError(f"metric={metric!r}: choose one of {', '.join(METRICS)}")
         self.maps = maps
         super().__init__(metric=metric, height=height)
-        self._take_metric()
-        self.observe(lambda change: self._chose_metric(), "metric")
+        self._set_colour_scale()
+        self.observe(lambda change: self._apply_metric(), "metric")
         self.observe(lambda change: self._open(), "chosen")
         if maps is not None:
             self.show(maps)
 
     def show(self, maps: StateMaps, wanted: dict[str, str] | None = None) -> None:
-        """Show other maps; the metric stays where they hold it.
+        """Show other maps; the metric is kept if it is in them or in `wanted`.
 
-        `wanted`: metrics to offer that are not there yet, by name and title; whoever observes `metric` makes them.
+        `wanted`: more metrics to offer, `{name: title}`, that are not computed yet; an observer of `metric` must compute them.
         """
         self.maps = maps
         if self.metric not in maps.values and self.metric not in (wanted or {}):
@@ -79,7 +79,7 @@ class HiddenStateMap(View):
             self._open()
 
     def refresh(self) -> None:
-        """Send the numbers of the metric; where the maps do not hold it there are none, and `message` says so."""
+        """Send the metric's numbers to the browser; if the maps do not contain it, clear them and explain in `message`."""
         if self.maps is None or self.metric not in self.maps.values:
             self.clear(f"no numbers for {METRICS[self.metric].title} yet" if self.metric in METRICS else self.message)
             return
@@ -90,12 +90,12 @@ class HiddenStateMap(View):
             self.message = ""
 
     def clear(self, message: str) -> None:
-        """Show no numbers, and why."""
+        """Remove the numbers and show `message` instead."""
         with self.hold_sync():
             self.values, self.words, self.detail, self.message = b"", [], {}, message
 
     def row_values(self) -> np.ndarray:
-        """The metric's numbers at `row`, float32 `[tokens]`; empty where there are none."""
+        """The metric's numbers at `row`, float32 `[tokens]`; empty if there are none."""
         if self.maps is None or self.metric not in self.maps.values or not 0 <= self.row < len(self.maps.taps):
             return np.zeros(0, np.float32)
         return self.maps.values[self.metric][self.row]
@@ -108,14 +108,14 @@ class HiddenStateMap(View):
             maps.values[self.metric], maps.taps, maps.tokens, maps.ranges, self.metric, maps.bounds(self.metric)
         )
 
-    def _chose_metric(self) -> None:
-        if self.metric not in METRICS:  # a hand-written value
+    def _apply_metric(self) -> None:
+        if self.metric not in METRICS:  # set from code: the menu offers known metrics only
             self.clear(f"no metric {self.metric!r}: choose one of {', '.join(METRICS)}")
             return
-        self._take_metric()
+        self._set_colour_scale()
         self.refresh()
 
-    def _take_metric(self) -> None:
+    def _set_colour_scale(self) -> None:
         kind = METRICS[self.metric]
         with self.hold_sync():
             self.scale, self.palette, self.unit = kind.scale, palette(kind.palette), kind.unit
@@ -132,11 +132,11 @@ class HiddenStateMap(View):
         state = maps.row_states(row)[token].double().numpy()
         finite = state[np.isfinite(state)]
         ends = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
-        margin = 1e-9 + 1e-6 * max(map(abs, ends))  # equal numbers need bars of some width, too
+        margin = 1e-9 + 1e-6 * max(map(abs, ends))  # bars need a width above 0 even if all numbers are equal
         counts, edges = np.histogram(finite, bins=_BARS, range=(ends[0] - margin, ends[1] + margin))
         lines: list[list[str]] = [["nearest at this layer", "token", "cosine"]]
-        for place, near in maps.neighbours(row, token):
-            lines.append([repr(maps.tokens[place]), str(place), f"{near:.4f}"])
+        for position, similarity in maps.neighbours(row, token):
+            lines.append([repr(maps.tokens[position]), str(position), f"{similarity:.4f}"])
         if maps.words:
             lines.append(["reads as", repr(maps.words[row][token]), f"{maps.values['lens'][row, token]:.1%}"])
         self.detail = {

@@ -1,8 +1,9 @@
-"""The range editor: a prompt as a strip of tokens, its ranges dragged over them, lint as you drag."""
+"""The range editor: a prompt as a strip of tokens with draggable ranges, and lint findings after each change."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import traitlets
@@ -15,22 +16,23 @@ from ..plots.tokens import token_strip
 from ..prompt import Prompt
 from .view import View, source
 
-_MOST_FINDINGS = 20
-_MOST_DRAWN = 600  # tokens in the stored picture; one of thousands would take megabytes
+_MAX_FINDINGS = 20
+_MAX_DRAWN = 600  # tokens in the stored image; with thousands of tokens it would take megabytes
 
 
 class RangeEditor(View):
-    """Drag, resize, add and remove ranges; `editor.prompt` and `editor.embedding_ranges` follow the hand, and the other way round.
+    """Drag, resize, add and remove ranges; `editor.prompt` and `editor.embedding_ranges` follow, and setting them updates the view.
 
     Mouse and touch: drag a range to move it, its ends to resize it. Keyboard: Tab to a range or an end, arrow keys move it (with
     Shift, or Page Up and Down, by ten), Delete removes it, Ctrl+Z and Ctrl+Y undo and redo.
 
     Args:
-        prompt: may be wrong; findings say how.
-        model: for the tokens' words and for lint.
-        target: an engine whose view of the prompt lint adds, such as "turbomind==0.18.0".
-        dtype: what the engine computes in, for lint.
-        height: of the strip at most, in pixels; a longer prompt scrolls.
+        prompt: may be invalid; `findings` lists the problems.
+        model: for the tokens' texts and for lint.
+        target: an engine whose rules lint adds, such as "turbomind==0.18.0".
+        dtype: the engine's dtype, for lint.
+        height: maximum height of the strip, in pixels; a longer prompt scrolls.
+        items: called with a prompt whose ranges have changed, returns it with its new items; None keeps the items.
     """
 
     _esm = source("shared.js", "token_lines.js", "range_editor.js")
@@ -45,10 +47,17 @@ class RangeEditor(View):
     height = traitlets.Int(280).tag(sync=True)
 
     def __init__(
-        self, prompt: Prompt, model: Model, target: str | None = None, dtype: str | None = None, height: int = 280
+        self,
+        prompt: Prompt,
+        model: Model,
+        target: str | None = None,
+        dtype: str | None = None,
+        height: int = 280,
+        items: Callable[[Prompt], Prompt] | None = None,
     ) -> None:
-        lint(prompt, None, target, dtype=dtype)  # an unknown target or dtype is an error here, not at the first drag
+        lint(prompt, None, target, dtype=dtype)  # raises for an unknown target or dtype now, not at the first drag
         self._prompt, self.model, self.target, self.dtype = prompt, model, target, dtype
+        self._items = items
         super().__init__(
             tokens=model.tokens(prompt.input_ids),
             special=_special(prompt, model),
@@ -61,10 +70,11 @@ class RangeEditor(View):
 
     @property
     def prompt(self) -> Prompt:
-        """The prompt with the ranges as they are now; spans stay with their items as long as there are as many ranges."""
+        """The prompt with the current ranges; it keeps its spans as long as there is one range per span."""
         ranges = [(start, stop) for start, stop in self.embedding_ranges]
         spans = self._prompt.spans if len(ranges) == len(self._prompt.spans) else ()
-        return self._prompt.replace(embedding_ranges=ranges, spans=spans)
+        moved = self._prompt.replace(embedding_ranges=ranges, spans=spans)
+        return moved if self._items is None else self._items(moved)
 
     @prompt.setter
     def prompt(self, prompt: Prompt) -> None:
@@ -80,19 +90,23 @@ class RangeEditor(View):
         """The strip as a matplotlib figure, for papers and saved pages."""
         return token_strip(self.tokens, self.prompt.embedding_ranges)
 
-    def still(self) -> Figure:
-        return token_strip(self.tokens[:_MOST_DRAWN], self.prompt.embedding_ranges)
+    def snapshot(self) -> Figure:
+        return token_strip(self.tokens[:_MAX_DRAWN], self.prompt.embedding_ranges)
+
+    def refresh(self) -> None:
+        """Lint again; call it when `items` would return other rows."""
+        self._lint()
 
     def _lint(self) -> None:
         try:
             found = lint(self.prompt, self.model, self.target, dtype=self.dtype)
-        except Exception as error:  # a view that says nothing would look like a sound prompt
+        except Exception as error:  # an empty list of findings would look like a valid prompt
             self.findings = [_finding("lint-failed", "error", f"lint failed: {type(error).__name__}: {error}")]
             return
         found.sort(key=lambda each: ("error", "warning", "info").index(each.severity))
-        self.findings = [dataclasses.asdict(each) for each in found[:_MOST_FINDINGS]]
-        if len(found) > _MOST_FINDINGS:
-            self.findings = [*self.findings, _finding("more", "info", f"and {len(found) - _MOST_FINDINGS} more")]
+        self.findings = [dataclasses.asdict(each) for each in found[:_MAX_FINDINGS]]
+        if len(found) > _MAX_FINDINGS:
+            self.findings = [*self.findings, _finding("more", "info", f"and {len(found) - _MAX_FINDINGS} more")]
 
 
 def _finding(code: str, severity: str, message: str) -> dict[str, Any]:

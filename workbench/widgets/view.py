@@ -1,4 +1,4 @@
-"""What every view drawn in the browser has: its files, a picture for where no browser runs, colours as bytes."""
+"""Base classes of the views: their static files, an image for readers without a browser, palettes as bytes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from matplotlib.figure import Figure
 
 from ..plots.png import to_png
 
-_HERE = Path(__file__).parent
+_STATIC = Path(__file__).parent / "static"
 
 
 def source(*names: str) -> str:
-    """JavaScript files of this folder, one after the other: a view's module without a build step."""
-    return "\n".join((_HERE / name).read_text(encoding="utf-8") for name in names)
+    """The named files of `static/`, concatenated: a view's JavaScript module or style sheet without a build step."""
+    return "\n".join((_STATIC / name).read_text(encoding="utf-8") for name in names)
 
 
 @cache
 def palette(name: str) -> bytes:
-    """256 colours of a matplotlib palette, red, green, blue."""
+    """256 colours of a matplotlib colormap, as RGB bytes."""
     colours = colormaps[name](np.linspace(0.0, 1.0, 256))[:, :3]
     return (colours * 255).round().astype(np.uint8).tobytes()
 
 
 class View(anywidget.AnyWidget):
-    """A view in the browser, with a picture beside it for readers without one: saved pages, papers, tests."""
+    """A view in the browser that also has a static image, for saved pages, papers and tests."""
 
     def figure(self) -> Figure:
         """What the view shows now, as a matplotlib figure."""
@@ -44,15 +44,15 @@ class View(anywidget.AnyWidget):
         if bundle is None:
             return None
         data, metadata = bundle
-        return _with_picture(data, self.still), metadata
+        return _with_png(data, self.snapshot), metadata
 
-    def still(self) -> Figure | None:
-        """The picture that is stored beside the view in a notebook: `figure`, or a part of it where that would be large."""
+    def snapshot(self) -> Figure | None:
+        """The figure that a notebook stores with the view: `figure`, or a part of it if that would be large."""
         return self.figure()
 
 
 class Composite:
-    """Widgets laid out as one, `view`. Display the object itself: a notebook then holds its picture beside the widgets."""
+    """Several widgets laid out as one, `view`. Display the object itself, so that the notebook also stores a static image."""
 
     view: w.Box
 
@@ -64,8 +64,8 @@ class Composite:
         """
         raise NotImplementedError
 
-    def still(self) -> Figure | None:
-        """The picture that is stored beside the widgets, or None where there is none."""
+    def snapshot(self) -> Figure | None:
+        """The figure that a notebook stores with the widgets, or None if there is none."""
         try:
             return self.figure()
         except RuntimeError:
@@ -74,14 +74,14 @@ class Composite:
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         bundle = self.view._repr_mimebundle_(**kwargs)
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
-        return _with_picture(data, self.still), metadata
+        return _with_png(data, self.snapshot), metadata
 
 
-def _with_picture(data: dict[str, Any], still: Callable[[], Figure | None]) -> dict[str, Any]:
-    """A mime bundle that holds the figure too: shown where the widget cannot be."""
+def _with_png(data: dict[str, Any], snapshot: Callable[[], Figure | None]) -> dict[str, Any]:
+    """Add the figure to a mime bundle, for readers that cannot show the widget."""
     try:
-        figure = still()
+        figure = snapshot()
         return data if figure is None else {**data, "image/png": base64.b64encode(to_png(figure)).decode()}
-    except Exception as error:  # the widgets must not be kept from being shown
-        warnings.warn(f"no picture is stored beside this view: {type(error).__name__}: {error}", stacklevel=2)
+    except Exception as error:  # the widgets must be shown even if the figure fails
+        warnings.warn(f"no image is stored with this view: {type(error).__name__}: {error}", stacklevel=2)
         return data

@@ -1,17 +1,17 @@
-"""Attention on the CPU over pages of keys and values that lie as the kernel reads them.
+"""Attention on the CPU over pages of keys and values in the kernel's own layout.
 
     a page    keys   [kv_heads, panels, head_dim, COLUMNS]        COLUMNS keys side by side, transposed
               values [kv_heads, head_panels, page_size, COLUMNS]  COLUMNS channels side by side
     a task    the queries of one KV head's group of heads, up to QUERIES rows; for each block of KEYS keys:
-              S = Q K^T (panels no row of the group can see are skipped) -> mask by low/reach -> exp2 -> O += P V
+              S = Q K^T (panels that no row of the group sees are skipped) -> mask by key_start/key_stop -> exp2 -> O += P V
 
-A token is written into its page once and serves every later step, so a chunk of a prefill and a decode step pack nothing anew. A
-row's interval `[low, reach]` alone decides what is skipped: bidirectional spans cost what their visible keys cost, no dense mask
-exists. The online softmax follows Milakov and Gimelshein 2018 (arXiv:1805.02867) as FlashAttention-2 arranges it.
+A token is written into its page once and read by every later step, so prefill chunks and decode steps never repack earlier keys. A
+row's interval `[key_start, key_stop)` alone decides what is skipped: bidirectional spans cost as much as their visible keys, and
+there is no dense mask. The online softmax follows Milakov and Gimelshein 2018 (arXiv:1805.02867) in FlashAttention-2's form.
 
-**A row's result does not depend on the rows beside it.** Blocks of keys begin at multiples of KEYS, sums run over the keys in one
-order, and hidden keys add exact zeros. So a token comes out bit for bit the same in a prefill, in any chunk of one, in a decode
-step and in any batch. Hence no fast-math here: two compilations of this function must agree.
+**A row's result does not depend on the other rows.** Blocks of keys begin at multiples of KEYS, sums run over the keys in one
+order, and masked keys add exact zeros. So a token's result is bit-identical in a prefill, in any chunk of one, in a decode step
+and in any batch. Fast-math is off for this reason: two compilations of this function must agree.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from .vector import COLUMNS, DIGEST, ROWS, block_product, block_product_add, row_exp2, row_maximum
+from .simd import COLUMNS, DIGEST, ROWS, block_product, block_product_add, row_exp2, row_maximum
 
-# Numba keys its disk cache by this file alone, while compiled code also holds what vector.py emits. Naming vector.py's
-# digest here makes a change there a change here; until it is named anew nothing is cached. A test keeps the two together.
-VECTOR_DIGEST = "27fe444c83be8d66"
-CACHE = DIGEST == VECTOR_DIGEST
+# Numba keys its disk cache by this file alone, but the compiled code also contains what simd.py emits. Writing simd.py's
+# digest here makes a change there a change here; until it is updated nothing is cached. A test checks that it is current.
+SIMD_DIGEST = "c09bf949f3808fdc"
+CACHE = DIGEST == SIMD_DIGEST
 
 QUERIES = 128
 KEYS = 256
-_HIDDEN = np.float32(-1e30)  # a score that exp2 turns into 0 without the NaN of inf - inf
+_MASKED = np.float32(-1e30)  # a score that exp2 turns into 0 without the NaN of inf - inf
 _LOG2E = np.float32(math.log2(math.e))
 
 
 def _write(keys, values, slots, k, v):
-    """Put `k`, `v` [tokens, kv_heads, head_dim] into pages; `slots` [tokens] is page * page_size + place in the page."""
+    """Write `k`, `v` [tokens, kv_heads, head_dim] into pages; `slots` [tokens] is page * page_size + offset in the page."""
     page_size = values.shape[3]
     heads, head_dim = k.shape[1], k.shape[2]
     for task in prange(len(slots) * heads):
         token, head = task // heads, task % heads
-        page, place = slots[token] // page_size, slots[token] % page_size
+        page, offset = slots[token] // page_size, slots[token] % page_size
         for channel in range(head_dim):
-            keys[page, head, place // COLUMNS, channel, place % COLUMNS] = k[token, head, channel]
+            keys[page, head, offset // COLUMNS, channel, offset % COLUMNS] = k[token, head, channel]
         for panel in range(values.shape[2]):
             for channel in range(min(COLUMNS, head_dim - panel * COLUMNS)):
-                values[page, head, panel, place, channel] = v[token, head, panel * COLUMNS + channel]
+                values[page, head, panel, offset, channel] = v[token, head, panel * COLUMNS + channel]
 
 
 @njit(inline="always")
 def _cap(row, softcap, unit):
-    """Scores in natural units -> softcapped scores times log2(e), in place."""
+    """Replace scores in natural units by softcapped scores times log2(e), in place."""
     for j in range(len(row)):
         row[j] = np.float32(math.tanh(row[j] / softcap)) * (softcap * unit)
 
 
 @njit(cache=CACHE)
 def _aligned(rows, columns):
-    """Memory [rows, columns] that starts on a cache line."""
+    """Return uninitialised memory [rows, columns] that starts on a cache line."""
     flat = np.empty(rows * columns + 16, np.float32)
     start = np.int64(-flat.ctypes.data % 64) // 4
     return flat[start : start + rows * columns].reshape(rows, columns)
@@ -65,18 +65,18 @@ def _aligned(rows, columns):
 
 @njit(inline="always")
 def _mask(row, begin, end):
-    """Hide the columns outside [begin, end)."""
+    """Mask the columns outside [begin, end)."""
     for j in range(min(max(begin, 0), len(row))):
-        row[j] = _HIDDEN
+        row[j] = _MASKED
     for j in range(max(end, 0), len(row)):
-        row[j] = _HIDDEN
+        row[j] = _MASKED
 
 
 @njit(cache=CACHE)
-def _soften(row, begin, end, largest):
+def _softmax_step(row, begin, end, largest):
     """Mask a row of base-2 scores to columns [begin, end), replace it by exp2(score - max); return (max, sum).
 
-    `row` is contiguous and a multiple of COLUMNS long; `largest` is the maximum of the blocks before.
+    `row` is contiguous and a multiple of COLUMNS long; `largest` is the maximum of the previous blocks.
     """
     if max(begin, 0) >= min(end, len(row)):
         row[:] = np.float32(0.0)
@@ -86,10 +86,10 @@ def _soften(row, begin, end, largest):
     return largest, row_exp2(row.ctypes.data, len(row), largest)
 
 
-def _attend(q, keys, values, out, low, reach, lengths_k, block_table, tasks, scale, softcap):
+def _attend(q, keys, values, out, key_start, key_stop, seq_lens, block_table, tasks, scale, softcap):
     """Attention of `q` [queries, q_heads, head_dim] into `out`, all float32.
 
-    `keys`, `values`: pages of one layer. `lengths_k` [sequences]: keys of each; `block_table` [sequences, pages]: where they lie.
+    `keys`, `values`: pages of one layer. `seq_lens` [sequences]: number of keys; `block_table` [sequences, pages].
     `tasks` int32 [n, 4]: sequence, KV head, first and end query. A task's rows are its queries times the heads of its group.
     """
     head_dim = q.shape[2]
@@ -101,7 +101,7 @@ def _attend(q, keys, values, out, low, reach, lengths_k, block_table, tasks, sca
     unit = scale * _LOG2E if softcap <= 0.0 else scale
     for task in prange(len(tasks)):
         sequence, kv_head, first, end = tasks[task, 0], tasks[task, 1], tasks[task, 2], tasks[task, 3]
-        length = np.int64(lengths_k[sequence])
+        length = np.int64(seq_lens[sequence])
         count = np.int64(end - first) * group
         groups = -(-count // ROWS)
         rows = _aligned(groups * ROWS, head_dim)
@@ -109,31 +109,31 @@ def _attend(q, keys, values, out, low, reach, lengths_k, block_table, tasks, sca
         scores = _aligned(groups * ROWS, KEYS)
         rows[count:] = np.float32(0.0)
         sums[:] = np.float32(0.0)
-        largest = np.full(groups * ROWS, _HIDDEN, np.float32)
+        largest = np.full(groups * ROWS, _MASKED, np.float32)
         total = np.zeros(groups * ROWS, np.float32)
-        row_low = np.full(groups * ROWS, np.int64(1) << 40, np.int64)
-        row_end = np.zeros(groups * ROWS, np.int64)
+        row_start = np.full(groups * ROWS, np.int64(1) << 40, np.int64)
+        row_stop = np.zeros(groups * ROWS, np.int64)
         group_first = np.empty(groups, np.int64)  # columns of the key block that a group of ROWS rows can see
         group_last = np.empty(groups, np.int64)
-        block_low, block_end = length, np.int64(0)
+        block_start, block_stop = length, np.int64(0)
         for i in range(count):
             query, head = first + i // group, kv_head * group + i % group
             for channel in range(head_dim):
                 rows[i, channel] = q[query, head, channel] * unit
-            a = max(np.int64(low[query]), np.int64(0))
-            b = min(np.int64(reach[query]) + 1, length)
+            a = max(np.int64(key_start[query]), np.int64(0))
+            b = min(np.int64(key_stop[query]), length)
             if a < b:
-                row_low[i], row_end[i] = a, b
-                block_low, block_end = min(block_low, a), max(block_end, b)
-        for key0 in range((block_low // KEYS) * KEYS, block_end, KEYS):
-            # Each panel is used by every group of rows before the next one is read, so it stays in the first-level cache.
+                row_start[i], row_stop[i] = a, b
+                block_start, block_stop = min(block_start, a), max(block_stop, b)
+        for key0 in range((block_start // KEYS) * KEYS, block_stop, KEYS):
+            # Each panel is used by every group of rows before the next one is read, so it stays in the L1 cache.
             for g in range(groups):
-                group_low, group_end = row_low[g * ROWS], row_end[g * ROWS]
+                group_start, group_stop = row_start[g * ROWS], row_stop[g * ROWS]
                 for r in range(g * ROWS + 1, (g + 1) * ROWS):
-                    group_low, group_end = min(group_low, row_low[r]), max(group_end, row_end[r])
-                group_first[g] = (max(group_low - key0, 0) // COLUMNS) * COLUMNS
-                group_last[g] = min(group_end - key0, KEYS)
-            for j in range(0, min(KEYS, block_end - key0), COLUMNS):
+                    group_start, group_stop = min(group_start, row_start[r]), max(group_stop, row_stop[r])
+                group_first[g] = (max(group_start - key0, 0) // COLUMNS) * COLUMNS
+                group_last[g] = min(group_stop - key0, KEYS)
+            for j in range(0, min(KEYS, block_stop - key0), COLUMNS):
                 page = np.int64(block_table[sequence, (key0 + j) // page_size])
                 panel = (page * keys.shape[1] + kv_head) * panels + (key0 + j) % page_size // COLUMNS
                 for g in range(groups):
@@ -151,18 +151,18 @@ def _attend(q, keys, values, out, low, reach, lengths_k, block_table, tasks, sca
                 row = scores[r, begin : -(-columns // COLUMNS) * COLUMNS]
                 if softcap > 0.0:
                     _cap(row, softcap, _LOG2E)
-                new, weight = _soften(row, row_low[r] - key0 - begin, row_end[r] - key0 - begin, largest[r])
+                new, weight = _softmax_step(row, row_start[r] - key0 - begin, row_stop[r] - key0 - begin, largest[r])
                 if new > largest[r]:
-                    shrink = np.float32(2.0) ** max(largest[r] - new, np.float32(-200.0))
-                    total[r] *= shrink
+                    rescale = np.float32(2.0) ** max(largest[r] - new, np.float32(-200.0))
+                    total[r] *= rescale
                     for channel in range(channels):
-                        sums[r, channel] *= shrink
+                        sums[r, channel] *= rescale
                     largest[r] = new
                 total[r] += weight
             for r in range(count, groups * ROWS):
                 scores[r] = np.float32(0.0)
             for panel in range(head_panels):
-                for start in range(0, min(KEYS, block_end - key0), page_size):  # pages divide KEYS
+                for start in range(0, min(KEYS, block_stop - key0), page_size):  # pages divide KEYS
                     page = np.int64(block_table[sequence, (key0 + start) // page_size])
                     value = ((page * keys.shape[1] + kv_head) * head_panels + panel) * page_size
                     for g in range(groups):
@@ -176,9 +176,9 @@ def _attend(q, keys, values, out, low, reach, lengths_k, block_table, tasks, sca
                             )  # fmt: skip
         for i in range(count):
             query, head = first + i // group, kv_head * group + i % group
-            shrink = np.float32(1.0) / total[i] if total[i] > 0.0 else np.float32(0.0)
+            rescale = np.float32(1.0) / total[i] if total[i] > 0.0 else np.float32(0.0)
             for channel in range(head_dim):
-                out[query, head, channel] = sums[i, channel] * shrink
+                out[query, head, channel] = sums[i, channel] * rescale
 
 
 write = njit(parallel=True, cache=CACHE)(_write)

@@ -12,28 +12,28 @@ import numpy as np
 import torch
 
 from . import attention as kernels
-from . import layers
+from . import ops
 from . import splice as splicing
-from .vector import COLUMNS
+from .simd import COLUMNS
 
-# GNU OpenMP's threads spin at the end of a parallel loop before they sleep, long enough that two processes on the same cores (a
-# second notebook) wait a time slice for each other in every loop. Seen on two cores with two benches opened side by side: ready
-# after 10 s with this bound, after 40 to 70 s without it where torch had one thread; one process alone decodes as fast with it.
-# Numba's pool reads this when it starts, at the first parallel launch; torch's own reads it when torch is imported.
+# GNU OpenMP's threads spin at the end of a parallel loop before they sleep, so long that two processes on the same cores (a second
+# notebook) wait a time slice for each other in every loop. On two cores with two notebook panels opened at once: ready after 10 s
+# with this bound, after 40 to 70 s without it when torch had one thread; a single process decodes as fast with it.
+# Numba's pool reads this when it starts, at the first parallel launch; torch's own pool reads it when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Numba's portable threading layer aborts the process when two threads enter parallel code at once.
 _PARALLEL = threading.Lock()
-# A guess, not measured: under so many multiply-adds, or numbers touched, one thread does it.
+# Below this many multiply-adds, or numbers touched, one thread does the work; guessed, not measured.
 _SMALL_WORK = 1 << 18
 _SMALL_ROWS = 1 << 14
 
 
 class _Scratch:
-    """Memory kept from call to call, aligned to cache lines. Used under `_PARALLEL` only."""
+    """Memory that is reused between calls, aligned to cache lines. Use it only while `_PARALLEL` is locked."""
 
-    LARGEST = 1 << 24  # floats kept (64 MiB) under each name
+    LARGEST = 1 << 24  # floats kept per name (64 MiB)
 
     def __init__(self) -> None:
         self._kept: dict[str, np.ndarray] = {}
@@ -49,7 +49,7 @@ class _Scratch:
 
 
 def aligned(size: int) -> np.ndarray:
-    """`size` floats that start on a cache line, so that a vector load never straddles two; not filled."""
+    """Return `size` uninitialised floats that start on a cache line, so that no vector load crosses two lines."""
     memory = np.empty(size + 16, np.float32)
     return memory[-memory.ctypes.data % 64 // 4 :][:size]
 
@@ -73,18 +73,18 @@ def splice(input_ids, table, rows, plan, out, scale) -> None:
         out[looked_up] = out[looked_up] * scale
 
 
-def attention(q, k, v, out, low, reach, lengths_q, lengths_k, scale, softcap) -> None:
-    """See `range_kernels.attention`; fills `out`. K and V are laid out as pages, one sequence after the other.
+def attention(q, k, v, out, key_start, key_stop, cu_seqlens_q, cu_seqlens_k, scale, softcap) -> None:
+    """See `range_kernels.attention`; fills `out`. K and V are copied into pages, one sequence after the other.
 
-    16-bit inputs are widened once, sums run in float32.
+    16-bit inputs are converted to float32 once; sums run in float32.
     """
     wide_k, wide_v = (x.detach().float().numpy() for x in (k, v))
-    keys_of = np.diff(lengths_k).astype(np.int32)
-    page_size = kernels.KEYS if keys_of.max() >= kernels.KEYS else COLUMNS
-    pages_of = -(-keys_of // page_size)
+    seq_lens = np.diff(cu_seqlens_k).astype(np.int32)
+    page_size = kernels.KEYS if seq_lens.max() >= kernels.KEYS else COLUMNS
+    pages_of = -(-seq_lens // page_size)
     first_page = np.cumsum(pages_of) - pages_of
-    # Where each key goes: its sequence's first page, and on from there.
-    slots = np.arange(len(k)) + np.repeat(first_page * page_size - lengths_k[:-1], keys_of)
+    # The slot of each key: consecutive from its sequence's first page on.
+    slots = np.arange(len(k)) + np.repeat(first_page * page_size - cu_seqlens_k[:-1], seq_lens)
     table = (first_page[:, None] + np.arange(max(int(pages_of.max()), 1))).astype(np.int32)
     with _PARALLEL:
         keys, values = (
@@ -92,12 +92,12 @@ def attention(q, k, v, out, low, reach, lengths_q, lengths_k, scale, softcap) ->
             for name, shape in zip(("keys", "values"), page_shapes(page_size, *k.shape[1:]), strict=True)
         )
         _write(keys, values, slots, wide_k, wide_v)
-        tasks = plan_tasks(lengths_q, keys_of, q.shape[1] // k.shape[1], k.shape[1])
-        _attend(q, keys, values, out, low, reach, keys_of, table, tasks, scale, softcap)
+        tasks = plan_tasks(cu_seqlens_q, seq_lens, q.shape[1] // k.shape[1], k.shape[1])
+        _attend(q, keys, values, out, key_start, key_stop, seq_lens, table, tasks, scale, softcap)
 
 
 def page_shapes(page_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape of one page of keys and of one of values."""
+    """Return the shape of one page of keys and of one page of values."""
     return (
         (kv_heads, page_size // COLUMNS, head_dim, COLUMNS),
         (kv_heads, -(-head_dim // COLUMNS), page_size, COLUMNS),
@@ -105,18 +105,18 @@ def page_shapes(page_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int
 
 
 def empty_pages(layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values of all layers, zeros; the system hands out memory as pages are first written."""
+    """Return zeros for the keys and values of all layers; the system allocates memory when pages are first written."""
     keys, values = page_shapes(page_size, kv_heads, head_dim)
     return np.zeros((layers, pages, *keys), np.float32), np.zeros((layers, pages, *values), np.float32)
 
 
-# Numba's dispatchers say nothing of their arguments to a type checker.
+# Type checkers cannot see the arguments of Numba's dispatchers.
 _write: Any = kernels.write
 _write_few: Any = kernels.write_few
 
 
 def write_pages(keys: np.ndarray, values: np.ndarray, slots: np.ndarray, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Put tokens into the pages of one layer."""
+    """Write tokens into the pages of one layer."""
     wide = (k.detach().float().numpy(), v.detach().float().numpy())
     if k.numel() < _SMALL_ROWS:
         _write_few(keys, values, slots, *wide)
@@ -125,49 +125,49 @@ def write_pages(keys: np.ndarray, values: np.ndarray, slots: np.ndarray, k: torc
         _write(keys, values, slots, *wide)
 
 
-def attend_pages(q, keys, values, out, low, reach, plan, scale, softcap) -> None:
-    """Attention over the pages of one layer by a `range_kernels.PagedPlan`; fills `out`."""
-    rest = (plan.lengths, plan.block_table, plan.tasks, scale, softcap)
-    if plan.most_keys * q.numel() < _SMALL_WORK:
-        _attend(q, keys, values, out, low, reach, *rest, kernel=kernels.attend_small)
+def attend_pages(q, keys, values, out, key_start, key_stop, plan, scale, softcap) -> None:
+    """Attention over the pages of one layer with a `range_kernels.PagedPlan`; fills `out`."""
+    rest = (plan.seq_lens, plan.block_table, plan.tasks, scale, softcap)
+    if plan.max_seqlen_k * q.numel() < _SMALL_WORK:
+        _attend(q, keys, values, out, key_start, key_stop, *rest, kernel=kernels.attend_small)
         return
     with _PARALLEL:
-        _attend(q, keys, values, out, low, reach, *rest)
+        _attend(q, keys, values, out, key_start, key_stop, *rest)
 
 
 def _attend(
-    q, keys, values, out, low, reach, lengths_k, table, tasks, scale, softcap, kernel: Any = kernels.attend
+    q, keys, values, out, key_start, key_stop, seq_lens, table, tasks, scale, softcap, kernel: Any = kernels.attend
 ) -> None:
     wide = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
     kernel(
-        q.detach().float().numpy(), keys, values, wide.numpy(), low.numpy(), reach.numpy(), lengths_k, table, tasks,
+        q.detach().float().numpy(), keys, values, wide.numpy(), key_start.numpy(), key_stop.numpy(), seq_lens, table, tasks,
         np.float32(scale), np.float32(softcap),
     )  # fmt: skip
     if wide is not out:
         out.copy_(wide)
 
 
-def plan_tasks(lengths_q: np.ndarray, lengths_k: np.ndarray, group: int, kv_heads: int) -> np.ndarray:
-    """Blocks of queries as int32 `[n, 4]`: sequence, KV head, first and end query.
+def plan_tasks(cu_seqlens_q: np.ndarray, seq_lens: np.ndarray, group: int, kv_heads: int) -> np.ndarray:
+    """Return blocks of queries as int32 `[n, 4]`: sequence, KV head, first and end query.
 
-    Numba hands each thread one contiguous share, and late blocks of a causal prompt cost more than early ones: dealing the
-    blocks out by cost, like cards, evens the shares.
+    Numba gives each thread one contiguous share, and late blocks of a causal prompt cost more than early ones, so the blocks
+    are sorted by cost and dealt round-robin to the shares.
     """
     step = max(kernels.QUERIES // group, 1)
     blocks = []
-    for sequence, keys in enumerate(lengths_k.tolist()):
-        first, end = int(lengths_q[sequence]), int(lengths_q[sequence + 1])
+    for sequence, keys in enumerate(seq_lens.tolist()):
+        first, end = int(cu_seqlens_q[sequence]), int(cu_seqlens_q[sequence + 1])
         for start in range(first, end, step):
             stop = min(start + step, end)
             blocks.append(((stop - start) * (keys - end + stop), sequence, start, stop))
     blocks.sort(reverse=True)
     tasks = [(sequence, head, start, stop) for _, sequence, start, stop in blocks for head in range(kv_heads)]
-    hands = numba.get_num_threads()
-    return np.asarray([task for hand in range(hands) for task in tasks[hand::hands]], dtype=np.int32).reshape(-1, 4)
+    shares = numba.get_num_threads()
+    return np.asarray([task for share in range(shares) for task in tasks[share::shares]], dtype=np.int32).reshape(-1, 4)
 
 
 def pack_weights(weight: torch.Tensor) -> np.ndarray:
-    """`weight` `[outputs, inputs]` -> panels `[outputs / COLUMNS, inputs, COLUMNS]`, zeros past the outputs."""
+    """Pack `weight` `[outputs, inputs]` into panels `[outputs / COLUMNS, inputs, COLUMNS]`, padded with zeros."""
     outputs, inputs = weight.shape
     count = -(-outputs // COLUMNS)
     panels = aligned(count * inputs * COLUMNS).reshape(count, inputs, COLUMNS)
@@ -181,32 +181,32 @@ def pack_weights(weight: torch.Tensor) -> np.ndarray:
 
 
 def linear(x: torch.Tensor, panels: np.ndarray, outputs: int) -> torch.Tensor:
-    """`x` `[rows, inputs]` times packed weights: `[rows, outputs]`."""
+    """Multiply `x` `[rows, inputs]` by packed weights: `[rows, outputs]`."""
     out = torch.empty((x.shape[0], panels.shape[0] * COLUMNS))
     with _PARALLEL:
-        layers.linear(x.contiguous().numpy(), panels, out.numpy())
+        ops.linear(x.contiguous().numpy(), panels, out.numpy())
     return out if out.shape[1] == outputs else out[:, :outputs]
 
 
 def linear_of_norm(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float, panels: np.ndarray, outputs: int
 ) -> torch.Tensor:
-    """`linear` of `rms_norm`, in one launch where rows are few."""
+    """`linear` of `rms_norm`, in one launch if there are few rows."""
     if x.numel() >= _SMALL_ROWS:
         return linear(rms_norm(x, weight, epsilon), panels, outputs)
     out = torch.empty((x.shape[0], panels.shape[0] * COLUMNS))
     with _PARALLEL:
-        layers.linear_of_norm(x.numpy(), weight.numpy(), np.float32(epsilon), panels, out.numpy())
+        ops.linear_of_norm(x.numpy(), weight.numpy(), np.float32(epsilon), panels, out.numpy())
     return out if out.shape[1] == outputs else out[:, :outputs]
 
 
 def linear_of_gate(both: torch.Tensor, gelu: bool, panels: np.ndarray, outputs: int) -> torch.Tensor:
-    """`linear` of `gate`, in one launch where rows are few."""
+    """`linear` of `gate`, in one launch if there are few rows."""
     if both.numel() >= _SMALL_ROWS:
         return linear(gate(both, gelu), panels, outputs)
     out = torch.empty((both.shape[0], panels.shape[0] * COLUMNS))
     with _PARALLEL:
-        layers.linear_of_gate(both.numpy(), gelu, panels, out.numpy())
+        ops.linear_of_gate(both.numpy(), gelu, panels, out.numpy())
     return out if out.shape[1] == outputs else out[:, :outputs]
 
 
@@ -214,21 +214,21 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     """RMSNorm over the last dimension of a contiguous `x`, times `weight`."""
     out = torch.empty_like(x)
     args = (x.view(-1, x.shape[-1]).numpy(), weight.numpy(), np.float32(epsilon), out.view(-1, x.shape[-1]).numpy())
-    _by_size(x, layers.rms_norm, layers.rms_norm_few, args)
+    _by_size(x, ops.rms_norm, ops.rms_norm_few, args)
     return out
 
 
 def gate(both: torch.Tensor, gelu: bool) -> torch.Tensor:
     """`activation(both[:, :n]) * both[:, n:]` for `both` `[rows, 2 n]`."""
     out = torch.empty((both.shape[0], both.shape[1] // 2))
-    _by_size(both, layers.gate, layers.gate_few, (both.contiguous().numpy(), gelu, out.numpy()))
+    _by_size(both, ops.gate, ops.gate_few, (both.contiguous().numpy(), gelu, out.numpy()))
     return out
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Rotate `x` `[tokens, heads, head_dim]` by `cosine`, `sine` `[tokens, pairs]`."""
     out = torch.empty(x.shape)
-    _by_size(x, layers.rotate, layers.rotate_few, (x.numpy(), cosine.numpy(), sine.numpy(), interleaved, out.numpy()))
+    _by_size(x, ops.rotate, ops.rotate_few, (x.numpy(), cosine.numpy(), sine.numpy(), interleaved, out.numpy()))
     return out
 
 

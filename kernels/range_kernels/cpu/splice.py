@@ -8,7 +8,7 @@ from numba import njit, prange
 
 @njit(cache=True)
 def row_sources(input_ids, plan, vocab, source):
-    """Fill `source` [tokens] with a packed row number, or -1 - id for a table row. Return the first token whose id lies
+    """Fill `source` [tokens] with a packed row number, or -1 - id for a table row. Return the first token whose id is
     outside `[0, vocab)`, or -1."""
     for token in range(len(input_ids)):
         source[token] = -1

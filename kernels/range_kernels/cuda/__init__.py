@@ -1,1 +1,1 @@
-"""Numba-CUDA kernels. Those made of plain Numba also run in the CUDA simulator (`NUMBA_ENABLE_CUDASIM=1`)."""
+"""Numba-CUDA kernels. Those in plain Numba also run in the CUDA simulator (`NUMBA_ENABLE_CUDASIM=1`)."""

@@ -1,4 +1,4 @@
-"""What a GPU has, torch tensors as Numba device arrays, and the stream to launch on."""
+"""Properties of a GPU, torch tensors as Numba device arrays, and the stream to launch on."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .ptx import SIMULATED
 if not SIMULATED:
     from numba.cuda.core import config
 
-    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # a decode step fills a fraction of the GPU; that is no beginner's error
+    config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # a decode step legitimately fills only a fraction of the GPU
 
 
 def as_array(tensor: torch.Tensor):
-    """A view that Numba takes: bfloat16 goes as its int16 bits, for which alone PyTorch exports an interface."""
+    """Return a view that Numba accepts: bfloat16 as its int16 bits, since PyTorch exports no array interface for bfloat16."""
     tensor = tensor.detach()
     tensor = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
     return tensor.numpy() if SIMULATED else cuda.as_cuda_array(tensor, sync=False)
 
 
 def stream(tensor: torch.Tensor):
-    """PyTorch's current stream of the tensor's device; 0 in the simulator, which has none."""
+    """Return PyTorch's current stream of the tensor's device; 0 in the simulator, which has none."""
     return 0 if SIMULATED else _external(torch.cuda.current_stream(tensor.device).cuda_stream)
 
 
@@ -35,12 +35,12 @@ def _external(handle: int):
 
 @cache
 def multiprocessors(device: int) -> int:
-    """How many a GPU has."""
+    """Return the number of multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
-def block_room(device: int) -> int:
-    """Bytes of shared memory that one block may ask for: 227 KiB on an H100, 163 on an A100, 99 on GeForce 30 and 40."""
-    properties: Any = torch.cuda.get_device_properties(device)  # whose types lack this one
+def max_smem_per_block(device: int) -> int:
+    """Return the bytes of shared memory that one block may request: 227 KiB on an H100, 163 on an A100, 99 on GeForce 30 and 40."""
+    properties: Any = torch.cuda.get_device_properties(device)  # the type stubs lack this property
     return properties.shared_memory_per_block_optin

@@ -1,4 +1,4 @@
-"""Every intrinsic the CUDA kernels use, with a twin for the simulator: the one place that knows of LLVM and PTX."""
+"""Intrinsics of the CUDA kernels in LLVM and inline PTX, with stand-ins for the simulator; `ptx_sm90` has Hopper's own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if SIMULATED:
         return np.float32(value).view(np.int32)
 
     def copy_16_bytes(target, source, step):
-        """Addresses mean nothing in the simulator, which takes the paths without them."""
+        """Addresses have no meaning in the simulator, which runs the paths without them."""
         raise NotImplementedError
 
     fill_16_bytes = copy_2_times_16_bytes = load_int = load_long = copy_16_bytes
@@ -35,7 +35,7 @@ else:
     from numba.cuda import types as _types
     from numba.cuda.extending import intrinsic
 
-    types = _types  # type checkers see the simulator's, which lacks most
+    types = _types  # type checkers see the simulator's types, which lack most of these
 
     @intrinsic
     def float_from_bits(typing_context, bits):
@@ -61,19 +61,19 @@ if not SIMULATED:
     SHORT = {"bfloat16": "bf16", "float16": "f16"}
 
     def asm(builder, returns, operands, text, constraints, side_effect=True):
-        """A call of inline PTX; operands are LLVM values."""
+        """Emit inline PTX; operands are LLVM values."""
         kind = ir.FunctionType(returns, [operand.type for operand in operands])
         return builder.call(ir.InlineAsm(kind, text, constraints, side_effect=side_effect), operands)
 
     def load_matrices(builder, address, transposed=False):
-        """ldmatrix: four 8 x 8 matrices of 16-bit numbers from shared memory; four registers a thread."""
+        """ldmatrix: load four 8 x 8 matrices of 16-bit numbers from shared memory, into four registers per thread."""
         kind = ".trans" if transposed else ""
         text = f"ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16 {{$0,$1,$2,$3}}, [$4];"
         out = asm(builder, ir.LiteralStructType([I32] * 4), [address], text, "=r,=r,=r,=r,r,~{memory}")
         return [builder.extract_value(out, i) for i in range(4)]
 
     def multiply_add(builder, dtype, a, b, c):
-        """mma.sync m16n8k16: c + a b, float32 sums; a four registers, b two, c and the result four floats."""
+        """mma.sync m16n8k16: c + a b with float32 sums; a is four registers, b two, c and the result four floats."""
         short = SHORT[dtype]
         text = (
             f"mma.sync.aligned.m16n8k16.row.col.f32.{short}.{short}.f32 "
@@ -94,13 +94,13 @@ if not SIMULATED:
     def maximum(builder, a, b):
         return asm(builder, F32, [a, b], "max.f32 $0, $1, $2;", "=f,f,f", False)
 
-    def from_lane(builder, x, flip):
-        """The value of the lane whose number differs in the bits of `flip`."""
+    def shuffle_xor(builder, x, flip):
+        """Return x of the lane whose number differs in the bits of `flip`."""
         kind = "f" if x.type == F32 else "r"
         return asm(builder, x.type, [x], f"shfl.sync.bfly.b32 $0, $1, {flip}, 31, -1;", f"={kind},{kind}")
 
     def pack(builder, dtype, low, high):
-        """Two float32 as two 16-bit floats in one register, rounded to nearest."""
+        """Round two float32 to nearest 16-bit floats and pack them into one register."""
         return asm(builder, I32, [high, low], f"cvt.rn.{SHORT[dtype]}x2.f32 $0, $1, $2;", "=r,f,f", False)
 
     def load_shared(builder, address):
@@ -142,19 +142,19 @@ if not SIMULATED:
         return statement
 
     def copy_async(builder, target, offset, source, size):
-        """16 bytes from global to shared memory, in the background, `offset` behind `target`; `size` are read, the rest is zero."""
+        """cp.async: copy 16 bytes from global to shared memory at `target + offset`; only `size` are read, the rest are zeros."""
         text = f"cp.async.cg.shared.global.L2::128B [$0 + {offset}], [$1], 16, $2;"
         asm(builder, VOID, [target, source, size], text, "r,l,r,~{memory}")
 
     prefetch = _statement("prefetch.global.L1 [$0];", types.uint64)
     copies_commit = _statement("cp.async.commit_group;")
-    # Until so many of the youngest groups at most are under way.
+    # Wait until at most `count` of the latest groups are in flight.
     copies_wait_but = {count: _statement(f"cp.async.wait_group {count};") for count in (0, 1, 3)}
     copies_wait_all = copies_wait_but[0]
 
     @intrinsic
     def shared_address(typing_context, array):
-        """Where a shared array lies, as the 32-bit address that shared-memory instructions take."""
+        """Return the 32-bit address of a shared array, as shared-memory instructions take it."""
 
         def codegen(context, builder, signature, args):
             data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
@@ -163,7 +163,7 @@ if not SIMULATED:
         return types.uint32(array), codegen
 
     def move(builder, target, source, step, pieces=1):
-        """`pieces` times 16 bytes, `step` bytes apart, from one place to another: all loads are under way before the first store."""
+        """Copy `pieces` 16-byte chunks, `step` bytes apart; all loads are in flight before the first store."""
         loads, stores, names = [], [], []
         for piece in range(pieces):
             regs = ", ".join(f"{letter}{piece}" for letter in "abcd")
@@ -182,7 +182,7 @@ if not SIMULATED:
     def _copies(pieces):
         @intrinsic
         def copies(typing_context, target, source, step):
-            """`move` for kernels."""
+            """`move` as an intrinsic for kernels."""
 
             def codegen(context, builder, signature, args):
                 move(builder, *args, pieces)
@@ -206,7 +206,7 @@ if not SIMULATED:
         return load
 
     def _function(returns, kinds, text, constraints, side_effect):
-        """An intrinsic of one instruction with a result."""
+        """An intrinsic that runs one instruction and returns its result."""
 
         def codegen(context, builder, signature, args):
             return asm(builder, context.get_value_type(returns), args, text, constraints, side_effect)
@@ -234,7 +234,7 @@ if not SIMULATED:
 
         return load
 
-    # 2 or 4 numbers that lie end to end; fresh ones, which other blocks wrote, come past the first-level cache.
+    # Load 2 or 4 contiguous numbers; the fresh ones, written by other blocks, bypass the L1 cache.
     load_fresh_floats, load_shared_floats = _load("l", "global.cg"), _load("r", "shared")
 
     def _store(letter, space, kind):
@@ -246,7 +246,7 @@ if not SIMULATED:
 
         return store
 
-    # 2 or 4 numbers that lie end to end.
+    # Store 2 or 4 contiguous numbers.
     store_floats, store_words = _store("l", "global", "f"), _store("l", "global", "r")
     store_shared_floats = _store("r", "shared", "f")
 
@@ -254,13 +254,13 @@ if not SIMULATED:
         text = f"atom.{order}.gpu.global.add.s32 $0, [$1], $2;"
         return _function(types.int32, (types.uint64, types.int32), text, "=r,l,r,~{memory}", True)
 
-    # What this thread and, before a barrier, its block have written is there for whoever sees the sum; the second orders nothing.
-    add_at, take_number = _counter("acq_rel"), _counter("relaxed")
+    # acq_rel: threads that see the sum also see what this thread and, before a barrier, its block wrote. relaxed: no ordering.
+    atomic_add_acq_rel, atomic_increment = _counter("acq_rel"), _counter("relaxed")
     store_int = _statement("st.global.s32 [$0], $1;", types.uint64, types.int32)
 
     @intrinsic
     def divide(typing_context, a, b):
-        """a // b of int32 that are not negative; Numba's own division has 64 bits, a hundred instructions."""
+        """a // b of non-negative int32; Numba's own division has 64 bits and takes a hundred instructions."""
 
         def codegen(context, builder, signature, args):
             return builder.udiv(*args)
@@ -268,7 +268,7 @@ if not SIMULATED:
         return types.int32(types.int32, types.int32), codegen
 
     def page_row(builder, pages, shift, row):
-        """Where a row of a sequence lies, in rows: `pages` is the address of its pages' numbers, of `1 << shift` rows each."""
+        """Return the location of a sequence's row, in rows; `pages`: address of its page numbers, `1 << shift` rows per page."""
         page = builder.lshr(row, shift)
         at = builder.add(pages, builder.shl(builder.zext(page, I64), ir.Constant(I64, 2)))
         number = asm(builder, I32, [at], "ld.global.nc.b32 $0, [$1];", "=r,l", False)
@@ -276,18 +276,18 @@ if not SIMULATED:
 
     @intrinsic
     def page_row_of(typing_context, pages, shift, row):
-        """`page_row` for kernels."""
+        """`page_row` as an intrinsic for kernels."""
 
         def codegen(context, builder, signature, args):
             return page_row(builder, *args)
 
         return types.int32(types.uint64, types.int32, types.int32), codegen
 
-    # A number at an address. Numba's array arguments cost 10 us each at a launch, addresses next to nothing.
+    # Load a number from an address. Numba's array arguments cost 10 us each per launch, addresses almost nothing.
     load_int, load_long = _loads(types.int32, "r", 4), _loads(types.int64, "l", 8)
 
     def _conversion(source, target):
-        """An intrinsic that writes 16 bytes: numbers of one dtype times a float32, rounded to nearest in another."""
+        """An intrinsic that writes 16 bytes: numbers of dtype `source` times a float32, rounded to nearest in dtype `target`."""
         count = 4 if target == "float32" else 8
 
         def emit(builder, into, at, scale):
@@ -309,16 +309,21 @@ if not SIMULATED:
         return convert
 
     def _load_floats(builder, address, dtype, count):
-        """`count` numbers that lie end to end, as float32."""
+        """Load `count` contiguous numbers as float32."""
         words = count if dtype == "float32" else count // 2
         loaded = []
         for first in range(0, words, 4):
             size = min(4, words - first)
             regs = ",".join(f"${i}" for i in range(size))
-            place = builder.add(address, ir.Constant(I64, 4 * first))
+            chunk_address = builder.add(address, ir.Constant(I64, 4 * first))
             text = f"ld.global.nc.L1::no_allocate.v{size}.b32 {{{regs}}}, [${size}];"
             out = asm(
-                builder, ir.LiteralStructType([I32] * size), [place], text, ",".join(["=r"] * size + ["l"]), False
+                builder,
+                ir.LiteralStructType([I32] * size),
+                [chunk_address],
+                text,
+                ",".join(["=r"] * size + ["l"]),
+                False,
             )
             loaded += [builder.extract_value(out, i) for i in range(size)]
         if dtype == "float32":
@@ -340,7 +345,7 @@ if not SIMULATED:
 
     @intrinsic
     def fill_16_bytes(typing_context, target):
-        """All bits set, which is NaN in every float."""
+        """Set all bits of 16 bytes, which is NaN in every float dtype."""
 
         def codegen(context, builder, signature, args):
             ones = ir.Constant(I32, -1)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from .configuration_tiny import TinyConfig
+from tests.vision.remote_model.configuration_tiny import TinyConfig
 
 
 class TinyVlm(PreTrainedModel):

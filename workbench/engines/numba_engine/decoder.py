@@ -1,10 +1,10 @@
-"""A decoder written anew rather than taken from Transformers: an independent witness, for every family in `backbones.py`.
+"""A decoder written independently of Transformers, so that the two can be compared; for every family in `architectures.py`.
 
     hidden = splice(ids, table, items, ranges)
     for each layer:  hidden += attention(norm(hidden));  hidden += mlp(norm(hidden))
     logits = head(norm(hidden))
 
-It runs a `Batch`: tokens of any number of sequences, packed end to end, whose keys and values lie in pages.
+It runs a `Batch`: tokens of any number of requests, packed end to end, whose keys and values are in pages.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from range_kernels import KVPages, PagedPlan, StandingPlan, paged_attention
+from range_kernels import KVPages, paged_attention
 
 from ...models import Model
-from .backbones import read_backbone
-from .batch import Batch
-from .loading import TensorReader
-from .operations import Linear, operations
-from .rope import Rope, choose_axes
+from .architectures import read_decoder_config
+from .batch import DecoderInputs
+from .ops import Linear, operations
+from .weights import TensorReader
 
 if TYPE_CHECKING:
-    from .captured import CapturedSteps
+    pass
 
 Tap = Callable[[str, torch.Tensor], None]
 
@@ -44,43 +43,32 @@ class Layer:
     after_mlp: torch.Tensor | None
 
 
-@dataclass
-class Inputs:
-    """What the layers compute from, on the decoder's device; rotations by kind of rope, first keys by window."""
-
-    hidden: torch.Tensor  # [tokens, hidden], hidden state 0
-    rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]]  # cosines and sines, float32 [tokens, pairs]
-    lows: dict[int | None, torch.Tensor]  # int32 [tokens]
-    reach: torch.Tensor  # int32 [tokens]
-    plan: PagedPlan | StandingPlan
-    deepstack: list[tuple[slice, torch.Tensor]]
-
-
 class Decoder:
     """The weights of a model on one device in one dtype, and the forward pass over them.
 
     Attributes:
-        table: `[vocab, hidden]`, looked-up rows as they stand in hidden state 0: the embedding scale is in them.
-        context: tokens that a sequence may have.
-        captured: decode steps that run as CUDA graphs, where an engine wants them.
+        table: `[vocab, hidden]`, token embeddings with the embedding scale already applied, as in hidden state 0.
+        context: maximum number of tokens of a request.
     """
 
     def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
-        self.backbone = backbone = read_backbone(model.text_config, model.name)
+        self.config = config = read_decoder_config(model.text_config, model.name)
         self.dtype, self.device = dtype, device
         self.context = model.context
-        self.run = operations(dtype, device)
-        read = TensorReader(model, backbone, dtype, device)
+        self.ops = operations(dtype, device)
+        read = TensorReader(model, config, dtype, device)
         table = read.table()
-        self.head = self.run.linear(read.head(table))
-        scale = torch.tensor(backbone.embedding_scale).to(dtype)
-        self.table = table if backbone.embedding_scale == 1.0 else table * scale.to(device)
+        self.head = self.ops.linear(read.head(table))
+        scale = torch.tensor(config.embedding_scale).to(dtype)
+        self.table = table if config.embedding_scale == 1.0 else table * scale.to(device)
         self.norm = read.norm("norm")
-        self.layers = [self._layer(read, number) for number in range(backbone.layers)]
-        self.captured: CapturedSteps | None = None
+        self.layers = []
+        for number in range(config.layers):
+            self.layers.append(self._layer(read, number))
+            model.weights.release()  # tensors are packed or copied, so the file need not stay in memory
 
     def _layer(self, read: TensorReader, number: int) -> Layer:
-        names, at, linear = self.backbone.names, f"layers.{number}.", self.run.linear
+        names, at, linear = self.config.names, f"layers.{number}.", self.ops.linear
         norms: dict[str, Any] = {
             part: read.norm(at + name) if (name := getattr(names, part)) else None
             for part in ("attention_norm", "after_attention", "mlp_norm", "after_mlp")
@@ -96,35 +84,12 @@ class Decoder:
 
     def new_pages(self, pages: int, page_size: int) -> KVPages:
         """Empty pages for this model's keys and values."""
-        backbone = self.backbone
-        return KVPages(backbone.layers, pages, page_size, backbone.kv_heads, backbone.head_dim, self.dtype, self.device)
+        config = self.config
+        return KVPages(config.layers, pages, page_size, config.kv_heads, config.head_dim, self.dtype, self.device)
 
     @torch.no_grad()
-    def forward(self, batch: Batch, pages: KVPages, tap: Tap | None = None) -> torch.Tensor:
-        """Run new tokens through all layers; their keys and values go into `pages`.
-
-        Args:
-            tap: called as `tap(name, state)` at every tap; it must copy what it keeps.
-
-        Returns:
-            `[tokens, hidden]` after the final norm; good until the next call.
-        """
-        inputs = Inputs(
-            hidden=batch.hidden,
-            rotations={rope: self._rotation(rope, batch) for rope in set(self.backbone.ropes) if rope is not None},
-            lows={window: batch.low(window) for window in set(self.backbone.windows)},
-            reach=batch.reach,
-            plan=PagedPlan(batch.block_table, batch.cu_queries, batch.lengths, pages, self.backbone.heads),
-            deepstack=batch.deepstack,
-        )
-        captured = self.captured
-        if tap is None and captured is not None and captured.fits(inputs, pages):
-            return captured.run(self, inputs)
-        return self.run_layers(inputs, pages, tap)
-
-    @torch.no_grad()
-    def run_layers(self, inputs: Inputs, pages: KVPages, tap: Tap | None = None) -> torch.Tensor:
-        """What `forward` does once its inputs are laid out; a decode step on tensor cores does not ask the host again."""
+    def run_layers(self, inputs: DecoderInputs, pages: KVPages, tap: Tap | None = None) -> torch.Tensor:
+        """Run the layers and the final norm on prepared inputs; a decode step on tensor cores then runs without the host."""
         hidden = inputs.hidden
         if tap:
             tap("embed", hidden)
@@ -133,8 +98,8 @@ class Decoder:
             hidden = hidden + added
             if tap:
                 tap(f"layers.{number}.attention", added)
-            both = layer.gate_up.of_norm(hidden, layer.mlp_norm, self.backbone.epsilon)
-            added = layer.down.of_gate(both, self.backbone.gelu)
+            both = layer.gate_up.of_norm(hidden, layer.mlp_norm, self.config.epsilon)
+            added = layer.down.of_gate(both, self.config.gelu)
             if layer.after_mlp is not None:
                 added = self._normalise(added, layer.after_mlp)
             hidden = hidden + added
@@ -143,7 +108,7 @@ class Decoder:
                 tap(f"layers.{number}", hidden)
             for rows, levels in inputs.deepstack:
                 if number < len(levels):
-                    hidden = hidden.clone()  # what the tap saw stays
+                    hidden = hidden.clone()  # do not modify the tensor passed to the tap
                     hidden[rows] += levels[number]
         hidden = self.normalise(hidden)
         if tap:
@@ -151,8 +116,8 @@ class Decoder:
         return hidden
 
     def parts(self) -> list[object]:
-        """All that `run_layers` computes with beside its inputs: settings, operations and weights."""
-        parts: list[object] = [self.backbone, self.norm]
+        """All that `run_layers` uses besides its inputs: settings, operations and weights."""
+        parts: list[object] = [self.config, self.norm]
         for layer in self.layers:
             parts += [layer.attention_norm, layer.head_norms, layer.after_attention, layer.mlp_norm, layer.after_mlp]
             for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
@@ -160,23 +125,23 @@ class Decoder:
         return parts
 
     def _attention(
-        self, number: int, layer: Layer, hidden: torch.Tensor, inputs: Inputs, pages: KVPages
+        self, number: int, layer: Layer, hidden: torch.Tensor, inputs: DecoderInputs, pages: KVPages
     ) -> torch.Tensor:
-        backbone, run = self.backbone, self.run
-        turned = backbone.heads + backbone.kv_heads
-        x = layer.qkv.of_norm(hidden, layer.attention_norm, backbone.epsilon)
-        x = x.view(hidden.shape[0], turned + backbone.kv_heads, backbone.head_dim)
-        heads, values = x[:, :turned], x[:, turned:]
+        config, ops = self.config, self.ops
+        rotated = config.heads + config.kv_heads
+        x = layer.qkv.of_norm(hidden, layer.attention_norm, config.epsilon)
+        x = x.view(hidden.shape[0], rotated + config.kv_heads, config.head_dim)
+        heads, values = x[:, :rotated], x[:, rotated:]
         if layer.head_norms is not None:
-            parts = heads.split([backbone.heads, backbone.kv_heads], dim=1)
+            parts = heads.split([config.heads, config.kv_heads], dim=1)
             normed = [self._normalise(part, weight) for part, weight in zip(parts, layer.head_norms, strict=True)]
             heads = torch.cat(normed, dim=1)
-        rope = backbone.ropes[number]
+        rope = config.ropes[number]
         if rope is not None:
-            heads = run.rotate(heads, *inputs.rotations[rope], rope.interleaved)
+            heads = ops.rotate(heads, *inputs.rotations[rope], rope.interleaved)
         seen = paged_attention(
-            heads[:, : backbone.heads], pages, number, inputs.plan, new=(heads[:, backbone.heads :], values),
-            low=inputs.lows[backbone.windows[number]], reach=inputs.reach, softcap=backbone.softcap, scale=backbone.scale,
+            heads[:, : config.heads], pages, number, inputs.plan, new=(heads[:, config.heads :], values),
+            key_start=inputs.key_starts[config.windows[number]], key_stop=inputs.key_stop, softcap=config.softcap, scale=config.scale,
         )  # fmt: skip
         added = layer.output(seen.flatten(1))
         return added if layer.after_attention is None else self._normalise(added, layer.after_attention)
@@ -190,19 +155,11 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[tokens, hidden]` after the final norm -> `[tokens, vocab]`."""
         logits = self.head(hidden)
-        cap = self.backbone.final_softcap
+        cap = self.config.final_softcap
         if not cap:
             return logits
-        # Row by row: how torch's tanh rounds an element may depend on where it stands.
+        # Row by row: how torch's tanh rounds an element may depend on its position in the tensor.
         return torch.stack([torch.tanh(row / cap) * cap for row in logits]) if len(logits) else logits
 
-    def _rotation(self, rope: Rope, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the batch's tokens, `[tokens, pairs]`."""
-        cosine, sine = rope.rotation(batch.positions, batch.rope_lengths)
-        if batch.positions.ndim == 2:
-            sections, turns = self.backbone.mrope, self.backbone.interleaved_mrope
-            cosine, sine = choose_axes(cosine, sections, turns), choose_axes(sine, sections, turns)
-        return cosine.to(self.device), sine.to(self.device)
-
     def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return self.run.norm(x, weight, self.backbone.epsilon)
+        return self.ops.norm(x, weight, self.config.epsilon)

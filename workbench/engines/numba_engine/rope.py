@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and the ways checkpoints stretch it."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its variants for longer contexts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Rope:
     """Angles per position, and how they change with the length of a sequence.
 
     Attributes:
-        frequencies: float64 `[pairs]`, radians a position.
+        frequencies: float64 `[pairs]`, radians per position.
         scaling: factor on cosines and sines (YaRN, LongRoPE).
-        interleaved: whether a pair is two neighbours (GLM) or two channels half of the rotated ones apart.
-        limit: sequences longer than this turn by other frequencies; None where the length does not matter.
-        stretched: `stretched(length)` gives these.
+        interleaved: whether a pair is two adjacent channels (GLM) or two channels half the rotated dimension apart.
+        limit: sequences longer than this use other frequencies; None if the length does not matter.
+        parameters: what `of_length` needs to return these.
     """
 
     frequencies: torch.Tensor
@@ -34,7 +34,7 @@ class Rope:
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def of_length(self, length: int) -> torch.Tensor:
-        """The frequencies in a sequence of `length` tokens."""
+        """The frequencies for a sequence of `length` tokens."""
         if self.limit is None or length <= self.limit:
             return self.frequencies
         if self.parameters["rope_type"] == "longrope":
@@ -42,26 +42,26 @@ class Rope:
         return _dynamic(self.parameters, length)
 
     def rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, float32 `[..., pairs]` for `positions` `[...]`; `lengths` `[...]` are those of their sequences.
+        """Cosines and sines, float32 `[..., pairs]` for `positions` `[...]`; `lengths` `[...]` are the lengths of their sequences.
 
-        Angles are taken in float64, as positions grow large, and one by one, so that a token's do not depend on its neighbours.
+        Angles are computed in float64, since positions grow large, and one by one, so that each is independent of its neighbours.
         """
         cosine = np.empty((*positions.shape, len(self.frequencies)), np.float32)
         sine = np.empty_like(cosine)
         flat = [x.reshape(-1, x.shape[-1]) for x in (cosine, sine)]
-        places = positions.flatten().numpy()
+        indices = positions.flatten().numpy()
         if self.limit is None or int(lengths.max()) <= self.limit:
-            _turn(places, np.ones(len(places), np.bool_), self.frequencies.numpy(), self.scaling, *flat)
+            _fill_cos_sin(indices, np.ones(len(indices), np.bool_), self.frequencies.numpy(), self.scaling, *flat)
         else:
             limited = lengths.expand(positions.shape).flatten().clamp(min=self.limit)
             for length in limited.unique().tolist():
                 chosen = (limited == length).numpy()
-                _turn(places, chosen, self.of_length(length).numpy(), self.scaling, *flat)
+                _fill_cos_sin(indices, chosen, self.of_length(length).numpy(), self.scaling, *flat)
         return torch.from_numpy(cosine), torch.from_numpy(sine)
 
 
 @njit(cache=True)
-def _turn(positions, chosen, frequencies, scaling, cosine, sine):
+def _fill_cos_sin(positions, chosen, frequencies, scaling, cosine, sine):
     for token in range(len(positions)):
         if chosen[token]:
             for pair in range(len(frequencies)):
@@ -78,12 +78,12 @@ def read_rope(
     interleaved: bool = False,
     layer_type: str | None = None,
 ) -> Rope:
-    """The rotation of a configuration; of one kind of layers where they differ (Gemma 3).
+    """Read the rotary embedding of a configuration, of one `layer_type` if layers differ (Gemma 3).
 
-    Formulas: `modeling_rope_utils` of Transformers 5, which names the papers.
+    Formulas: `modeling_rope_utils` of Transformers 5, which cites the papers.
 
     Raises:
-        ModelError: a kind of scaling, or a combination, that this engine does not compute.
+        ModelError: a kind of scaling, or a combination, that this engine does not support.
     """
     rope: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
     if layer_type is not None:
@@ -91,7 +91,7 @@ def read_rope(
     kind = rope["rope_type"] = rope.get("rope_type") or "default"
     if kind not in KINDS:
         raise ModelError(
-            f"rope_type={kind!r} of {name!r} is not supported by the numba engine: it has {', '.join(KINDS)}"
+            f"rope_type={kind!r} of {name!r} is not supported by the numba engine: it supports {', '.join(KINDS)}"
         )
     factor = rope.get("partial_rotary_factor", 1.0)
     if not partial and kind != "proportional" and factor != 1.0:
@@ -115,15 +115,15 @@ def read_rope(
     if kind == "longrope":
         return _longrope(plain, rope, context, original, interleaved)
     if kind == "proportional":
-        turned = int(factor * head_dim // 2)
-        some = base ** (-torch.arange(0, 2 * turned, 2, dtype=torch.float64) / head_dim)
-        still = torch.zeros(head_dim // 2 - turned, dtype=torch.float64)
-        return Rope(torch.cat([some, still]) / rope.get("factor", 1.0), interleaved=interleaved)
+        rotated = int(factor * head_dim // 2)
+        nonzero = base ** (-torch.arange(0, 2 * rotated, 2, dtype=torch.float64) / head_dim)
+        zero = torch.zeros(head_dim // 2 - rotated, dtype=torch.float64)
+        return Rope(torch.cat([nonzero, zero]) / rope.get("factor", 1.0), interleaved=interleaved)
     return Rope(plain, interleaved=interleaved)
 
 
 def _llama3(frequencies: torch.Tensor, rope: dict, context: int) -> torch.Tensor:
-    """Llama 3.1's scaling: long waves are slowed by `factor`, short ones kept, those between blended by wavelength."""
+    """Llama 3.1's scaling: long waves are slowed by `factor`, short ones kept, those in between blended by wavelength."""
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     waves_in_context = context * frequencies / (2 * math.pi)
     blend = ((waves_in_context - low) / (high - low)).clamp(0.0, 1.0)
@@ -140,12 +140,12 @@ def _dynamic(parameters: dict[str, Any], length: int) -> torch.Tensor:
 def _yarn(
     frequencies: torch.Tensor, rope: dict, base: float, context: int, original: int
 ) -> tuple[torch.Tensor, float]:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): short waves kept, long ones slowed, and scores scaled."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): short waves are kept, long ones slowed, and scores scaled."""
     factor = rope.get("factor") or context / original
     dim = 2 * len(frequencies)
 
-    def magnitude(stretch: float, weight: float = 1.0) -> float:
-        return 1.0 if stretch <= 1 else 0.1 * weight * math.log(stretch) + 1.0
+    def magnitude(ratio: float, weight: float = 1.0) -> float:
+        return 1.0 if ratio <= 1 else 0.1 * weight * math.log(ratio) + 1.0
 
     scaling = rope.get("attention_factor")
     if scaling is None:
@@ -166,7 +166,7 @@ def _yarn(
 
 
 def _longrope(frequencies: torch.Tensor, rope: dict, context: int, original: int, interleaved: bool) -> Rope:
-    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): one factor a pair, others once a sequence exceeds the original context."""
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): one factor per pair, others once a sequence exceeds the original context."""
     factor = rope.get("factor") or context / original
     scaling = rope.get("attention_factor")
     if scaling is None:
@@ -178,15 +178,16 @@ def _longrope(frequencies: torch.Tensor, rope: dict, context: int, original: int
 
 
 def choose_axes(states: torch.Tensor, sections: tuple[int, ...], interleaved: bool) -> torch.Tensor:
-    """M-RoPE (Wang et al. 2024, arXiv:2409.12191): of `[3, tokens, pairs]` (time, height, width), which axis turns each pair.
+    """M-RoPE (Wang et al. 2024, arXiv:2409.12191): choose the axis that rotates each pair, from `[3, tokens, pairs]`.
 
-    Sections follow each other (Qwen2-VL), or the axes take turns and what is left turns by time (Qwen3-VL).
+    The axes are time, height and width. They form consecutive sections (Qwen2-VL), or are interleaved, with the remaining pairs
+    rotated by time (Qwen3-VL).
     """
     if not interleaved:
         parts = states.split(list(sections), dim=-1)
         return torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
     chosen = states[0].clone()
     for axis in (1, 2):
-        places = slice(axis, 3 * sections[axis], 3)
-        chosen[..., places] = states[axis][..., places]
+        pairs = slice(axis, 3 * sections[axis], 3)
+        chosen[..., pairs] = states[axis][..., pairs]
     return chosen

@@ -1,4 +1,4 @@
-"""What the engine is doing and has done: numbers for a live view, and a record of steps for a picture of the schedule."""
+"""Engine statistics: numbers for a live view, and a record of steps for plotting the schedule."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A moment of the engine. Counts run from its start.
+    """A snapshot of the engine. Counts are totals since its start.
 
     Attributes:
-        waiting, running: requests.
-        pages, pages_used, pages_known: of the KV cache: all, held by requests, and of known content (used or not).
-        page_size: tokens a page holds.
+        waiting, running: numbers of requests.
+        pages, pages_used, pages_known: pages of the KV cache: all, in use by requests, of known content (used or not).
+        page_size: tokens per page.
         prefix_hits, prefix_misses: prompt tokens found in the cache, and not found; hits are tokens that were not computed again.
-        evictions: pages of known content given up for room; preemptions: requests that gave way.
-        prompt_tokens, new_tokens: computed in prefills and decode steps.
-        tokens_per_second: new tokens over the last seconds of work.
-        steps, step_seconds, model_seconds: how many, how long in all, and how long of that in the model.
+        evictions: pages of known content evicted to make space; preemptions: how often a request was preempted.
+        prompt_tokens, new_tokens: tokens computed in prefills and in decode steps.
+        tokens_per_second: new tokens per second, over the last seconds of work.
+        steps, step_seconds, model_seconds: number of steps, their total time, and the part of it spent in the model.
     """
 
     waiting: int
@@ -42,18 +42,18 @@ class EngineStats:
 
     @property
     def overhead(self) -> float:
-        """Share of the steps' time that was not spent in the model: scheduling, sampling, handing out."""
+        """Fraction of the steps' time that was not spent in the model: scheduling, sampling, delivery."""
         return 1.0 - self.model_seconds / self.step_seconds if self.step_seconds else 0.0
 
 
 @dataclass(frozen=True)
-class StepPiece:
+class StepChunk:
     """Tokens `[start, stop)` of one request in one step.
 
     Attributes:
         request: its number, in the order of arrival.
         cached: tokens of its prompt that came from the prefix cache.
-        ranges: the parts of its ranges inside this piece.
+        ranges: its embedding ranges, clipped to this chunk.
     """
 
     request: int
@@ -71,7 +71,7 @@ class StepPiece:
 class Step:
     """One step: what ran, when it began (seconds since the engine's start) and how long it took."""
 
-    pieces: tuple[StepPiece, ...]
+    chunks: tuple[StepChunk, ...]
     began: float
     seconds: float
     model_seconds: float
@@ -79,7 +79,7 @@ class Step:
 
 
 class Counters:
-    """Sums over steps, and the last `kept` of them."""
+    """Totals over all steps, and the last `kept` steps."""
 
     def __init__(self, kept: int = 4096) -> None:
         self.started = time.perf_counter()
@@ -93,17 +93,17 @@ class Counters:
         self.steps += 1
         self.step_seconds += step.seconds
         self.model_seconds += step.model_seconds
-        for piece in step.pieces:
-            if piece.decoding:
-                self.new_tokens += len(piece)
+        for chunk in step.chunks:
+            if chunk.decoding:
+                self.new_tokens += len(chunk)
             else:
-                self.prompt_tokens += len(piece)
+                self.prompt_tokens += len(chunk)
 
     def rate(self, seconds: float = 2.0) -> float:
-        """New tokens a second of work, over the last `seconds` of it."""
+        """New tokens per second of work, over the last `seconds` of work."""
         tokens, worked = 0, 0.0
         for step in reversed(self.history):
-            tokens += sum(len(piece) for piece in step.pieces if piece.decoding)
+            tokens += sum(len(chunk) for chunk in step.chunks if chunk.decoding)
             worked += step.seconds
             if worked >= seconds:
                 break

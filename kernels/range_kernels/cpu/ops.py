@@ -1,0 +1,175 @@
+"""A decoder's operations other than attention, on the CPU in float32: linear maps, RMSNorm, rotary embedding, gated activation.
+
+As in `attention.py`, a row's result does not depend on the other rows: sums run in the same order for every batch, which
+libraries that choose a kernel by the number of rows do not guarantee. A few rows cost as much as one: both read all weights once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+from .simd import COLUMNS, DIGEST, ROWS, block_product, block_product_sum, row_gate_gelu_tanh, row_gate_silu
+
+SIMD_DIGEST = "c09bf949f3808fdc"  # as in attention.py
+CACHE = DIGEST == SIMD_DIGEST
+DEPTH = 64  # terms per partial sum; the sum of partial sums has a few times less rounding error than one long sum
+TOKENS = 256  # rows per task: together with one panel of weights they fit in the L2 cache
+LANES = 16
+
+
+@njit(inline="always")
+def _long_product(x, weights, target, stride, inputs):
+    """Compute one tile of `linear`; the arguments are addresses of the first row of x, a panel of weights and the result."""
+    block_product(x, inputs, weights, COLUMNS, target, stride, min(DEPTH, inputs))
+    for start in range(DEPTH, inputs, DEPTH):
+        begin, depth = np.uintp(start * 4), min(DEPTH, inputs - start)
+        block_product_sum(x + begin, inputs, weights + begin * np.uintp(COLUMNS), COLUMNS, target, stride, depth)
+
+
+@njit(parallel=True, cache=CACHE)
+def linear(x, panels, out):
+    """out[rows, :] = x[rows, inputs] @ weights; `panels` [n, inputs, COLUMNS], `out` [rows, n * COLUMNS]."""
+    rows, inputs = x.shape
+    whole = rows // ROWS * ROWS
+    rest = np.zeros((ROWS if whole < rows else 0, inputs), np.float32)  # the last rows, padded to a block
+    rest[: rows - whole] = x[whole:]
+    blocks = -(-rows // TOKENS)
+    for task in prange(blocks * len(panels)):
+        panel, first = task // blocks, task % blocks * TOKENS
+        weights = panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * 4)
+        for row in range(first, min(first + TOKENS, whole), ROWS):
+            target = out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4)
+            _long_product(x.ctypes.data + np.uintp(row * inputs * 4), weights, target, out.shape[1], inputs)
+        if (first + TOKENS >= rows) & (whole < rows):
+            block = np.empty((ROWS, COLUMNS), np.float32)
+            _long_product(rest.ctypes.data, weights, block.ctypes.data, COLUMNS, inputs)
+            out[whole:, panel * COLUMNS : (panel + 1) * COLUMNS] = block[: rows - whole]
+
+
+@njit
+def _rms_row(x, weight, epsilon, out):
+    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) of one row; the sum of squares runs in LANES lanes."""
+    width = len(x)
+    lanes = np.zeros(LANES, np.float32)
+    whole = width // LANES * LANES
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            lanes[lane] += x[start + lane] * x[start + lane]
+    for element in range(whole, width):
+        lanes[element - whole] += x[element] * x[element]
+    total = np.float32(0.0)
+    for lane in range(LANES):
+        total += lanes[lane]
+    inverse_rms = np.float32(1.0) / np.float32(math.sqrt(total / np.float32(width) + epsilon))
+    for element in range(width):
+        out[element] = x[element] * inverse_rms * weight[element]
+
+
+@njit(parallel=True, cache=CACHE)
+def linear_of_norm(x, weight, epsilon, panels, out):
+    """`linear` of `rms_norm` for few rows, which one thread normalises: they are not worth a parallel loop of their own."""
+    ready = np.zeros((-(-len(x) // ROWS) * ROWS, x.shape[1]), np.float32)
+    for row in range(len(x)):
+        _rms_row(x[row], weight, epsilon, ready[row])
+    for panel in prange(len(panels)):
+        _few_rows(ready, panels, panel, out)
+
+
+@njit(parallel=True, cache=CACHE)
+def linear_of_gate(both, gelu, panels, out):
+    """`linear` of `gate` for few rows."""
+    ready = np.zeros((-(-len(both) // ROWS) * ROWS, both.shape[1] // 2), np.float32)
+    for row in range(len(both)):
+        _gate_row(both[row], ready.shape[1], gelu, ready[row])
+    for panel in prange(len(panels)):
+        _few_rows(ready, panels, panel, out)
+
+
+@njit
+def _few_rows(ready, panels, panel, out):
+    """Compute one panel of outputs; `ready` [rows padded to a multiple of ROWS, inputs]."""
+    inputs, rows = panels.shape[1], len(out)
+    weights = panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * 4)
+    block = np.empty((ROWS, COLUMNS), np.float32)
+    for row in range(0, rows, ROWS):
+        _long_product(ready.ctypes.data + np.uintp(row * inputs * 4), weights, block.ctypes.data, COLUMNS, inputs)
+        out[row : row + ROWS, panel * COLUMNS : (panel + 1) * COLUMNS] = block[: min(ROWS, rows - row)]
+
+
+@njit(parallel=True, cache=CACHE)
+def rms_norm(x, weight, epsilon, out):
+    """Write the rows of `x` [rows, width], normalised and multiplied by `weight`, to `out`."""
+    for row in prange(len(x)):
+        _rms_row(x[row], weight, epsilon, out[row])
+
+
+@njit(cache=CACHE)
+def rms_norm_few(x, weight, epsilon, out):
+    """`rms_norm` in one thread."""
+    for row in range(len(x)):
+        _rms_row(x[row], weight, epsilon, out[row])
+
+
+@njit
+def _gate_row(both, width, gelu, out):
+    whole = width // COLUMNS * COLUMNS
+    gate, up, target = both.ctypes.data, both.ctypes.data + np.uintp(width * 4), out.ctypes.data
+    if gelu:
+        row_gate_gelu_tanh(gate, up, target, whole)
+    else:
+        row_gate_silu(gate, up, target, whole)
+    if whole < width:
+        rest = np.zeros((3, COLUMNS), np.float32)
+        rest[0, : width - whole] = both[whole:width]
+        rest[1, : width - whole] = both[width + whole :]
+        address = rest.ctypes.data
+        gate, up, target = address, address + np.uintp(COLUMNS * 4), address + np.uintp(2 * COLUMNS * 4)
+        if gelu:
+            row_gate_gelu_tanh(gate, up, target, COLUMNS)
+        else:
+            row_gate_silu(gate, up, target, COLUMNS)
+        out[whole:] = rest[2, : width - whole]
+
+
+@njit(parallel=True, cache=CACHE)
+def gate(both, gelu, out):
+    """out [rows, width] = activation(both[:, :width]) * both[:, width:], with SiLU or tanh-approximated GELU."""
+    for row in prange(len(both)):
+        _gate_row(both[row], out.shape[1], gelu, out[row])
+
+
+@njit(cache=CACHE)
+def gate_few(both, gelu, out):
+    """`gate` in one thread."""
+    for row in range(len(both)):
+        _gate_row(both[row], out.shape[1], gelu, out[row])
+
+
+@njit(inline="always")
+def _rotate_token(x, cosine, sine, heads, interleaved, out):
+    pairs = len(cosine)
+    for head in range(heads):
+        for pair in range(pairs):
+            a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + pairs)
+            first, second = x[head, a], x[head, b]
+            out[head, a] = first * cosine[pair] - second * sine[pair]
+            out[head, b] = second * cosine[pair] + first * sine[pair]
+        for channel in range(2 * pairs, x.shape[1]):
+            out[head, channel] = x[head, channel]
+
+
+@njit(parallel=True, cache=CACHE)
+def rotate(x, cosine, sine, interleaved, out):
+    """Rotary embedding of `x` [tokens, heads, head_dim] by `cosine`, `sine` [tokens, pairs]; channels past the pairs are copied."""
+    for token in prange(len(x)):
+        _rotate_token(x[token], cosine[token], sine[token], x.shape[1], interleaved, out[token])
+
+
+@njit(cache=CACHE)
+def rotate_few(x, cosine, sine, interleaved, out):
+    """`rotate` in one thread."""
+    for token in range(len(x)):
+        _rotate_token(x[token], cosine[token], sine[token], x.shape[1], interleaved, out[token])

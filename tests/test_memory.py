@@ -1,0 +1,77 @@
+"""Peak memory of a process that runs a notebook, and what an engine leaves after `close()`, each measured in a child process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+GIB = 1 << 30
+PEAK = 1.5 * GIB
+
+RUN_NOTEBOOK = """
+import json, sys
+import nbformat
+from IPython.core.interactiveshell import InteractiveShell
+
+shell = InteractiveShell.instance()
+for cell in nbformat.read(sys.argv[1], as_version=4).cells:
+    if cell.cell_type == "code":
+        shell.run_cell(cell.source).raise_error()
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print("\\nMEASURED", json.dumps({"peak": int(status["VmHWM"].split()[0]) * 1024}))
+"""
+
+CLOSE_ENGINES = """
+import gc, json, weakref
+import psutil, torch
+import workbench
+
+def resident():
+    gc.collect()
+    return psutil.Process().memory_info().rss
+
+model = workbench.load_model("smollm2-135m")
+prompt = workbench.Prompt(model.chat_ids("Hello!"))
+with workbench.open_engine("numba", model) as engine:
+    workbench.check_engine(engine, prompt)  # loads the reference, compiles, fills caches
+before = resident()
+left, grown = [], []
+for kind in ("numba", "transformers"):
+    for _ in range(3):
+        with workbench.open_engine(kind, model) as engine:
+            engine.generate(prompt, workbench.GenerationConfig(max_new_tokens=2))
+            weights = weakref.ref(engine.decoder if kind == "numba" else next(engine.network.parameters()))
+        gc.collect()
+        left.append(weights() is not None)
+        grown.append(resident() - before)
+print("\\nMEASURED", json.dumps({"left": left, "grown": grown}))
+"""
+
+
+def measure(code: str, *arguments: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT / "notebooks", capture_output=True, text=True, timeout=280,
+        env={**os.environ, "MPLBACKEND": "agg"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(done.stdout.rsplit("MEASURED", 1)[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["02_compare_engines", "09_turbomind_vs_transformers"])
+def test_a_notebook_stays_below_the_peak(model, name):
+    measured = measure(RUN_NOTEBOOK, f"{name}.ipynb")
+    assert measured["peak"] < PEAK, f"{measured['peak'] / GIB:.2f} GiB"
+
+
+def test_a_closed_engine_leaves_nothing(model):
+    measured = measure(CLOSE_ENGINES)
+    assert not any(measured["left"]), measured
+    assert max(measured["grown"]) < 100 << 20, [f"{grown >> 20} MiB" for grown in measured["grown"]]

@@ -1,0 +1,77 @@
+"""Features ahead of time, from the command line: folders, bad images among good ones, resuming, Ray workers."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+import workbench
+from tests.conftest import IMAGES
+from workbench.cli.main import main
+from workbench.vision.feature_store import FeatureStore
+from workbench.vision.precompute import compute_features, find_images
+from workbench.vision.tower import load_vision_tower
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def album(tmp_path):
+    """Five good images in two folders, a damaged one, one cut short, and a text."""
+    inner = tmp_path / "album" / "inner"
+    inner.mkdir(parents=True)
+    for number, path in enumerate(sorted(IMAGES.glob("*_*.png"))[:5]):
+        shutil.copy(path, (inner if number % 2 else inner.parent) / f"{number}.png")
+    (inner / "broken.png").write_bytes(b"not an image")
+    (inner / "cut.png").write_bytes((inner.parent / "0.png").read_bytes()[:20_000])
+    (inner / "notes.txt").write_text("no image")
+    return inner.parent
+
+
+def test_a_folder_with_bad_images(album, tmp_path, capsys):
+    store = tmp_path / "store"
+    assert main(["features", str(album), "--store", str(store)]) == 1
+    output = capsys.readouterr()
+    assert "5 computed, 0 found in the store, 2 failed" in output.out
+    assert "inner/broken.png: " in output.err
+    assert "is damaged or cut short" in output.err
+    assert main(["features", str(album / "0.png"), "--store", str(store)]) == 0
+    assert "0 computed, 1 found" in capsys.readouterr().out
+    tower = load_vision_tower(workbench.load_model("digit-cards"))
+    (kept,) = FeatureStore(store).features(tower, [album / "0.png"])
+    assert torch.equal(kept.rows, tower.features([album / "0.png"])[0].rows)
+
+
+def test_a_run_goes_on_where_it_stopped(album, tmp_path):
+    images, store = find_images([album]), str(tmp_path / "store")
+    compute_features(images[:2], "digit-cards", store, progress=False)
+    report = compute_features(images, "digit-cards", store, progress=False)
+    assert (report.computed, report.found, len(report.failed)) == (3, 2, 2)
+
+
+def test_ray_workers_do_the_same(album, tmp_path):
+    pytest.importorskip("ray")
+    here, there = str(tmp_path / "here"), str(tmp_path / "there")
+    alone = compute_features(find_images([album]), "digit-cards", here, progress=False)
+    report = compute_features(find_images([album]), "digit-cards", there, workers=2, progress=False)
+    assert (report.computed, report.found, sorted(report.failed)) == (alone.computed, 0, sorted(alone.failed))
+    names = [{path.name for path in (tmp_path / store).glob("*/*.safetensors")} for store in ("here", "there")]
+    assert names[0] == names[1]
+
+
+def test_names_that_are_nothing(tmp_path, capsys):
+    assert main(["features", str(tmp_path / "none"), "--store", str(tmp_path / "s")]) == 2
+    assert "is neither an image nor a folder" in capsys.readouterr().err
+    assert main(["features", str(tmp_path), "--store", str(tmp_path / "s")]) == 2
+    assert "no images (.png" in capsys.readouterr().err
+
+
+def test_a_decompression_bomb_is_one_failure(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    Image.new("1", (9_000, 9_000)).save(tmp_path / "large.png")
+    report = compute_features(find_images([tmp_path]), "digit-cards", str(tmp_path / "s"), progress=False)
+    assert report.computed == 0
+    assert ["decompression bomb" in reason for _, reason in report.failed] == [True, True]

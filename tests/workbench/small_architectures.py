@@ -1,0 +1,140 @@
+"""Small random models of every family that the Numba engine runs, as Transformers writes them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import workbench
+from tests.workbench.small_models import BASE
+
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 4.0]}
+HEADS = {"num_attention_heads": 4, "head_dim": 16}
+_GEMMA3 = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 24, "sliding_window": 9, **HEADS}
+
+
+def rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    """Rotation settings."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
+
+
+# name: (configuration class, settings beside BASE)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama, yarn": ("LlamaConfig", rope("yarn", factor=4.0, original_max_position_embeddings=64)),
+    "llama, yarn mscale": (
+        "LlamaConfig",
+        rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.7, mscale_all_dim=1.1, truncate=False),
+    ),
+    "llama, dynamic within its context": ("LlamaConfig", rope("dynamic", factor=2.0)),
+    "llama, dynamic beyond": ("LlamaConfig", {**rope("dynamic", factor=4.0), "max_position_embeddings": 32}),
+    "llama, proportional": ("LlamaConfig", rope("proportional", partial_rotary_factor=0.5)),
+    "mistral, window": ("MistralConfig", {"sliding_window": 11, **HEADS}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2, some windows": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 13, "max_window_layers": 1}),
+    "qwen2-vl": ("Qwen2VLTextConfig", {"num_attention_heads": 3, "num_key_value_heads": 1, "rope_parameters": MROPE}),
+    "qwen2.5-vl": (
+        "Qwen2_5_VLTextConfig",
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "rope_parameters": MROPE},
+    ),
+    "qwen3": ("Qwen3Config", HEADS),
+    "qwen3-vl": ("Qwen3VLTextConfig", {**HEADS, "rope_parameters": MROPE}),
+    "internlm3": ("InternLM3Config", {"qkv_bias": True, "bias": True, **HEADS}),
+    "phi3": ("Phi3Config", {"sliding_window": 17, "pad_token_id": 0}),
+    "phi3, short": (
+        "Phi3Config",
+        {**rope("longrope", **LONG), "original_max_position_embeddings": 128, "pad_token_id": 0},
+    ),
+    "phi3, long": (
+        "Phi3Config",
+        {**rope("longrope", **LONG), "original_max_position_embeddings": 32, "pad_token_id": 0},
+    ),
+    "phi3, partial": ("Phi3Config", {"partial_rotary_factor": 0.5, "pad_token_id": 0}),
+    "gemma": ("GemmaConfig", {"hidden_act": "gelu_pytorch_tanh", "attention_bias": True, **HEADS}),
+    "gemma2": (
+        "Gemma2Config",
+        {**_GEMMA3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **_GEMMA3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "glm": ("GlmConfig", {**HEADS, "pad_token_id": 0, "attention_bias": True}),
+    "glm4": ("Glm4Config", {**HEADS, "pad_token_id": 0, "attention_bias": True}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0, 1], "pad_token_id": 0}),
+    "smollm3, windows": (
+        "SmolLM3Config",
+        {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 9, "pad_token_id": 0},
+    ),
+}
+WITH_IMAGES = {"qwen2-vl": "Qwen2VL", "qwen2.5-vl": "Qwen2_5_VL", "qwen3-vl": "Qwen3VL"}
+_VISION = {"depth": 1, "hidden_size": 16, "embed_dim": 16, "num_heads": 2, "intermediate_size": 16, "patch_size": 4}
+_WIDTH = {"Qwen2VL": "hidden_size", "Qwen2_5_VL": "out_hidden_size", "Qwen3VL": "out_hidden_size"}
+
+
+def save(name: str, folder: Path, **more: Any) -> workbench.Model:
+    """A random model of a family, its norms and biases random too."""
+    config_class, changes = FAMILIES[name]
+    config = getattr(transformers, config_class)(**{**BASE, **changes, **more})
+    torch.manual_seed(0)
+    if name in WITH_IMAGES:
+        prefix = WITH_IMAGES[name]
+        vision = {**_VISION, _WIDTH[prefix]: BASE["hidden_size"], "deepstack_visual_indexes": [0]}
+        whole = getattr(transformers, f"{prefix}Config")(text_config=config.to_dict(), vision_config=vision)
+        network = getattr(transformers, f"{prefix}ForConditionalGeneration")(whole)
+    else:
+        network = transformers.AutoModelForCausalLM.from_config(config)
+    for at, parameter in network.named_parameters():
+        small = "norm" in at or "bias" in at
+        centre = 1.0 if "norm" in at and not name.startswith("gemma") else 0.0
+        torch.nn.init.normal_(parameter, centre, 0.1 if small else 0.08)
+    network.save_pretrained(folder)
+    return workbench.load_model(folder)
+
+
+def internlm2_of(llama: workbench.Model, folder: Path) -> workbench.Model:
+    """The same weights as InternLM2 stores them: a KV head at a time, under other names."""
+    tensors = load_file(llama.path / "model.safetensors")
+    settings = json.loads((llama.path / "config.json").read_text())
+    kv_heads = settings["num_key_value_heads"]
+    head_dim = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
+    names = {
+        "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+        "embed_tokens": "tok_embeddings", "lm_head": "output",
+    }  # fmt: skip
+    renamed = {}
+    for name, tensor in tensors.items():
+        if "self_attn.k_proj" in name or "self_attn.v_proj" in name:
+            continue
+        if "self_attn.q_proj" in name:
+            q, k, v = (tensors[name.replace("q_proj", f"{x}_proj")] for x in "qkv")
+            grouped = [x.view(kv_heads, -1, head_dim, *x.shape[1:]) for x in (q, k, v)]
+            whole = torch.cat(grouped, dim=1).reshape(-1, *q.shape[1:])
+            renamed[name.replace("self_attn.q_proj", "attention.wqkv")] = whole.contiguous()
+            continue
+        for old, new in names.items():
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    folder.mkdir(exist_ok=True)
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    bias = any(name.endswith("q_proj.bias") for name in tensors)
+    settings |= {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": bias}
+    (folder / "config.json").write_text(json.dumps(settings))
+    for file in llama.path.glob("tokenizer*"):
+        shutil.copy(file, folder / file.name)
+    return workbench.load_model(folder)

@@ -1,0 +1,1 @@
+"""Arrays computed from traces: what the plots and views show. Nothing here draws."""

@@ -1,0 +1,147 @@
+"""Maps of hidden states, one number per layer and token; computed once for all views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ..comparison import Comparison
+from ..comparison.metrics import cosine, relative_error
+from ..engines.base import Engine
+from ..progress import Progress
+from ..prompt import Prompt, Range
+from ..trace import Trace
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How the numbers of a map are shown.
+
+    Attributes:
+        title: what a number is.
+        scale: "log" or "linear".
+        low, high: ends of the colour scale; None takes them from the numbers.
+        palette: name of a matplotlib colour map.
+        unit: appended to a number that is shown as text.
+    """
+
+    title: str
+    scale: Literal["log", "linear"]
+    low: float | None
+    high: float | None
+    palette: str
+    unit: str = ""
+
+
+METRICS: Mapping[str, Metric] = {
+    "change": Metric("change by the embeddings, |Δ| / |plain|; white: exactly 0", "log", 1e-3, 3.0, "magma_r"),
+    "cosine": Metric("cosine with the run without embeddings", "linear", 0.0, 1.0, "viridis"),
+    "norm": Metric("2-norm of the state", "log", None, None, "cividis"),
+    "error": Metric("error against the reference, in noise floors", "log", 1 / 64, 64.0, "RdYlBu_r", " noise floors"),
+    "lens": Metric("logit lens: probability of the likeliest token", "linear", 0.0, 1.0, "GnBu"),
+}
+
+
+@dataclass
+class StateMaps:
+    """Maps of one run, one per metric.
+
+    Attributes:
+        tokens: the prompt's ids as text; taps: names of the rows, from the first layer up.
+        ranges: embedding ranges of the run.
+        values: `{metric: float32 [taps, tokens]}`, for the metrics computed so far.
+        words: the logit lens' likeliest tokens as text, `[taps][tokens]`; empty until they are computed.
+        row_states: returns the states of a row, `[tokens, hidden]`; None if states are not kept.
+    """
+
+    tokens: Sequence[str]
+    taps: Sequence[str]
+    ranges: Sequence[Range]
+    values: dict[str, np.ndarray]
+    words: list[list[str]] = field(default_factory=list)
+    row_states: Callable[[int], torch.Tensor] | None = None
+
+    def bounds(self, metric: str) -> tuple[float, float]:
+        """Ends of a metric's colour scale: its own, or the range of the middle 98 % of the finite numbers."""
+        kind, values = METRICS[metric], self.values[metric]
+        usable = values[np.isfinite(values) & ((values > 0) | (kind.scale == "linear"))]
+        low, high = np.quantile(usable, [0.01, 0.99]) if usable.size else (0.1, 1.0)
+        low, high = (
+            float(low if kind.low is None else kind.low),
+            float(high if kind.high is None else kind.high),
+        )
+        return (low, high) if high > low else (low, low * 1.0001 + 1e-9)
+
+    def add_error(self, comparison: Comparison) -> None:
+        """Add a comparison's errors, in noise floors, for the taps that both have.
+
+        Raises:
+            ValueError: the comparison is of other tokens, or has none of these taps.
+        """
+        if comparison.positions.tolist() != list(range(len(self.tokens))):
+            raise ValueError(
+                f"the comparison has {len(comparison.positions)} positions, the map {len(self.tokens)} tokens: compare all"
+            )
+        at = {tap: row for row, tap in enumerate(comparison.taps)}
+        if not set(at) & set(self.taps):
+            raise ValueError(f"the comparison has none of the taps {', '.join(self.taps[:4])}, ...")
+        ratios = comparison.ratios.numpy()
+        missing = np.full(len(self.tokens), np.nan)
+        rows = [ratios[at[tap]] if tap in at else missing for tap in self.taps]
+        self.values["error"] = np.stack(rows).astype(np.float32)
+
+    def add_lens(self, engine: Engine, progress: Progress | None = None) -> None:
+        """Add the logit lens: apply the final norm and the head to every state; keep the likeliest token and its probability.
+
+        Raises:
+            ModelError: the engine does not expose its head.
+            ValueError: the maps do not keep states.
+        """
+        if self.row_states is None:
+            raise ValueError("these maps have no states: make them with state_maps")
+        chances, found = [], []
+        for row, tap in enumerate(self.taps):
+            states = self.row_states(row)
+            logits = engine.logit_lens(states, normed=tap == "norm")
+            best = logits.float().softmax(dim=-1).max(dim=-1)
+            chances.append(best.values.cpu().numpy())
+            found.append(engine.model.tokens(best.indices.tolist()))
+            if progress:
+                progress((row + 1) / len(self.taps))
+        self.values["lens"], self.words = np.stack(chances).astype(np.float32), found
+
+    def neighbours(self, row: int, token: int, count: int = 6) -> list[tuple[int, float]]:
+        """The tokens whose states at this row are nearest by cosine, nearest first: (token, cosine)."""
+        if self.row_states is None:
+            return []
+        states = self.row_states(row).float()
+        near = torch.nn.functional.cosine_similarity(states, states[token : token + 1], dim=1)
+        near = near.nan_to_num(-torch.inf)
+        near[token] = -torch.inf
+        order = near.argsort(descending=True)[: min(count, len(near) - 1)].tolist()
+        return [(other, float(near[other])) for other in order]
+
+
+def state_maps(engine: Engine, injected: Trace, plain: Trace, prompt: Prompt) -> StateMaps:
+    """Compute the maps of a run with embeddings compared with a run of the ids alone; both traces must contain all tokens.
+
+    Args:
+        plain: the trace of `prompt.without_embeddings`.
+    """
+    taps = [tap for tap in injected if tap != "logits" and tap in plain]
+    values = {
+        "change": np.stack([relative_error(injected[tap], plain[tap]).numpy() for tap in taps]),
+        "cosine": np.stack([cosine(injected[tap], plain[tap]).numpy() for tap in taps]),
+        "norm": np.stack([injected[tap].double().norm(dim=1).numpy() for tap in taps]),
+    }
+    return StateMaps(
+        engine.model.tokens(prompt.input_ids),
+        taps,
+        list(prompt.embedding_ranges),
+        {name: value.astype(np.float32) for name, value in values.items()},
+        row_states=lambda row: injected[taps[row]],
+    )

@@ -1,0 +1,31 @@
+"""`python -m workbench.benchmarks [engine | batching | comparison | serving]`: timings on this machine, interleaved, as medians."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m workbench.benchmarks", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "benchmark", nargs="?", default="engine", choices=("engine", "batching", "comparison", "serving"),
+        help="engine: one request compared with Transformers; batching: many requests at once; comparison: traces, recording and lint; "
+        "serving: several engines on spliced prompts",
+    )  # fmt: skip
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--engines", nargs="+", default=["transformers", "numba"], help="for serving")
+    parser.add_argument("--dtype", default="bfloat16", help="for serving")
+    parser.add_argument("--device", default="cpu", help="for serving")
+    options = parser.parse_args()
+    module = import_module(f".{options.benchmark}", __package__)
+    if options.benchmark == "serving":
+        module.run(options.engines, options.model, options.dtype, options.device, options.rounds)
+    else:
+        module.run(options.model, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The first divergence: the layer, part, token and span where an engine first differs from the reference, and a diagnosis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..engines.base import Engine
+from ..prompt import Prompt
+from ..trace.taps import EVERY_TAP
+from .check import shared_taps
+from .diagnosis import Explanation, explain
+from .reference_cache import reference_run
+from .verdict import FACTOR, Comparison, Divergence, compare
+
+ROOM = 1 << 30
+"""Bytes of memory for traces; if all taps together need more, layers are bisected."""
+
+
+@dataclass(frozen=True)
+class FirstDivergence:
+    """Where an engine first diverges, and a diagnosis.
+
+    Attributes:
+        divergence: tap, token, span, error and floor; None if everything is within rounding.
+        last_good: the tap before it; None if the first one is already wrong.
+        explanation: the diagnosis; None without a divergence.
+        comparison: the comparison of the taps that were traced last.
+        runs: number of runs of the engine.
+    """
+
+    divergence: Divergence | None
+    last_good: str | None
+    explanation: Explanation | None
+    comparison: Comparison
+    runs: int
+
+    def __str__(self) -> str:
+        if self.divergence is None:
+            return f"no divergence: {self.comparison}"
+        before = f"{self.last_good} is right; " if self.last_good else ""
+        return f"diverges first at {self.divergence}\n{before}{self.explanation}"
+
+
+def first_divergence(
+    engine: Engine, prompt: Prompt, *, factor: float = FACTOR, max_bytes: int = ROOM, device: str = "cpu"
+) -> FirstDivergence:
+    """Find the first tap, token and span where `engine` is wrong.
+
+    If all taps fit into `max_bytes`, one run finds it. Otherwise the residual stream is bisected, one tap per run, and then
+    the parts of the layer found are compared. Bisection finds faults that stay visible up to the end of the residual stream; a
+    fault that drowns in the noise of later layers is found only by one run over all taps. Engines that expose no layers are
+    bisected by depth if they have taps `depth.k`.
+
+    Args:
+        device: where the reference runs.
+    """
+    taps = shared_taps(engine, [*EVERY_TAP, "depth.*"] if "embed" not in engine.capabilities.taps else EVERY_TAP)
+    search = _Search(engine, prompt, factor, device)
+    # In memory: the engine's trace, the reference in float64, and its four runs in the engine's dtype.
+    whole = engine.plan_trace(prompt, taps).nbytes * (1 + 8 // engine.dtype.itemsize + 4)
+    if whole <= max_bytes:
+        return search.result(search.compare_at(taps), taps)
+    stream = [tap for tap in taps if tap.count(".") < 2]
+    bad = _bisect(stream, lambda tap: search.compare_at([tap]).verdict == "bug")
+    if bad is None:
+        return search.result(search.compare_at([stream[-1]]), [stream[-1]])
+    before = stream[bad - 1 : bad]
+    parts = [tap for tap in taps if tap.startswith(f"{stream[bad]}.")]
+    group = [*before, *parts, stream[bad]]
+    return search.result(search.compare_at(group), group)
+
+
+def _bisect(taps: Sequence[str], wrong: Callable[[str], bool]) -> int | None:
+    """Index of the first wrong tap, assuming that all taps after it are wrong too; None if the last one is right."""
+    if not wrong(taps[-1]):
+        return None
+    low, high = 0, len(taps) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if wrong(taps[middle]) else (middle + 1, high)
+    return low
+
+
+class _Search:
+    """Runs engine and reference over chosen taps, and keeps the traces of the last comparison for the diagnosis."""
+
+    def __init__(self, engine: Engine, prompt: Prompt, factor: float, device: str) -> None:
+        self.engine, self.prompt, self.factor, self.device, self.runs = engine, prompt, factor, device, 0
+
+    def compare_at(self, taps: Sequence[str]) -> Comparison:
+        dtype = str(self.engine.dtype).removeprefix("torch.")
+        reference, floor = reference_run(self.engine.model, self.prompt, dtype, taps, device=self.device)
+        self.reference, self.state = reference, self.engine.trace(self.prompt, taps)
+        self.runs += 1
+        return compare(reference, self.state, floor=floor, factor=self.factor)
+
+    def result(self, comparison: Comparison, taps: Sequence[str]) -> FirstDivergence:
+        found = comparison.first_divergence
+        if found is None:
+            return FirstDivergence(None, taps[-1], None, comparison, self.runs)
+        at = comparison.taps.index(found.tap)
+        last_good = comparison.taps[at - 1] if at else None
+        explanation = explain(comparison, self.reference, self.state, self.prompt, self.engine.model)
+        return FirstDivergence(found, last_good, explanation, comparison, self.runs)

@@ -1,0 +1,156 @@
+"""The noise floor of a prompt: the rounding error of the reference at each tap and token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..atomic_write import atomic_write
+from ..errors import TraceError
+from ..trace import Trace
+from ..trace.files import raw_bytes
+from ..trace.provenance import check_provenance
+from .metrics import relative_error
+
+FORMAT = "workbench-floor-1"
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """Errors of the reference in an engine's dtype against the float64 run: kilobytes instead of the traces' gigabytes.
+
+    Attributes:
+        errors: `{tap: float64 [positions]}`, the largest of all runs.
+        digests: `{tap: SHA-256 of the plain run's states}`, to tell "same" from "noise".
+        positions, provenance: of the plain run.
+    """
+
+    errors: Mapping[str, torch.Tensor]
+    digests: Mapping[str, str]
+    positions: torch.Tensor
+    provenance: Mapping[str, Any]
+
+    @classmethod
+    def measure(cls, reference: Trace, runs: Trace | Sequence[Trace], taps: Sequence[str] | None = None) -> NoiseFloor:
+        """Measure it from the float64 trace and one or several traces in the engine's dtype, the plain run first.
+
+        Raises:
+            TraceError: no run; runs in different dtypes; a run of another prompt, model or positions than the reference; NaN.
+        """
+        several = [runs] if isinstance(runs, Trace) else list(runs)
+        if not several:
+            raise TraceError("no noise floor given: record the reference in the candidate's dtype")
+        dtype = several[0].provenance["dtype"]
+        for run in several:
+            check_comparable(reference, run, "floor")
+            if run.provenance["dtype"] != dtype:
+                raise TraceError(f"runs in {dtype} and {run.provenance['dtype']}: rounding differs; use one dtype")
+        errors, digests = {}, {}
+        for tap in [tap for tap in reference if tap in several[0]] if taps is None else taps:
+            worst = None
+            for number, run in enumerate(several):
+                if tap not in run:
+                    raise TraceError(f"the floor lacks tap {tap!r}: trace it with the taps of the candidate")
+                state = run[tap]
+                check_shape(tap, reference[tap], state, "floor")
+                error = relative_error(state, reference[tap])
+                if not torch.isfinite(error).all():
+                    raise TraceError(
+                        f"the floor or the reference contains NaN or infinity at tap {tap!r}: no error can be measured"
+                    )
+                worst = error if worst is None else torch.maximum(worst, error)
+                if number == 0:
+                    digests[tap] = state_digest(state)
+            assert worst is not None
+            errors[tap] = worst
+        return cls(errors, digests, several[0].positions, several[0].provenance)
+
+    def save(self, path: str | Path) -> None:
+        """Write it to one safetensors file."""
+        metadata = {
+            "format": FORMAT,
+            "positions": json.dumps(self.positions.tolist()),
+            "digests": json.dumps(dict(self.digests)),
+            "crc32": json.dumps({tap: f"{zlib.crc32(raw_bytes(error)):08x}" for tap, error in self.errors.items()}),
+            "provenance": json.dumps(dict(self.provenance)),
+        }
+        try:
+            # safetensors' save_file makes a file that only its owner can read.
+            atomic_write(path, save({tap: error.contiguous() for tap, error in self.errors.items()}, metadata))
+        except (SafetensorError, OSError) as error:
+            raise TraceError(f"the noise floor cannot be written to {path}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> NoiseFloor:
+        """Read a file written by `save`.
+
+        Raises:
+            TraceError: the file is not a noise floor, or is damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise TraceError(
+                        f"{path} is not a noise floor of this version ({FORMAT}): record the reference again"
+                    )
+                provenance = check_provenance(json.loads(metadata["provenance"]), path)
+                digests, positions = json.loads(metadata["digests"]), json.loads(metadata["positions"])
+                sums = json.loads(metadata["crc32"])
+                if not isinstance(digests, dict) or not isinstance(sums, dict):
+                    raise TraceError(f"{path}: its digests and checksums are not JSON objects")
+                errors = {tap: file.get_tensor(tap) for tap in digests}
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            if isinstance(error, TraceError):
+                raise
+            raise TraceError(f"{path} cannot be read as a noise floor: {error}") from error
+        if not isinstance(positions, list) or not all(type(position) is int for position in positions):
+            raise TraceError(f"{path}: its positions are not a list of integers")
+        for tap, sizes in errors.items():
+            if f"{zlib.crc32(raw_bytes(sizes)):08x}" != sums.get(tap):
+                raise TraceError(
+                    f"{path}: the floor of tap {tap!r} was damaged or changed: copy it again, or record it again"
+                )
+            if (
+                sizes.shape != (len(positions),)
+                or sizes.dtype != torch.float64
+                or not ((sizes >= 0) & torch.isfinite(sizes)).all()
+            ):
+                raise TraceError(f"{path}: the floor of tap {tap!r} is not one finite number >= 0 per position")
+        return cls(errors, digests, torch.tensor(positions, dtype=torch.int64), provenance)
+
+
+def check_comparable(reference: Trace, other: Trace | NoiseFloor, name: str) -> None:
+    """Raise TraceError if `other` cannot be compared with the reference: another prompt, model or positions."""
+    mine, theirs = reference.provenance, other.provenance
+    if mine["dtype"] != "float64":
+        raise TraceError(f"the reference is a {mine['dtype']} trace: record it with dtype='float64'")
+    for key, shown, what in (("model_digest", "model", "models"), ("prompt", "prompt", "prompts")):
+        if theirs[key] != mine[key]:
+            raise TraceError(
+                f"reference and {name} are of different {what} ({mine[shown]} and {theirs[shown]}): they cannot be compared"
+            )
+    if not torch.equal(other.positions, reference.positions):
+        raise TraceError(f"reference and {name} have different positions: trace both with the same ones")
+
+
+def check_shape(tap: str, reference: torch.Tensor, state: torch.Tensor, name: str) -> None:
+    """Raise TraceError if the shapes differ."""
+    if state.shape != reference.shape:
+        raise TraceError(
+            f"tap {tap!r} is {tuple(reference.shape)} in the reference, {tuple(state.shape)} in the {name}"
+        )
+
+
+def state_digest(state: torch.Tensor) -> str:
+    """SHA-256 of a state's bytes."""
+    return hashlib.sha256(raw_bytes(state)).hexdigest()

@@ -1,0 +1,324 @@
+"""The interface of every engine, modelled on LMDeploy: code written for `async_stream_infer` runs here unchanged."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import torch
+
+from ..errors import EmbeddingRangeError, ModelError, PromptError, TraceError
+from ..models import Model
+from ..progress import Progress, counted
+from ..prompt import MultimodalPrompt, Prompt
+from ..trace import Trace, TracePlan
+from ..trace.files import TraceWriter
+from ..trace.positions import choose_positions
+from ..trace.provenance import provenance_of
+from ..trace.taps import select_taps
+from .cancellation import Cancellation
+from .freed_memory import return_freed_memory
+from .sessions import Sessions
+from .types import Capabilities, EngineOutput, GenerationConfig, join_outputs
+
+TAPS = ("embed", "layers.*", "norm", "logits")
+Sink = Callable[[str, torch.Tensor], object]
+
+
+class Engine(ABC):
+    """A language model that takes prompts with spliced embeddings.
+
+    Subclasses compute (`run_generation`, `run_trace`); this class checks input before any work starts, so that an invalid
+    request affects neither the engine nor other requests.
+    """
+
+    model: Model
+    dtype: torch.dtype
+    device: torch.device
+
+    def __init__(self) -> None:
+        self._sessions = Sessions()
+        self._closed = False
+
+    def close(self) -> None:
+        """Release the engine's memory and threads. The engine cannot be used afterwards; closing it again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._release()
+            return_freed_memory()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _release(self) -> None:  # noqa: B027, engines without resources of their own release nothing
+        """Release the subclass's resources; called once, by `close`."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """Taps, dtypes and devices of this engine with this model."""
+
+    @abstractmethod
+    def run_generation(
+        self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
+    ) -> Generator[EngineOutput, None, None]:
+        """Yield outputs for a checked prompt. An engine that blocks uses a callback of `cancelled` to wake up and return."""
+
+    async def run_generation_async(
+        self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """Async version of `run_generation`; this default runs each step in a worker thread.
+
+        A task that is cancelled during a step waits until the step has ended, then closes the request.
+        """
+        steps = self.run_generation(prompt, config, cancelled)
+        step: asyncio.Future[EngineOutput | None] | None = None
+        try:
+            while True:
+                step = asyncio.ensure_future(asyncio.to_thread(next, steps, None))
+                output = await asyncio.shield(step)
+                if output is None:
+                    return
+                yield output
+        finally:
+            if step is not None and not step.done():
+                await asyncio.wait([step])
+            steps.close()
+
+    @abstractmethod
+    def run_trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink) -> None:
+        """Run a checked prompt and pass each tap's states `[positions, width]` to `sink(tap, states)` once computed."""
+
+    def logit_lens(self, states: torch.Tensor, *, normed: bool = False) -> torch.Tensor:
+        """The logit lens: apply the final norm and the head to states `[n, hidden]` of any layer; return logits `[n, vocab]`.
+
+        Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
+
+        Args:
+            normed: the states have already passed the final norm (tap "norm").
+
+        Raises:
+            ModelError: this engine does not expose its head.
+        """
+        raise ModelError(f"{self.capabilities.name} does not expose its head: open 'numba' or 'transformers'")
+
+    def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
+        """Check, before any work, that this engine can run this prompt.
+
+        Raises:
+            EmbeddingRangeError, PromptError: see `Prompt.check`; also a prompt that does not fit into the model's context.
+        """
+        if self._closed:
+            raise ModelError(f"this {self.capabilities.name} engine was closed: open it again")
+        config = self.model.text_config
+        if isinstance(prompt, MultimodalPrompt) and not self.capabilities.vision_inside:
+            raise PromptError(
+                f"{self.capabilities.name} has no vision model inside, so it does not take multimodal=: compute the features with "
+                "workbench.load_vision_tower and pass them as input_embeddings (build_prompt does both), or open "
+                "'transformers-multimodal'"
+            )
+        prompt.check(vocab_size=config.vocab_size, hidden_size=config.hidden_size)
+        for number, item in enumerate(prompt.input_embeddings):
+            overflows = ~torch.isfinite(item.to(self.dtype)).all(dim=1)
+            if overflows.any():
+                row = int(overflows.nonzero()[0])
+                raise EmbeddingRangeError(
+                    f"input_embeddings[{number}], row {row}, contains {float(item[row].abs().max()):.3g}, which overflows in the "
+                    f"engine's {str(self.dtype).removeprefix('torch.')}: scale the rows, or run the engine in a wider dtype"
+                )
+        if prompt.bidirectional_ranges and not self.capabilities.bidirectional_spans:
+            raise EmbeddingRangeError(f"{self.capabilities.name} has no bidirectional attention: make the spans causal")
+        if len(prompt) + new_tokens > self.model.context:
+            raise PromptError(
+                f"{len(prompt)} prompt tokens and {new_tokens} new ones exceed the model's context of "
+                f"{self.model.context}: shorten the prompt or lower max_new_tokens"
+            )
+        if prompt.deepstack and not self.capabilities.deepstack:
+            raise EmbeddingRangeError(
+                f"{self.capabilities.name} with {config.model_type} does not add features after the first layers: leave "
+                "deepstack empty, or use an engine and a model that support it (Qwen3-VL in 'transformers')"
+            )
+        if prompt.position_ids is not None:
+            if prompt.position_ids.ndim == 2 and not self.capabilities.mrope:
+                raise PromptError(
+                    f"position_ids [3, seq] are for M-RoPE, which {self.capabilities.name} with {config.model_type} does not "
+                    "use: give [seq]"
+                )
+            if prompt.position_ids.min() < 0:
+                raise PromptError(f"position_ids contains {int(prompt.position_ids.min())}: positions start at 0")
+
+    def stream_infer(
+        self,
+        session_id: int,
+        input_ids: Sequence[int],
+        input_embeddings: Sequence[torch.Tensor] | None = None,
+        embedding_ranges: Sequence[tuple[int, int]] | None = None,
+        gen_config: GenerationConfig | None = None,
+        *,
+        input_embedding_ranges: Sequence[tuple[int, int]] | None = None,
+        multimodal: Sequence[dict[str, Any]] | None = None,
+        **unknown: Any,
+    ) -> Generator[EngineOutput, None, None]:
+        """Generate from token ids with embeddings spliced in; each new token is yielded once.
+
+        Args:
+            session_id: a number chosen by the caller, for `cancel`; one request per number at a time.
+            input_embedding_ranges: LMDeploy's keyword for `embedding_ranges`.
+            multimodal: processed images, for engines that run the vision model inside (LMDeploy's PyTorch engine since 0.6.5,
+                "transformers-multimodal" here); others reject them.
+
+        Raises:
+            EmbeddingRangeError, PromptError: raised by the call, not at the first token. Unknown keywords raise TypeError;
+                an engine that ignored them would answer from the placeholders.
+        """
+        if unknown:
+            raise TypeError(f"stream_infer does not take {', '.join(sorted(unknown))}")
+        ranges = _one_of(embedding_ranges, input_embedding_ranges)
+        return self.stream(_prompt(input_ids, input_embeddings, ranges, multimodal), gen_config, session_id=session_id)
+
+    def async_stream_infer(
+        self,
+        session_id: int,
+        input_ids: Sequence[int],
+        input_embeddings: Sequence[torch.Tensor] | None = None,
+        embedding_ranges: Sequence[tuple[int, int]] | None = None,
+        gen_config: GenerationConfig | None = None,
+        *,
+        input_embedding_ranges: Sequence[tuple[int, int]] | None = None,
+        multimodal: Sequence[dict[str, Any]] | None = None,
+        **unknown: Any,
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """Async version of `stream_infer`."""
+        if unknown:
+            raise TypeError(f"async_stream_infer does not take {', '.join(sorted(unknown))}")
+        ranges = _one_of(embedding_ranges, input_embedding_ranges)
+        prompt = _prompt(input_ids, input_embeddings, ranges, multimodal)
+        return self.async_stream(prompt, gen_config, session_id=session_id)
+
+    def stream(
+        self, prompt: Prompt, gen_config: GenerationConfig | None = None, *, session_id: int | None = None
+    ) -> Generator[EngineOutput, None, None]:
+        """`stream_infer` for a Prompt, which also carries spans and positions."""
+        config, cancelled = self._accept(prompt, gen_config, session_id)
+        return self._sessions.stream(session_id, cancelled, self.run_generation(prompt, config, cancelled))
+
+    def async_stream(
+        self, prompt: Prompt, gen_config: GenerationConfig | None = None, *, session_id: int | None = None
+    ) -> AsyncGenerator[EngineOutput, None]:
+        """Async version of `stream`."""
+        config, cancelled = self._accept(prompt, gen_config, session_id)
+        return self._sessions.stream_async(session_id, cancelled, self.run_generation_async(prompt, config, cancelled))
+
+    def _accept(
+        self, prompt: Prompt, gen_config: GenerationConfig | None, session_id: int | None
+    ) -> tuple[GenerationConfig, Cancellation]:
+        """Check a request before any work, and register it so that it can be cancelled."""
+        config = gen_config or GenerationConfig()
+        remaining = self.model.context - len(prompt)
+        if gen_config is None and 0 < remaining < config.max_new_tokens:
+            config = GenerationConfig(max_new_tokens=remaining)
+        self.check(prompt, config.max_new_tokens)
+        config.check_tokens(self.model.text_config.vocab_size)
+        return config, self._sessions.accept(session_id)
+
+    def cancel(self, session_id: int) -> bool:
+        """Stop a request before its first step or after its current one; return whether the request existed."""
+        return self._sessions.cancel(session_id)
+
+    def create_instance(self) -> Engine:
+        """Return this engine; in LMDeploy's interface, instances have `stream_infer` and `async_stream_infer`."""
+        return self
+
+    def generate(self, prompt: Prompt, gen_config: GenerationConfig | None = None) -> EngineOutput:
+        """Run to the end and return everything in one output."""
+        return join_outputs(self.stream(prompt, gen_config))
+
+    def plan_trace(
+        self, prompt: Prompt, taps: Iterable[str] = TAPS, positions: slice | Sequence[int] = slice(None)
+    ) -> TracePlan:
+        """Return what `trace` would keep with these arguments, and its size as `.nbytes`, without running the model.
+
+        Raises:
+            ValueError: a tap this engine does not have, or a position outside the prompt.
+        """
+        chosen = select_taps(self.capabilities.taps, taps, self.capabilities.name)
+        kept = choose_positions(positions, len(prompt))
+        config = self.model.text_config
+        widths = {"logits": config.vocab_size}
+        return TracePlan({tap: (len(kept), widths.get(tap, config.hidden_size)) for tap in chosen}, kept, self.dtype)
+
+    def trace(
+        self,
+        prompt: Prompt,
+        taps: Iterable[str] = TAPS,
+        positions: slice | Sequence[int] = slice(None),
+        *,
+        path: str | Path | None = None,
+        max_bytes: int | None = None,
+        progress: Progress | None = None,
+    ) -> Trace:
+        """Run the prompt once and keep named hidden states.
+
+        Args:
+            taps: names or patterns; `*` matches one part of a name, so `layers.*` is the residual stream after every
+                layer and `layers.*.*` are the outputs that attention and MLP add to it.
+            positions: which tokens to keep.
+            path: write the states to this file during the run instead of keeping them in memory, then open the file.
+            max_bytes: the most that may be kept; default: half of the free memory (with `path`, half of the free disk space).
+            progress: called after each tap with the fraction of taps done; an exception that it raises stops the run.
+
+        Raises:
+            ValueError: a tap this engine does not have, or a position outside the prompt.
+            TraceError: the states exceed that limit, or the file cannot be written.
+        """
+        self.check(prompt)
+        plan = self.plan_trace(prompt, taps, positions)
+        if max_bytes is not None:
+            plan.check_room(max_bytes, "into max_bytes", "")
+        elif path is None:
+            plan.check_room(psutil.virtual_memory().available // 2, "into half of the free memory", ", or give path=")
+        else:
+            plan.check_room(_free_disk(Path(path)), "into half of the free disk", "")
+        provenance = provenance_of(
+            prompt, engine=self.capabilities.name, model=self.model, dtype=self.dtype, device=self.device,
+            words=path is not None,
+        )  # fmt: skip
+        chosen = list(plan.shapes)
+        if path is not None:
+            with TraceWriter(path, plan.shapes, plan.dtype, plan.positions, provenance) as writer:
+                self.run_trace(prompt, chosen, plan.positions, counted(writer.write, progress, len(chosen)))
+            return Trace.load(path)
+        states: dict[str, torch.Tensor] = {}
+
+        def keep(tap: str, state: torch.Tensor) -> None:
+            states[tap] = state.cpu()
+
+        self.run_trace(prompt, chosen, plan.positions, counted(keep, progress, len(chosen)))
+        return Trace({tap: states[tap] for tap in chosen}, plan.positions, provenance)
+
+
+def _one_of(ranges: Any, theirs: Any) -> Any:
+    """Return the ranges, given by this project's keyword or by LMDeploy's."""
+    if ranges is not None and theirs is not None:
+        raise EmbeddingRangeError("embedding_ranges and input_embedding_ranges name the same argument: pass only one")
+    return ranges if ranges is not None else theirs
+
+
+def _prompt(input_ids: Any, embeddings: Any, ranges: Any, multimodal: Any) -> Prompt:
+    prompt = Prompt(input_ids, () if embeddings is None else embeddings, () if ranges is None else ranges)
+    return prompt if multimodal is None else MultimodalPrompt.of(prompt, multimodal)
+
+
+def _free_disk(path: Path) -> int:
+    try:
+        return shutil.disk_usage(path.resolve().parent).free // 2
+    except OSError as error:
+        raise TraceError(f"the trace cannot be written to {path}: {error}") from error

@@ -1,0 +1,1 @@
+"""LMDeploy's engines behind the workbench's interface."""

@@ -1,0 +1,142 @@
+"""The model runner: packs scheduled chunks into a batch, runs the decoder, eagerly or as a CUDA graph, and reads the results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from range_kernels import KVPages, PagedPlan
+
+from ...models import Model
+from .batch import Batch, DecoderInputs
+from .cuda_graphs import CUDAGraphRunner
+from .decoder import Decoder, Tap
+from .request import Request
+from .rope import Rope, choose_axes
+
+_MAX_PINNED = 64 << 20  # bytes
+
+
+class Chunk(NamedTuple):
+    """Tokens `[start, stop)` of a request."""
+
+    request: Request
+    start: int
+    stop: int
+
+
+class ModelRunner:
+    """The only caller of the decoder.
+
+    Attributes:
+        decoder: weights and layers.
+        graphs: replays decode steps as CUDA graphs; None runs every step eagerly.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
+        self.decoder = Decoder(model, dtype, device)
+        self.graphs: CUDAGraphRunner | None = None
+
+    def capture_decode_steps(self, pages: KVPages) -> None:
+        """Replay decode steps over `pages` as CUDA graphs from now on, if this model and device can."""
+        if CUDAGraphRunner.supported(self.decoder, pages):
+            self.graphs = CUDAGraphRunner(pages, self.decoder.context)
+
+    def step(self, chunks: Sequence[Chunk], pages: KVPages) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Run one scheduled step.
+
+        Returns:
+            for each chunk `(logits [rows, vocab], hidden [rows, hidden])` of its last token, or of all its tokens if the request wants
+            the states of its prompt. With a GPU, logits are copied to the CPU as float32.
+        """
+        hidden = self.forward(chunks, pages)
+        rows, end = [], 0
+        for chunk in chunks:
+            end += chunk.stop - chunk.start
+            rows.append(slice(end - (chunk.stop - chunk.start if chunk.request.wants_prompt_states else 1), end))
+        needed = torch.cat([hidden[each] for each in rows])
+        logits = self.decoder.logits(needed)
+        if self.decoder.device.type == "cuda":
+            # One copy for all requests. The states of a prompt are kept until its last chunk, too long for pinned memory.
+            keeps_states = any(chunk.request.wants_prompt_states for chunk in chunks)
+            logits = logits.float().cpu() if keeps_states else _to_host(logits.float())
+        sizes = [each.stop - each.start for each in rows]
+        return list(zip(logits.split(sizes), needed.split(sizes), strict=True))
+
+    def run_alone(
+        self,
+        requests: Sequence[Request],
+        steps: Sequence[Sequence[tuple[int, int, int]]],
+        page_size: int,
+        tap: Tap | None = None,
+    ) -> list[torch.Tensor]:
+        """Run steps of (request number, start, stop) in separate pages, without scheduler or prefix cache.
+
+        Returns:
+            for each request the hidden states after the final norm of its last chunk, `[tokens, hidden]`.
+        """
+        first = 0
+        for request in requests:
+            count = -(-len(request) // page_size)
+            request.pages = list(range(first, first + count))
+            first += count
+        pages = self.decoder.new_pages(first, page_size)
+        last: dict[int, torch.Tensor] = {}
+        for step in steps:
+            hidden = self.forward([Chunk(requests[number], start, stop) for number, start, stop in step], pages, tap)
+            parts = hidden.split([stop - start for _, start, stop in step])
+            last |= {number: part for (number, _, _), part in zip(step, parts, strict=True)}
+        return [last[number] for number in range(len(requests))]
+
+    @torch.no_grad()
+    def forward(self, chunks: Sequence[Chunk], pages: KVPages, tap: Tap | None = None) -> torch.Tensor:
+        """Run the chunks' tokens through all layers; their keys and values are written into `pages`.
+
+        Args:
+            tap: called as `tap(name, state)` at every tap; it must copy what it keeps.
+
+        Returns:
+            `[tokens, hidden]` after the final norm; valid until the next call.
+        """
+        decoder = self.decoder
+        batch = Batch.of(chunks, decoder.table, pages.page_size, mrope=bool(decoder.config.mrope))
+        return self.run_batch(batch, pages, tap)
+
+    @torch.no_grad()
+    def run_batch(self, batch: Batch, pages: KVPages, tap: Tap | None = None) -> torch.Tensor:
+        """`forward` for a batch that is already built; fault injection changes batches here."""
+        config = self.decoder.config
+        inputs = DecoderInputs(
+            hidden=batch.hidden,
+            rotations={rope: self._rotation(rope, batch) for rope in set(config.ropes) if rope is not None},
+            key_starts={window: batch.key_start(window) for window in set(config.windows)},
+            key_stop=batch.key_stop,
+            plan=PagedPlan(batch.block_table, batch.cu_seqlens_q, batch.seq_lens, pages, config.heads),
+            deepstack=batch.deepstack,
+        )
+        graphs = self.graphs
+        if tap is None and graphs is not None and graphs.fits(inputs, pages):
+            hidden = graphs.run(self.decoder, inputs)
+            if hidden is not None:
+                return hidden
+            self.graphs = None  # capturing failed, and a warning was issued
+        return self.decoder.run_layers(inputs, pages, tap)
+
+    def _rotation(self, rope: Rope, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the batch's tokens, float32 `[tokens, pairs]`."""
+        cosine, sine = rope.rotation(batch.positions, batch.rope_lengths)
+        if batch.positions.ndim == 2:
+            sections, interleaved = self.decoder.config.mrope, self.decoder.config.interleaved_mrope
+            cosine, sine = choose_axes(cosine, sections, interleaved), choose_axes(sine, sections, interleaved)
+        return cosine.to(self.decoder.device), sine.to(self.decoder.device)
+
+
+def _to_host(x: torch.Tensor) -> torch.Tensor:
+    """Copy to the CPU, through pinned memory unless that would pin too much of the system's memory."""
+    if x.nbytes > _MAX_PINNED:
+        return x.cpu()
+    out = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)  # PyTorch caches and reuses pinned memory
+    out.copy_(x, non_blocking=True)
+    torch.cuda.current_stream(x.device).synchronize()
+    return out

@@ -1,0 +1,115 @@
+"""Read a decoder's tensors from a checkpoint, by its family's names and layout."""
+
+from __future__ import annotations
+
+import torch
+
+from ...errors import ModelError
+from ...models import Model
+from .architectures import DecoderConfig
+
+Pair = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class TensorReader:
+    """Tensors of one checkpoint, checked against its configuration, on a device in a dtype.
+
+    Raises:
+        ModelError: a tensor is missing, has another shape, or exists although the configuration excludes it.
+    """
+
+    def __init__(self, model: Model, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.model, self.config, self.dtype, self.device = model, config, dtype, device
+        ending = f"{config.names.table}.weight"
+        names = [name for name in model.weights if name.endswith(ending)]
+        if len(names) != 1:
+            raise ModelError(f"{model.path} has {len(names)} tensors named *{ending}: exactly one is needed")
+        self.base = names[0].removesuffix(ending)
+
+    def _get(self, name: str, *shape: int) -> torch.Tensor:
+        tensor = self.model.weights.get(name)
+        if tensor.shape != shape:
+            raise ModelError(
+                f"tensor {name} of {self.model.name!r} has shape {tuple(tensor.shape)}, but its configuration needs {shape}"
+            )
+        return tensor.to(self.device, self.dtype)
+
+    def table(self) -> torch.Tensor:
+        """The token embedding table `[vocab, hidden]` as stored."""
+        return self._get(f"{self.base}{self.config.names.table}.weight", self.config.vocab, self.config.hidden)
+
+    def head(self, table: torch.Tensor) -> torch.Tensor:
+        """The output head `[vocab, hidden]`: the table if they are tied."""
+        model, ending = self.model, f"{self.config.names.head}.weight"
+        heads = [name for name in model.weights if name == ending or name.endswith(f".{ending}")]
+        tied = model.text_config.tie_word_embeddings or model.config.tie_word_embeddings
+        if tied and not heads:
+            return table
+        head = self._get(heads[0] if heads else ending, *table.shape)
+        if tied and not torch.equal(head, table):
+            raise ModelError(
+                f"{model.name!r} sets tie_word_embeddings, but its {ending} differs from its embedding table: "
+                f"set tie_word_embeddings to false, or drop {ending}"
+            )
+        return table if tied else head
+
+    def norm(self, name: str) -> torch.Tensor:
+        """A norm's weights `[hidden]`, with the family's `norm_offset` added."""
+        return self._norm(f"{self.base}{name}.weight", self.config.hidden)
+
+    def _norm(self, name: str, width: int) -> torch.Tensor:
+        if not self.config.norm_offset:
+            return self._get(name, width)
+        self._get(name, width)
+        return self.model.weights.get(name).to(self.device, torch.float32) + self.config.norm_offset
+
+    def head_norms(self, at: str) -> torch.Tensor | None:
+        """Norms of queries and keys `[2, head_dim]`; None if the family has none."""
+        if not self.config.head_norms:
+            return None
+        width = self.config.head_dim
+        return torch.stack([self._norm(f"{self.base}{at}self_attn.{x}_norm.weight", width) for x in "qk"])
+
+    def qkv(self, at: str) -> Pair:
+        """Queries, keys and values stacked: `[(q_heads + 2 kv_heads) * head_dim, hidden]`."""
+        b, names = self.config, self.config.names
+        queries, keys = b.heads * b.head_dim, b.kv_heads * b.head_dim
+        if b.qkv == "separate":
+            return self._stack({at + names.q: queries, at + names.k: keys, at + names.v: keys}, b.hidden, b.qkv_bias)
+        weight, bias = self._stack({at + names.qkv: queries + 2 * keys}, b.hidden, b.qkv_bias)
+        if b.qkv == "fused":
+            return weight, bias
+        return self._ungroup(weight), None if bias is None else self._ungroup(bias)
+
+    def _ungroup(self, rows: torch.Tensor) -> torch.Tensor:
+        """Reorder InternLM2's rows, grouped by KV head (queries, key, value), to all queries, then keys, then values."""
+        b = self.config
+        group = b.heads // b.kv_heads
+        grouped = rows.view(b.kv_heads, group + 2, b.head_dim, *rows.shape[1:])
+        parts = (grouped[:, :group], grouped[:, group : group + 1], grouped[:, group + 1 :])
+        return torch.cat([part.reshape(-1, *rows.shape[1:]) for part in parts])
+
+    def output(self, at: str) -> Pair:
+        b = self.config
+        return self._stack({at + b.names.output: b.hidden}, b.heads * b.head_dim, b.output_bias)
+
+    def gate_up(self, at: str) -> Pair:
+        b, names = self.config, self.config.names
+        if b.fused_gate_up:
+            return self._stack({at + names.gate_up: 2 * b.intermediate}, b.hidden, b.mlp_bias)
+        return self._stack({at + names.gate: b.intermediate, at + names.up: b.intermediate}, b.hidden, b.mlp_bias)
+
+    def down(self, at: str) -> Pair:
+        b = self.config
+        return self._stack({at + b.names.down: b.hidden}, b.intermediate, b.mlp_bias)
+
+    def _stack(self, parts: dict[str, int], width: int, biased: bool) -> Pair:
+        """Projections `{name: rows}`, stacked along their rows, and their biases."""
+        names = {f"{self.base}{name}": rows for name, rows in parts.items()}
+        weight = torch.cat([self._get(f"{name}.weight", rows, width) for name, rows in names.items()])
+        extra = [name for name in names if f"{name}.bias" in self.model.weights]
+        if extra and not biased:
+            raise ModelError(
+                f"{self.model.name!r} has {extra[0]}.bias, but its configuration excludes it: correct one of them"
+            )
+        return weight, torch.cat([self._get(f"{name}.bias", rows) for name, rows in names.items()]) if biased else None

@@ -1,0 +1,1 @@
+"""Transformers as an engine: the reference, and the whole multimodal model."""

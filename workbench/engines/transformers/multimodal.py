@@ -1,0 +1,89 @@
+"""Transformers' whole multimodal model: it runs the vision tower itself and takes images, not embeddings.
+
+LMDeploy's PyTorch engine works like this since 0.6.5, but silently ignores `input_embeddings` and answers from the placeholders;
+this engine rejects them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...errors import EmbeddingRangeError, ModelError, PromptError
+from ...models import Model
+from ...models.model import placeholder_id
+from ...prompt import MultimodalPrompt, Prompt
+from ..types import Capabilities
+from .reference import TransformersReference
+
+
+class TransformersMultimodal(TransformersReference):
+    """The whole multimodal model, with images as input."""
+
+    def __init__(self, model: Model, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> None:
+        if all(getattr(model.config, part, None) is None for part in ("vision_config", "audio_config")):
+            raise ModelError(f"{model.name!r} has no vision or audio part: open it with 'transformers' or 'numba'")
+        super().__init__(model, dtype=dtype, device=device)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        own = super().capabilities
+        return Capabilities(
+            "transformers-multimodal",
+            own.taps,
+            own.dtypes,
+            own.devices,
+            accepts_embeddings=False,
+            mrope=own.mrope,
+            vision_inside=True,
+        )
+
+    def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
+        if prompt.input_embeddings or prompt.embedding_ranges or prompt.deepstack:
+            raise EmbeddingRangeError(
+                "transformers-multimodal runs the vision model inside and takes images (multimodal=[...], from "
+                "build_multimodal), not embeddings. LMDeploy's PyTorch engine, which this one mirrors, has ignored them since "
+                "0.6.5: it answers from the placeholders. For embeddings open 'transformers', 'numba' or LMDeploy's "
+                "TurboMind"
+            )
+        super().check(prompt, new_tokens)
+        groups = prompt.multimodal if isinstance(prompt, MultimodalPrompt) else ()
+        for number, group in enumerate(groups):
+            pixels = group.get("pixel_values", group.get("input_features")) if isinstance(group, dict) else None
+            if not isinstance(pixels, torch.Tensor):  # without pixels the model would answer from the placeholders
+                given = sorted(group) if isinstance(group, dict) else type(group).__name__
+                raise PromptError(
+                    f"multimodal[{number}] is {given}: give a dict with a tensor pixel_values (or input_features), as "
+                    "build_multimodal returns it"
+                )
+        placeholders = prompt.input_ids.count(placeholder_id(self.model.config))
+        if placeholders and not groups:
+            raise PromptError(f"the prompt has {placeholders} placeholders but no images: pass multimodal=[...]")
+
+    def hidden(self, prompt: Prompt, cache: Any = None) -> torch.Tensor:
+        """Run the whole prompt with its images; return `[seq, hidden]` after the final norm."""
+        groups = prompt.multimodal if isinstance(prompt, MultimodalPrompt) else ()
+        ids = torch.tensor([prompt.input_ids], device=self.device)
+        taken = inspect.signature(self.network.model.forward).parameters
+        try:
+            inputs = {name: value for name, value in _join(groups, self.device, self.dtype).items() if name in taken}
+            with self.precision():
+                return self.network.model(
+                    input_ids=ids, past_key_values=cache, use_cache=cache is not None, **inputs
+                ).last_hidden_state[0]
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise PromptError(f"the images do not fit the prompt: {error}") from error
+
+
+def _join(groups: Sequence[dict[str, Any]], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Concatenate groups of processed images along the first axis of each tensor."""
+    joined = {}
+    for name in {name: None for group in groups for name in group}:
+        values = [group[name] for group in groups if isinstance(group.get(name), torch.Tensor)]
+        if values:
+            value = torch.cat(values)
+            joined[name] = value.to(device, dtype if value.is_floating_point() else None)
+    return joined

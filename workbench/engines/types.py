@@ -1,0 +1,149 @@
+"""Inputs and outputs of engines: settings, statuses, outputs. Names and defaults are LMDeploy's."""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+
+class ResponseType(enum.Enum):
+    """LMDeploy's statuses."""
+
+    SUCCESS = enum.auto()
+    FINISH = enum.auto()
+    CANCEL = enum.auto()
+    ENGINE_STOP_ERROR = enum.auto()
+    SESSION_REPEAT = enum.auto()
+    SESSION_NOT_EXIST = enum.auto()
+    INPUT_LENGTH_ERROR = enum.auto()
+    INTERNAL_ENGINE_ERROR = enum.auto()
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Generation settings; names and defaults are LMDeploy's.
+
+    Attributes:
+        logprobs: number of most likely tokens to report with each new token; the chosen token is always included.
+        output_logits, output_last_hidden_state: "all" for prompt and new tokens, "generation" for the rows that predict new ones.
+    """
+
+    max_new_tokens: int = 512
+    min_new_tokens: int | None = None
+    do_sample: bool = False
+    top_p: float = 1.0
+    top_k: int = 50
+    min_p: float = 0.0
+    temperature: float = 0.8
+    repetition_penalty: float = 1.0
+    ignore_eos: bool = False
+    random_seed: int | None = None
+    stop_token_ids: Sequence[int] | None = None
+    bad_token_ids: Sequence[int] | None = None
+    logprobs: int | None = None
+    output_logits: Literal["all", "generation"] | None = None
+    output_last_hidden_state: Literal["all", "generation"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "min_new_tokens", "top_k", "logprobs", "random_seed"):
+            value = getattr(self, name)
+            if (value is None and name in ("max_new_tokens", "top_k")) or isinstance(value, bool | float | str):
+                raise ValueError(f"{name}={value!r}: it must be an integer")
+        for name in ("top_p", "min_p", "temperature", "repetition_penalty"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name}={getattr(self, name)!r}: it must be a number")
+        if self.random_seed is not None and not 0 <= self.random_seed < 2**63:
+            raise ValueError(f"random_seed={self.random_seed}: it must be from 0 to 2**63 - 1")
+        for name in ("stop_token_ids", "bad_token_ids"):
+            try:
+                ids = None if getattr(self, name) is None else tuple(map(operator.index, getattr(self, name)))
+            except TypeError as error:
+                raise ValueError(f"{name}={getattr(self, name)!r}: it must be a list of token ids") from error
+            object.__setattr__(self, name, ids)
+        limits = {
+            "max_new_tokens": (0, None),
+            "min_new_tokens": (0, None),
+            "top_p": (0, 1),
+            "top_k": (0, None),
+            "min_p": (0, 1),
+            "temperature": (0, 2),
+            "repetition_penalty": (1e-6, None),
+            "logprobs": (0, None),
+        }
+        for name, (minimum, maximum) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not (minimum <= value and (maximum is None or value <= maximum)):
+                bounds = f"from {minimum} to {maximum}" if maximum is not None else f"at least {minimum}"
+                raise ValueError(f"{name}={value}: it must be {bounds}")
+        for name in ("output_logits", "output_last_hidden_state"):
+            if getattr(self, name) not in (None, "all", "generation"):
+                raise ValueError(f"{name}={getattr(self, name)!r}: use 'all', 'generation' or None")
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raise ValueError for a token id outside the vocabulary, or when every token is banned."""
+        for name in ("stop_token_ids", "bad_token_ids"):
+            outside = [token for token in getattr(self, name) or () if not 0 <= token < vocab_size]
+            if outside:
+                raise ValueError(f"{name} contains {outside[0]}, outside the vocabulary of {vocab_size}")
+        if len(set(self.bad_token_ids or ())) >= vocab_size:
+            raise ValueError(f"bad_token_ids bans all {vocab_size} tokens: leave at least one")
+
+
+@dataclass(frozen=True)
+class EngineOutput:
+    """The output of one step of a stream; each new token appears once.
+
+    Attributes:
+        status: SUCCESS while tokens follow, then FINISH or CANCEL.
+        token_ids: new tokens of this step, without a stop token.
+        logprobs: for each of `token_ids`, {token: natural log probability}.
+        logits: `[rows, vocab]` float32; the first step also has the prompt's rows if "all" was requested.
+        last_hidden_state: `[rows, hidden]`, after the final norm; the prompt's rows as for `logits`.
+        num_token: tokens generated so far.
+    """
+
+    status: ResponseType
+    token_ids: list[int] = field(default_factory=list)
+    num_token: int = 0
+    logprobs: list[dict[int, float]] | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine supports; anything not listed is rejected."""
+
+    name: str
+    taps: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    devices: tuple[str, ...]
+    accepts_embeddings: bool = True
+    bidirectional_spans: bool = True
+    mrope: bool = False
+    deepstack: bool = False
+    vision_inside: bool = False
+
+
+def join_outputs(outputs: Iterable[EngineOutput]) -> EngineOutput:
+    """Merge the outputs of a stream into one."""
+    steps = list(outputs)
+
+    def rows(name: str) -> torch.Tensor | None:
+        parts = [part for step in steps if (part := getattr(step, name)) is not None]
+        return torch.cat(parts) if parts else None
+
+    logprobs = [entry for step in steps for entry in step.logprobs or ()]
+    return EngineOutput(
+        steps[-1].status,
+        [token for step in steps for token in step.token_ids],
+        steps[-1].num_token,
+        logprobs if any(step.logprobs is not None for step in steps) else None,
+        rows("logits"),
+        rows("last_hidden_state"),
+    )

@@ -1,0 +1,48 @@
+"""Report whether injected faults are found, and at the right place: one row per fault, as in data/faults.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..comparison.divergence import FirstDivergence, first_divergence
+from ..engines.numba_engine.engine import NumbaEngine
+from ..prompt import Prompt, Span
+from .registry import Fault
+
+
+def find_fault(fault: Fault, engine: NumbaEngine, prompt: Prompt) -> FirstDivergence:
+    """Inject the fault into an engine, which must not be used afterwards, and look for the first divergence."""
+    return first_divergence(fault.inject(engine), prompt)
+
+
+def fault_prompt(ids: Sequence[int], rows: torch.Tensor, bidirectional: bool = False) -> Prompt:
+    """A prompt that shows every fault: two items of six rows each from `rows` `[12, hidden]`, with text before, between and after,
+    more than two pages long."""
+    if len(ids) < 80:
+        raise ValueError(f"{len(ids)} token ids: give at least 80, so that pages and windows matter")
+    spans = [Span(grid=(2, 3)), Span(grid=(2, 3), attention="bidirectional" if bidirectional else "causal")]
+    return Prompt(ids, [rows[:6], rows[6:12]], [(20, 26), (50, 56)], spans)
+
+
+def report_row(fault: Fault, model_name: str, found: FirstDivergence, layers: int) -> dict[str, str]:
+    """Return where the fault was found, and whether that is where it was injected."""
+    tap = fault.tap.format(last=layers - 1)
+    first = found.divergence
+    return {
+        "fault": fault.name,
+        "description": fault.description,
+        "model": model_name,
+        "found": "yes" if first is not None else "NO",
+        "first divergence": first.tap if first is not None else "",
+        "right place": "yes" if first is not None and first.tap == tap else f"NO: {tap}",
+        "diagnosis": found.explanation.kind if found.explanation is not None else "",
+    }
+
+
+def as_markdown(rows: Sequence[dict[str, str]]) -> str:
+    """The rows as a Markdown table."""
+    names = list(rows[0])
+    lines = [" | ".join(names), " | ".join("---" for _ in names), *(" | ".join(row.values()) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines) + "\n"

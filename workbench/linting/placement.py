@@ -1,0 +1,161 @@
+"""Findings about the placement of ranges (over placeholders, text, control tokens) and about what spans need from an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from ..errors import ModelError
+from ..models import Model
+from ..models.model import placeholder_id
+from ..prompt import Finding, Prompt, Range
+from ..prompt.ranges import clip
+from ..vision.architectures import image_attention
+
+_MAX_LISTED = 4  # positions or tokens listed in a message
+
+
+def placeholder_findings(prompt: Prompt, model: Model) -> Iterator[Finding]:
+    """Check ranges against the model's placeholder token, if it has one, and against its control tokens."""
+    ids = np.asarray(prompt.input_ids)
+    inside = np.zeros(len(ids), dtype=bool)
+    for start, stop in prompt.embedding_ranges:
+        inside[max(start, 0) : max(stop, 0)] = True
+    if not inside.any():
+        return
+    placeholder = placeholder_id(model.config)
+    if placeholder is not None and (ids == placeholder).any():
+        yield from _against_placeholders(prompt, model, ids, inside, placeholder)
+    elif placeholder is not None:
+        yield Finding(
+            "placeholder-missing",
+            "info",
+            f"the prompt does not contain the model's placeholder {_named(model, placeholder)}; engines that look for it "
+            "(Transformers' own forward does) will not find these items",
+        )
+    control = np.isin(ids, list(_control_ids(model))) & inside
+    if control.any():
+        at = control.nonzero()[0]
+        yield Finding(
+            "range-over-control",
+            "warning",
+            f"{len(at)} control token{'s' * (len(at) > 1)} under ranges ({_listed(model, ids, at)}): the model no longer sees them; move the range, "
+            "unless that is what you want",
+            _item_at(prompt, int(at[0])),
+        )
+
+
+def _against_placeholders(
+    prompt: Prompt, model: Model, ids: np.ndarray, inside: np.ndarray, placeholder: int
+) -> Iterator[Finding]:
+    covered, bare = inside & (ids != placeholder), ~inside & (ids == placeholder)
+    expected = _placeholder_ranges(ids == placeholder, [stop - start for start, stop in prompt.embedding_ranges])
+    shifts = [right[0] - start for right, (start, _) in zip(expected, prompt.embedding_ranges, strict=False)]
+    if covered.any():
+        at = covered.nonzero()[0]
+        fix = "move the ranges over the placeholders"
+        if shifts and len(set(shifts)) == 1:
+            fix = f"move every range by {shifts[0]:+d}, and each covers its placeholders exactly"
+        elif shifts:
+            fix = f"their placeholders are at {', '.join(f'[{a}, {b})' for a, b in expected[:_MAX_LISTED])}"
+        yield Finding(
+            "range-over-text",
+            "warning",
+            f"{_tokens(len(at))} that should be read {'is' if len(at) == 1 else 'are'} under ranges and {'is' if len(at) == 1 else 'are'} "
+            f"lost ({_listed(model, ids, at)}): {fix}",
+            _item_at(prompt, int(at[0])),
+        )
+    if bare.any():
+        at = bare.nonzero()[0]
+        yield Finding(
+            "placeholder-bare",
+            "warning",
+            f"{len(at)} of {int((ids == placeholder).sum())} placeholders {_named(model, placeholder)} are outside every range (first at "
+            f"position {at[0]}): the model reads them as tokens. {int(inside.sum())} tokens are inside ranges; is a row or an item "
+            "missing, or is a range too short?",
+        )
+
+
+def span_findings(prompt: Prompt, model: Model | None, max_prefill_token_num: int | None) -> Iterator[Finding]:
+    """Check what images need besides rows: positions on three axes, bidirectional attention, a chunk with the whole span."""
+    if model is not None and prompt.embedding_ranges:
+        config = model.text_config
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("mrope_section") and (prompt.position_ids is None or prompt.position_ids.ndim != 2):
+            yield Finding(
+                "positions-missing",
+                "warning",
+                f"{config.model_type} rotates by time, height and width (M-RoPE), and position_ids is "
+                f"{'missing' if prompt.position_ids is None else 'one number per token'}: image rows would get text positions. Give [3, seq]; "
+                "build_prompt makes them",
+            )
+        if image_attention(model.config) == "bidirectional" and not prompt.bidirectional_ranges:
+            yield Finding(
+                "attention-causal",
+                "warning",
+                f"{model.config.model_type} lets the tokens of an image attend bidirectionally, but no span is bidirectional: give "
+                "Span(attention='bidirectional'); build_prompt does",
+            )
+    if max_prefill_token_num is not None:
+        for number, (start, stop) in enumerate(prompt.bidirectional_ranges):
+            first = start // max_prefill_token_num
+            if first != (stop - 1) // max_prefill_token_num:
+                at = (first + 1) * max_prefill_token_num
+                yield Finding(
+                    "span-cut",
+                    "warning",
+                    f"the tokens of [{start}, {stop}) attend bidirectionally, and a prefill in chunks of {max_prefill_token_num} "
+                    f"cuts them at {at}: rows before it cannot see rows after it. Raise max_prefill_token_num to {stop} or more, or "
+                    "use an engine that never cuts a span",
+                    number,
+                )
+
+
+@lru_cache(maxsize=8)
+def _control_ids(model: Model) -> frozenset[int]:
+    """Ids that control a chat (begin, end, turns), without the placeholders of images and audio."""
+    try:
+        special = set(model.tokenizer.all_special_ids)
+    except ModelError:  # without a tokenizer, control tokens are unknown
+        return frozenset()
+    config = model.config
+    names = (name for name in config.to_dict() if name.endswith(("_token_id", "_token_index")))
+    media = {getattr(config, name, None) for name in names if name.startswith(("image", "video", "audio", "vision"))}
+    return frozenset(special - media)
+
+
+def _item_at(prompt: Prompt, position: int) -> int | None:
+    return next((item for item, _ in clip(prompt.embedding_ranges, position, position + 1)), None)
+
+
+def _placeholder_ranges(placeholders: np.ndarray, lengths: Sequence[int]) -> list[Range]:
+    """The ranges of these lengths that cover all placeholders exactly, in order; empty if there are none."""
+    positions = placeholders.nonzero()[0]
+    if len(positions) != sum(lengths):
+        return []
+    ranges, at = [], 0
+    for length in lengths:
+        first, last = int(positions[at]), int(positions[at + length - 1])
+        if length < 1 or last - first != length - 1:
+            return []
+        ranges.append((first, last + 1))
+        at += length
+    return ranges
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' * (count != 1)}"
+
+
+def _named(model: Model, token: int) -> str:
+    try:
+        return f"{model.tokens([token])[0]!r} ({token})"
+    except ModelError:
+        return str(token)
+
+
+def _listed(model: Model, ids: np.ndarray, at: Sequence[int] | np.ndarray) -> str:
+    shown = [f"{_named(model, int(ids[position]))} at {position}" for position in at[:_MAX_LISTED]]
+    return ", ".join([*shown, "..."] if len(at) > _MAX_LISTED else shown)

@@ -1,0 +1,72 @@
+"""A cache of model folders built on this machine. Each is put in place by one rename, so a killed run leaves nothing incomplete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+from platformdirs import user_cache_dir
+
+from ..errors import ModelError
+
+_MANIFEST = "workbench.json"
+
+
+def cache_folder() -> Path:
+    """Return the folder of cached models: in `$WORKBENCH_CACHE`, or in the user's cache folder."""
+    return Path(os.environ.get("WORKBENCH_CACHE") or user_cache_dir("embedding-workbench")) / "models"
+
+
+def cached_folder(name: str, make: Callable[[Path], None], source: dict[str, str]) -> Path:
+    """Return the folder of model `name`; if it is missing, incomplete or made from another source, `make(folder)` writes it.
+
+    Raises:
+        ModelError: the folder cannot be written. Errors of `make` other than OSError are not caught.
+    """
+    target = cache_folder() / name
+    if _complete(target, source):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / f".{name}.lock"):
+            if not _complete(target, source):
+                _make(target, make, source)
+    except OSError as error:
+        raise ModelError(
+            f"{name} could not be written to {target.parent} ({error}): free about 1 GB there, or set WORKBENCH_CACHE to "
+            "another folder"
+        ) from error
+    return target
+
+
+def _complete(target: Path, source: dict[str, str]) -> bool:
+    """Whether every file that `make` wrote exists with its full size and was made from this source."""
+    try:
+        manifest = json.loads((target / _MANIFEST).read_text())
+        sizes = manifest["sizes"]
+        return manifest["source"] == source and all(
+            (target / name).stat().st_size == size for name, size in sizes.items()
+        )
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+
+
+def _make(target: Path, make: Callable[[Path], None], source: dict[str, str]) -> None:
+    for left in target.parent.glob(f".{target.name}.making-*"):  # from a killed run, as we hold the lock
+        shutil.rmtree(left, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.making-", dir=target.parent))
+    try:
+        made = work / "model"
+        make(made)
+        sizes = {file.name: file.stat().st_size for file in made.iterdir()}
+        (made / _MANIFEST).write_text(json.dumps({"source": source, "sizes": sizes}, indent=1))
+        if target.exists():  # incomplete, otherwise _make would not run
+            target.rename(work / "broken")
+        made.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,17 @@
+"""InternLM2's configuration, which Transformers lacks: the family ships as remote code, which does not have to run here."""
+
+from __future__ import annotations
+
+from functools import cache
+
+
+@cache
+def register() -> None:
+    """Register configurations of `model_type` internlm2 with Transformers; their fields are Llama's plus `bias`."""
+    from transformers import AutoConfig, LlamaConfig
+
+    class InternLM2Config(LlamaConfig):
+        model_type = "internlm2"
+        bias: bool = True  # of the attention's projections
+
+    AutoConfig.register("internlm2", InternLM2Config, exist_ok=True)

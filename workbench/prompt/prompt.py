@@ -1,0 +1,231 @@
+"""Prompt: ids, embeddings and ranges; the input of every engine, check and view."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..errors import EmbeddingRangeError, PromptError
+from .checks import check_prompt, prompt_findings
+from .files import read_prompt, write_prompt
+from .findings import Finding
+from .ranges import Range
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a range contains; its position is in `Prompt.embedding_ranges`.
+
+    Attributes:
+        grid: patch grid, (rows, columns); (time, height, width) on models with M-RoPE.
+        attention: "bidirectional" if the tokens of the range attend to each other bidirectionally.
+        block: `[start, stop)` of the tokens that attend bidirectionally, if larger than the range (PaliGemma: the whole prompt).
+    """
+
+    modality: str = "image"
+    grid: tuple[int, ...] | None = None
+    attention: Literal["causal", "bidirectional"] = "causal"
+    label: str = ""
+    block: Range | None = None
+
+    def __post_init__(self) -> None:
+        if self.attention not in ("causal", "bidirectional"):
+            raise EmbeddingRangeError(f"attention={self.attention!r}: a span is 'causal' or 'bidirectional'")
+
+
+@dataclass(frozen=True, eq=False)  # two prompts are the same if their digests are
+class Prompt:
+    """Token ids, and rows that replace the token embeddings inside ranges.
+
+    A Prompt may be invalid: the workbench exists to show invalid prompts. `check` raises on the first finding, `findings` (and
+    `workbench.lint`) return all of them.
+
+    Attributes:
+        input_ids: token ids, length `seq`.
+        input_embeddings: items, each `[rows_i, hidden]`.
+        embedding_ranges: half-open `(start, stop)`; item i replaces the token embeddings there.
+        spans: what each range contains; empty, or one per range.
+        position_ids: `[seq]`, or `[3, seq]` for M-RoPE; None means 0, 1, 2, ...
+        deepstack: one per item, `[levels, rows_i, hidden]`: level k is added to the item's positions after layer k (Qwen3-VL;
+            Meng et al. 2024, arXiv:2406.04334); empty on models without it.
+    """
+
+    input_ids: Sequence[int]
+    input_embeddings: Sequence[torch.Tensor] = ()
+    embedding_ranges: Sequence[Range] = ()
+    spans: Sequence[Span] = ()
+    position_ids: torch.Tensor | None = None
+    deepstack: Sequence[torch.Tensor] = ()
+
+    def __post_init__(self) -> None:
+        ids = _plain(self.input_ids)
+        ids = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else None
+        if ids is None or any(isinstance(token, list) for token in ids):
+            raise PromptError(f"input_ids must be one list of token ids; got {self.input_ids!r}")
+        plain = all(type(token) is int for token in ids)
+        object.__setattr__(self, "input_ids", tuple(ids if plain else map(_integer, ids)))
+        object.__setattr__(
+            self, "input_embeddings", () if self.input_embeddings is None else tuple(self.input_embeddings)
+        )
+        try:
+            pairs = () if self.embedding_ranges is None else _plain(self.embedding_ranges)
+            ranges = tuple((_strict(start), _strict(stop)) for start, stop in pairs)
+        except (TypeError, ValueError) as error:
+            raise EmbeddingRangeError(
+                f"embedding_ranges must be pairs (start, stop) of integers; got {self.embedding_ranges!r}"
+            ) from error
+        object.__setattr__(self, "embedding_ranges", ranges)
+        object.__setattr__(self, "spans", () if self.spans is None else tuple(self.spans))
+        object.__setattr__(self, "deepstack", () if self.deepstack is None else tuple(self.deepstack))
+        for number, span in enumerate(self.spans):
+            if not isinstance(span, Span):
+                raise EmbeddingRangeError(f"spans[{number}] is {span!r}: give a workbench.Span")
+        if self.position_ids is not None and not isinstance(self.position_ids, torch.Tensor):
+            object.__setattr__(self, "position_ids", torch.as_tensor(self.position_ids))
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file that can be read and edited, and next to it a safetensors file with the rows.
+
+        Raises:
+            PromptError: the prompt contains processed images, which cannot be saved; or the files cannot be written.
+        """
+        if type(self) is not Prompt:
+            raise PromptError(
+                f"a {type(self).__name__} cannot be saved: processed images belong to one model's processor. Save a Prompt"
+            )
+        fields = {
+            "input_ids": list(self.input_ids),
+            "embedding_ranges": [list(pair) for pair in self.embedding_ranges],
+            "spans": [{key: value for key, value in dataclasses.asdict(span).items() if value} for span in self.spans],
+        }
+        write_prompt(path, fields, self.input_embeddings, self.deepstack, self.position_ids)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Prompt:
+        """Read what `save` wrote. Ranges may have been edited: an invalid prompt is loaded, a damaged file is not.
+
+        Raises:
+            PromptError: the file cannot be read; the message names it and what is wrong in it.
+        """
+        stored = read_prompt(path)
+        spans = [Span(**{key: _tuple(value) for key, value in span.items()}) for span in stored.spans]
+        return cls(
+            stored.input_ids, stored.items, stored.embedding_ranges, spans, stored.position_ids, stored.deepstack
+        )
+
+    def replace(self, **changes) -> Prompt:
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def lookup_ids(self) -> list[int]:
+        """The ids to look up, with 0 inside ranges, where placeholders may have any value."""
+        ids = list(self.input_ids)
+        for start, stop in self.embedding_ranges:
+            ids[start:stop] = [0] * (stop - start)
+        return ids
+
+    @property
+    def bidirectional_ranges(self) -> list[Range]:
+        """Ranges of tokens that attend to each other bidirectionally: embedding ranges, or the `block` of their spans."""
+        pairs = zip(self.embedding_ranges, self.spans, strict=False)
+        return sorted({span.block or own for own, span in pairs if span.attention == "bidirectional"})
+
+    @property
+    def without_embeddings(self) -> Prompt:
+        """The same ids without injected embeddings: the baseline that an injection is compared with."""
+        return Prompt(self.input_ids, position_ids=self.position_ids)
+
+    def findings(self, vocab_size: int | None = None, hidden_size: int | None = None) -> Iterator[Finding]:
+        """Yield everything that prevents the prompt from running. Sizes that are None are not checked."""
+        return prompt_findings(self, vocab_size, hidden_size)
+
+    def check(self, vocab_size: int | None = None, hidden_size: int | None = None) -> None:
+        """Raise the first finding.
+
+        Raises:
+            EmbeddingRangeError: items or ranges that do not fit.
+            PromptError: any other finding.
+        """
+        check_prompt(self, vocab_size, hidden_size)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that an engine's result depends on: ids, rows with their dtype, ranges, attention, positions."""
+        sha = hashlib.sha256()
+        sha.update(repr((self.input_ids, self.embedding_ranges, self.bidirectional_ranges)).encode())
+        positions = () if self.position_ids is None else (self.position_ids,)
+        for tensor in (*self.input_embeddings, *self.deepstack, *positions):
+            sha.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
+            sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class MultimodalPrompt(Prompt):
+    """A prompt for an engine that runs the vision model itself: ids with placeholders, and processed images instead of rows.
+
+    Attributes:
+        multimodal: the outputs of the model's processor, one dict per group of images (`pixel_values` and related inputs);
+            groups are concatenated along their first axis.
+    """
+
+    multimodal: Sequence[dict[str, Any]] = ()
+
+    @classmethod
+    def of(cls, prompt: Prompt, multimodal: Sequence[dict[str, Any]]) -> MultimodalPrompt:
+        """Return a copy of `prompt` with images added."""
+        fields = {field.name: getattr(prompt, field.name) for field in dataclasses.fields(Prompt)}
+        return cls(**fields, multimodal=tuple(multimodal))
+
+    @property
+    def lookup_ids(self) -> list[int]:
+        return list(self.input_ids)
+
+    @cached_property
+    def digest(self) -> str:
+        sha = hashlib.sha256(super().digest.encode())
+        for group in self.multimodal:
+            for name in sorted(group):
+                value = group[name]
+                plain = value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else repr(value)
+                sha.update(name.encode())
+                sha.update(
+                    plain.encode() if isinstance(plain, str) else plain.flatten().view(torch.uint8).numpy().tobytes()
+                )
+        return sha.hexdigest()
+
+
+def _plain(values: Any) -> Any:
+    """Return tensors and arrays as nested lists, anything else unchanged."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _strict(value: Any) -> int:
+    """Return an integer; refuse values that only look like one: True, 1.5, "1"."""
+    if isinstance(value, bool):
+        raise TypeError("a bool is not a position")
+    return operator.index(value)
+
+
+def _integer(value: Any) -> Any:
+    """Return an integer if `value` is one; anything else is returned unchanged, for `findings` to report."""
+    try:
+        return _strict(value)
+    except TypeError:
+        return value
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

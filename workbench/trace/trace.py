@@ -1,0 +1,117 @@
+"""Trace: named hidden states of one run of one engine, in memory or in a safetensors file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import TraceError
+from .files import StoredStates, TraceWriter, readable
+
+
+@dataclass(frozen=True)
+class TracePlan:
+    """The content of a trace, known before anything runs.
+
+    Attributes:
+        shapes: `{tap: (positions, width)}`, in the order in which taps are computed.
+        positions: int64 `[positions]`, prompt positions.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    positions: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Total bytes of all states."""
+        return sum(rows * width for rows, width in self.shapes.values()) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{len(self.shapes)} taps x {len(self.positions)} positions in {name}: {self.nbytes / 1e6:.1f} MB"
+
+    def check_room(self, room: int, where: str, mend: str) -> None:
+        """Raise TraceError if the states do not fit into `room` bytes."""
+        if self.nbytes > room:
+            logits = self.shapes.get("logits")
+            heavy = logits and logits[0] * logits[1] * self.dtype.itemsize * 2 > self.nbytes
+            raise TraceError(
+                f"{self} do not fit {where} ({room / 1e6:.1f} MB): choose fewer taps or positions"
+                f"{' (logits are more than half of the bytes)' if heavy else ''}{mend}"
+            )
+
+
+class Trace(Mapping[str, torch.Tensor]):
+    """Hidden states by tap: `trace["layers.3"]` is `[positions, hidden]` in the engine's dtype.
+
+    Attributes:
+        positions: int64 `[positions]`, the prompt positions that were kept.
+        provenance: engine, model and its digest, dtype, device, prompt digest and ranges, versions.
+    """
+
+    def __init__(
+        self, states: Mapping[str, torch.Tensor], positions: torch.Tensor, provenance: Mapping[str, Any]
+    ) -> None:
+        self._states = states
+        self.positions = positions
+        self.provenance = dict(provenance)
+
+    def __getitem__(self, tap: str) -> torch.Tensor:
+        try:
+            return self._states[tap]
+        except KeyError:
+            raise KeyError(f"{tap!r} was not traced; this trace contains {readable(list(self._states))}") from None
+
+    def __contains__(self, tap: object) -> bool:
+        return any(tap == name for name in self._states)  # Mapping's default would read the tap
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __repr__(self) -> str:
+        made = self.provenance
+        return (
+            f"Trace({len(self)} taps x {len(self.positions)} positions, {made['engine']} {made['dtype']}, "
+            f"{self.nbytes / 1e6:.1f} MB)"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Total bytes of all states."""
+        if isinstance(self._states, StoredStates):
+            return self._states.nbytes
+        return sum(state.nbytes for state in self._states.values())
+
+    @property
+    def spans(self) -> torch.Tensor:
+        """int64 `[positions]`: the index of the range that contains each position, -1 for text."""
+        spans = torch.full((len(self.positions),), -1, dtype=torch.int64)
+        for number, (start, stop) in enumerate(self.provenance["ranges"]):
+            spans[(self.positions >= start) & (self.positions < stop)] = number
+        return spans
+
+    def save(self, path: str | Path) -> None:
+        """Write states and provenance to one safetensors file."""
+        dtype = getattr(torch, self.provenance["dtype"])
+        shapes = {tap: (state.shape[0], state.shape[1]) for tap, state in self.items()}
+        with TraceWriter(path, shapes, dtype, self.positions, self.provenance) as writer:
+            for tap, state in self.items():
+                writer.write(tap, state)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Open what `save` or `engine.trace(..., path=...)` wrote, memory-mapped: a tap is read on access.
+
+        Raises:
+            TraceError: the file is not a trace, or is damaged; damage inside a tap is found when that tap is read.
+        """
+        stored = StoredStates(path)
+        return cls(stored, stored.positions, stored.provenance)

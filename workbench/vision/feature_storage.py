@@ -1,0 +1,152 @@
+"""Storage of a feature store's entries: a folder, or an fsspec file system."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from ..errors import ModelError
+from ..models.checkpoint import parse_header
+from .architectures import Features
+
+SUFFIX = ".safetensors"
+# Other files are never counted or removed: a store may be in a folder that also contains other things.
+_OURS = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}\.safetensors")
+_LEFT = re.compile(r"([0-9a-f]{2})/\.\1[0-9a-f]{62}\.\d+\.[0-9a-f]+")
+
+
+class LocalEntries:
+    """Entries in a local folder, in 256 subfolders by the first two digits of their names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ModelError(f"the feature store {folder} cannot be created: {error}") from error
+
+    def read(self, key: str) -> Features:
+        path = self._path(key)
+        with open(path, "rb") as file:
+            # A private mapping: torch requires writable memory, and writes never reach the file.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        features = _parse(mapped, path)
+        with contextlib.suppress(OSError):
+            os.utime(path)  # eviction goes by last use
+        return features
+
+    def write(self, key: str, data: bytes) -> None:
+        path = Path(self._path(key))
+        # A leading dot and no entry suffix: a file left by a killed writer is never read as an entry.
+        temporary = path.parent / f".{key}.{os.getpid()}.{secrets.token_hex(4)}"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise ModelError(f"the feature store {self.folder} cannot be written: {error}") from error
+
+    def scan(self) -> Iterator[tuple[float, int, str]]:
+        for path in self.folder.glob(f"*/*{SUFFIX}"):
+            if not _OURS.fullmatch(f"{path.parent.name}/{path.name}"):
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                about = path.stat()
+                yield about.st_mtime, about.st_size, str(path)
+
+    def remove(self, name: str) -> None:
+        Path(name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[bool]:
+        lock = FileLock(self.folder / ".evicting.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            yield False
+            return
+        try:
+            for left in self.folder.glob("*/.*"):  # from writers that were killed an hour ago or more
+                with contextlib.suppress(FileNotFoundError):
+                    if _LEFT.fullmatch(f"{left.parent.name}/{left.name}") and left.is_file() and _age(left) > 3600:
+                        left.unlink()
+            yield True
+        finally:
+            lock.release()
+
+    def _path(self, key: str) -> str:
+        return f"{self.folder}/{key[:2]}/{key}{SUFFIX}"
+
+
+class RemoteEntries:
+    """Entries in an fsspec file system. Each entry is written by one call, which is atomic on object stores."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        try:
+            self.files, self.root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise ModelError(f"the feature store {url!r} cannot be opened: {error}") from error
+
+    def read(self, key: str) -> Features:
+        path = self._path(key)
+        return _parse(bytearray(self.files.cat_file(path)), path)
+
+    def write(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
+        self.files.pipe_file(path, data)
+
+    def scan(self) -> Iterator[tuple[float, int, str]]:
+        if not self.files.exists(self.root):
+            return
+        for path, about in self.files.find(self.root, detail=True).items():
+            if _OURS.fullmatch(path.removeprefix(self.root).lstrip("/")):
+                when = about.get("mtime") or about.get("LastModified") or about.get("created") or 0.0
+                yield float(when.timestamp() if hasattr(when, "timestamp") else when), int(about["size"]), path
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.files.rm_file(name)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[bool]:
+        yield True  # two processes that evict at once remove the same entries
+
+    def _path(self, key: str) -> str:
+        return f"{self.root.rstrip('/')}/{key[:2]}/{key}{SUFFIX}"
+
+
+def _parse(data: mmap.mmap | bytearray, where: str) -> Features:
+    """Parse features from a safetensors file's bytes, without a copy. (With the library's reader a hit
+    took 0.17 ms instead of 0.13 ms.)"""
+    length = int.from_bytes(data[:8], "little")
+    entries, metadata = parse_header(bytes(data[8 : 8 + length]), "", where, len(data))
+    tensors = {
+        name: torch.frombuffer(data, dtype=entry.dtype, count=prod(entry.shape), offset=entry.start).view(entry.shape)
+        for name, entry in entries.items()
+    }
+    about = json.loads(metadata["about"])
+    grid = about["grid"]
+    return Features(tensors["rows"], tuple(grid) if grid else None, tensors.get("deepstack"), tuple(about["tiles"]))
+
+
+def _age(path: Path) -> float:
+    return time.time() - path.stat().st_mtime

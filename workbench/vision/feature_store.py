@@ -1,0 +1,173 @@
+"""A content-addressed feature store: the same image through the same tower is computed once.
+
+An entry's name is the SHA-256 of the image's bytes and the tower's fingerprint (weights, processor settings, dtype), so no entry
+can be stale. Entries are safetensors files, written under a temporary name and renamed: a reader finds a complete entry or
+none, even if a writer is killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from safetensors.torch import save
+
+from ..errors import ModelError
+from .architectures import Features
+from .feature_storage import LocalEntries, RemoteEntries
+from .images import ImageError, ImageLike, open_image
+from .tower import VisionTower
+
+_KEPT_AFTER_EVICTION = 0.9  # of the limit, so that not every write evicts
+
+
+@dataclass
+class StoreStats:
+    """Counters of a store's lookups and evictions."""
+
+    hits: int = 0
+    misses: int = 0
+    evicted: int = 0
+    damaged: int = 0
+
+
+class FeatureStore:
+    """Features of images, stored in a folder or under an fsspec URL (`s3://...`, `memory://...`).
+
+    Several processes may use one store at once.
+
+    Args:
+        url: a folder, created if it does not exist, or any URL whose fsspec driver is installed.
+        max_bytes: limit of the store's size, kept by evicting the least recently used entries; None for no limit.
+    """
+
+    def __init__(self, url: str | os.PathLike, max_bytes: int | None = None) -> None:
+        if max_bytes is not None and max_bytes <= 0:
+            raise ValueError(f"max_bytes={max_bytes}: give a positive number of bytes, or None for no limit")
+        self.url, self.max_bytes = os.fspath(url), max_bytes
+        self.stats = StoreStats()
+        self._entries: LocalEntries | RemoteEntries
+        protocol = self.url.split("://")[0] if "://" in self.url else "file"
+        if protocol == "file":
+            self._entries = LocalEntries(Path(self.url.removeprefix("file://")).expanduser())
+        else:
+            self._entries = RemoteEntries(self.url)
+        self._written = 0
+
+    def features(self, tower: VisionTower, items: Sequence[ImageLike]) -> list[Features]:
+        """Return `tower.features(items)`, computing only what the store does not contain.
+
+        Raises:
+            ImageError: an image that cannot be used; then none of the new features are stored.
+        """
+        keys = self.keys(tower, items)
+        found = [self.get(key) for key in keys]
+        missing = [index for index, features in enumerate(found) if features is None]
+        if not missing:
+            return [features for features in found if features is not None]
+        if _depends_on_other_images(tower):
+            computed = dict(enumerate(tower.features(items)))
+        else:
+            computed = dict(zip(missing, tower.features([items[index] for index in missing]), strict=True))
+        for index in missing:
+            self.put(keys[index], computed[index])
+        return [computed[index] if features is None else features for index, features in enumerate(found)]
+
+    def keys(self, tower: VisionTower, items: Sequence[ImageLike]) -> list[str]:
+        """Return the entries' names for the images of one prompt."""
+        image_count = f" of {len(items)}" if _depends_on_other_images(tower) else ""
+        return [
+            hashlib.sha256(f"{tower.fingerprint} {content_digest(item)}{image_count}".encode()).hexdigest()
+            for item in items
+        ]
+
+    def get(self, key: str) -> Features | None:
+        """Return a stored entry, memory-mapped if the store is local; None if it is missing or damaged."""
+        try:
+            features = self._entries.read(key)
+        except FileNotFoundError:
+            self.stats.misses += 1
+            return None
+        except (ModelError, ValueError, KeyError, TypeError, RuntimeError, OSError):
+            # Damage from outside this class: a truncated copy, a bad disk. The entry is computed again and replaced.
+            self.stats.damaged += 1
+            self.stats.misses += 1
+            return None
+        self.stats.hits += 1
+        return features
+
+    def put(self, key: str, features: Features) -> None:
+        """Store an entry; an existing one is replaced by an equal one."""
+        tensors = {"rows": features.rows.contiguous()}
+        if features.deepstack is not None:
+            tensors["deepstack"] = features.deepstack.contiguous()
+        about = {"grid": features.grid, "tiles": features.tiles}
+        data = save(tensors, metadata={"about": json.dumps(about)})
+        self._entries.write(key, data)
+        self._written += len(data)
+        # Scanning the whole store at each write would cost more than the write.
+        if self.max_bytes is not None and self._written > self.max_bytes * (1 - _KEPT_AFTER_EVICTION) / 2:
+            self._written = 0
+            self.evict()
+
+    def evict(self) -> int:
+        """Remove the least recently used entries if the store is over its limit; return how many were removed."""
+        if self.max_bytes is None:
+            return 0
+        removed = 0
+        with self._entries.alone() as mine:
+            if not mine:  # another process is evicting
+                return 0
+            entries = sorted(self._entries.scan())
+            total = sum(size for _, size, _ in entries)
+            if total <= self.max_bytes:
+                return 0
+            for _, size, name in entries:
+                if total <= self.max_bytes * _KEPT_AFTER_EVICTION:
+                    break
+                self._entries.remove(name)
+                total -= size
+                removed += 1
+        self.stats.evicted += removed
+        return removed
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._entries.scan())
+
+    @property
+    def bytes(self) -> int:
+        """Total bytes of all entries."""
+        return sum(size for _, size, _ in self._entries.scan())
+
+
+def content_digest(item: Any) -> str:
+    """SHA-256 of an image: of a file's bytes, or of the RGB pixels of an image in memory.
+
+    Raises:
+        ImageError: a file that cannot be read, or a value that is not an image.
+    """
+    if isinstance(item, int):  # `open` would take it for a file descriptor
+        raise ImageError(f"{item!r} is not an image: give a PIL image or the path of a file")
+    if isinstance(item, Image.Image):
+        image = open_image(item)  # as the tower gets it: palette and orientation applied, limits checked
+        sha = hashlib.sha256(f"{image.mode} {image.size} ".encode())
+        sha.update(image.tobytes())
+        return sha.hexdigest()
+    try:
+        with open(item, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except (TypeError, ValueError) as error:
+        raise ImageError(f"{item!r} is not an image: give a PIL image or the path of a file") from error
+    except OSError as error:
+        raise ImageError(f"{item} cannot be read: {error}") from error
+
+
+def _depends_on_other_images(tower: VisionTower) -> bool:
+    """Whether an image's features depend on the number of images in its prompt."""
+    return tower.family is not None and tower.family.depends_on_other_images

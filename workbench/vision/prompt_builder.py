@@ -1,0 +1,175 @@
+"""Build a Prompt from chat messages with images: ids with placeholders, items, ranges, spans, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import PromptError
+from ..models import Model
+from ..prompt import MultimodalPrompt, Prompt, Span
+from .architectures import Family, Features, family_of
+from .images import ImageLike
+from .processors import Processor
+from .tower import VisionTower, load_vision_tower
+
+Message = dict[str, Any]
+
+
+def build_prompt(
+    model: Model,
+    messages: str | Sequence[Message],
+    images: Sequence[ImageLike | Any] = (),
+    *,
+    tower: VisionTower | None = None,
+    features: Sequence[Features] | None = None,
+    text: str | None = None,
+) -> Prompt:
+    """Build the prompt that an engine with `input_embeddings` needs to answer about images (or sounds).
+
+    Args:
+        model: from `load_model`.
+        messages: chat messages in Transformers' form, whose content may contain `{"type": "image", "image": image}` (a PIL image
+            or a path; `"audio"` with a waveform likewise); or the text of one user turn, which comes after `images`.
+        images: the images, if messages only mark their positions or are plain text.
+        tower: an open tower; it is loaded if both `tower` and `features` are missing.
+        features: precomputed features of all images in order; then no tower is needed.
+        text: the text of the whole prompt, with special tokens and a marker for each image, used instead of a chat template.
+
+    Returns:
+        a Prompt; each range has a span that names its image and patch grid.
+
+    Raises:
+        PromptError, ImageError: more or fewer images than markers, or an image that cannot be used.
+    """
+    if features is None:
+        tower = tower or load_vision_tower(model)
+    elif images and len(images) != len(features):
+        raise PromptError(f"{len(images)} images but {len(features)} features: give one per image, in the same order")
+    processor = tower.processor if tower is not None else Processor(model.path, model.config, model.trust_remote_code)
+    family = family_of(model.config, processor.tokenizer)
+    # Features take the place of their images if no images are given.
+    turns, items = _unpack(messages, list(images) or list(features or ()), family)
+    if features is None:
+        assert tower is not None
+        features = tower.features(items)
+    return _lay_out(family, processor, features, processor.text(turns) if text is None else text)
+
+
+def _lay_out(family: Family, processor: Processor, features: Sequence[Features], marked: str) -> Prompt:
+    """Turn a text with markers into a Prompt: replace the markers by placeholders, tokenize, and find the ranges."""
+    whole = family.arrange(_replace(marked, family, features))
+    ids = processor.tokenizer.encode(whole, add_special_tokens=False)
+    return _find_ranges(ids, family, features, processor.tokenizer.convert_tokens_to_ids(family.token))
+
+
+def build_multimodal(
+    model: Model,
+    messages: str | Sequence[Message],
+    images: Sequence[ImageLike | Any] = (),
+    *,
+    tower: VisionTower | None = None,
+) -> MultimodalPrompt:
+    """Build the same prompt for an engine that runs the vision model itself: placeholders and processed images, no features.
+
+    Args:
+        tower: an open tower, for its processor; its network runs only if the processor's output leaves the row counts open.
+    """
+    tower = tower or load_vision_tower(model)
+    family = family_of(model.config, tower.processor.tokenizer)
+    turns, items = _unpack(messages, list(images), family)
+    processed = tower.process(items) if items else {}
+    outline = family.outline(processed, len(items)) if items else []
+    outline = tower.features(items) if outline is None else outline
+    laid_out = _lay_out(family, tower.processor, outline, tower.processor.text(turns))
+    prompt = Prompt(laid_out.input_ids, position_ids=laid_out.position_ids)
+    if not items:
+        return MultimodalPrompt.of(prompt, ())
+    is_placeholder = torch.tensor([prompt.input_ids]) == tower.processor.tokenizer.convert_tokens_to_ids(family.token)
+    return MultimodalPrompt.of(prompt, [{**processed, **family.token_types(is_placeholder.int())}])
+
+
+def _unpack(messages: str | Sequence[Message], images: list[Any], family: Family) -> tuple[list[Message], list[Any]]:
+    """Return messages with only texts and empty item parts as content, and the items in the order of their parts."""
+    if isinstance(messages, str):
+        content = [*({"type": family.modality} for _ in images), {"type": "text", "text": messages}]
+        messages = [{"role": "user", "content": content}]
+    turns: list[Message] = []
+    items, waiting = [], list(images)
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise PromptError(f"messages[{number}] is {message!r}: give a dict with role and content")
+        content = message["content"]
+        parts: list[dict[str, Any]] = []
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                if family.marker in part["text"]:
+                    raise PromptError(
+                        f"messages[{number}] contains {family.marker!r} in a text, which marks the positions of images: leave "
+                        "it out, or add the image as a separate part"
+                    )
+                parts.append({"type": "text", "text": part["text"]})
+            elif kind == family.modality:
+                given = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
+                if given is None and not waiting:
+                    raise PromptError(f"messages mark more {kind}s than were given ({len(images)})")
+                items.append(waiting.pop(0) if given is None else given)
+                # Qwen2-Audio's template looks for the key, not the type
+                parts.append({"type": kind, "audio_url": ""} if kind == "audio" else {"type": kind})
+            else:
+                raise PromptError(
+                    f"messages[{number}] contains {part!r:.80}: {family.config.model_type} takes parts of type 'text' (with a "
+                    f"text) and {family.modality!r}"
+                )
+        turns.append({"role": message["role"], "content": parts})
+    if waiting:
+        raise PromptError(
+            f"{len(waiting)} of {len(images)} {family.modality}s have no part in the messages: add "
+            f"{{'type': {family.modality!r}}} parts"
+        )
+    return turns, items
+
+
+def _replace(text: str, family: Family, features: Sequence[Features]) -> str:
+    """Replace each item's marker by its placeholders."""
+    texts = text.split(family.marker)
+    if len(texts) - 1 != len(features):
+        raise PromptError(
+            f"the prompt has {len(texts) - 1} markers ({family.marker}) for {len(features)} {family.modality}s: the chat "
+            "template and the messages disagree, or the text contains the marker itself"
+        )
+    filled = [texts[0]]
+    for item, following in zip(features, texts[1:], strict=True):
+        filled += [family.text(item), following]
+    return "".join(filled)
+
+
+def _find_ranges(ids: list[int], family: Family, features: Sequence[Features], token: int) -> Prompt:
+    """Find the placeholders and return the Prompt with a range for each span of each item."""
+    runs: list[tuple[int, Span]] = []
+    rows, levels = [], []
+    for number, item in enumerate(features):
+        own = family.spans(item, f"{family.modality} {number}")
+        runs += own
+        sizes = [size for size, _ in own]
+        rows += list(item.rows.split(sizes))
+        levels += [] if item.deepstack is None else list(item.deepstack.split(sizes, dim=1))
+    positions = [position for position, each in enumerate(ids) if each == token]
+    if len(positions) != sum(size for size, _ in runs):
+        raise PromptError(
+            f"the prompt has {len(positions)} placeholders for {sum(size for size, _ in runs)} rows of features"
+        )
+    ranges, at = [], 0
+    for number, (size, span) in enumerate(runs):
+        start, stop = positions[at], positions[at + size - 1] + 1
+        if stop - start != size:
+            raise PromptError(
+                f"the placeholders of {span.label or number} are not contiguous: [{start}, {stop}) for {size} rows"
+            )
+        ranges.append((start, stop))
+        at += size
+    spans = family.whole_prompt([span for _, span in runs], len(ids))
+    return Prompt(ids, rows, ranges, spans, family.position_ids(len(ids), ranges, spans), levels)

@@ -1,0 +1,71 @@
+"""The base class of the panels: a worker thread that draws the newest state, and a status line for errors too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+
+import ipywidgets as w
+from matplotlib.figure import Figure
+
+from ..progress import Progress, Stopped
+from . import components
+from .latest_job import LatestJob
+from .view import Composite
+
+_SNAPSHOT_SECONDS = 5.0
+"""How long displaying a panel waits for the static image to store; after that, the widgets are shown without one."""
+
+
+class Panel(Composite):
+    """Controls and the views that follow them. Subclasses build `view` and redraw in the generator `_draw`, which may be stopped at
+    any `yield`. `progress` and `doing` show the progress of computations that take seconds.
+    """
+
+    def __init__(self) -> None:
+        self.status = w.HTML()
+        self.progress = w.FloatProgress(min=0.0, max=1.0, layout={"width": "160px", "visibility": "hidden"})
+        self.doing = w.HTML()
+        self._jobs = LatestJob(self._show_error)
+
+    def wait(self, timeout: float | None = 300.0) -> bool:
+        """Wait until everything is drawn; return False if that takes longer than `timeout` seconds."""
+        return self._jobs.wait(timeout)
+
+    def snapshot(self) -> Figure | None:
+        return super().snapshot() if self.wait(_SNAPSHOT_SECONDS) else None
+
+    def _draw(self) -> Iterator[None]:
+        raise NotImplementedError
+
+    def _observe(self, *controls: w.Widget) -> None:
+        """Redraw whenever one of these changes."""
+        for control in controls:
+            control.observe(self._changed, "value")
+
+    def _changed(self, change: object = None) -> None:
+        self._jobs.submit(self._draw)
+
+    def _progress(self, name: str) -> Progress:
+        """A callback for a long part of a job: shows its progress, and raises `Stopped` if a newer job is waiting."""
+
+        def report(share: float) -> None:
+            if self._jobs.newer:
+                raise Stopped(name)
+            self._show_progress(name, share)
+
+        return report
+
+    def _show_progress(self, name: str, share: float) -> None:
+        self.progress.layout.visibility = "visible"
+        self.progress.value = min(share, 1.0)
+        if self.doing.value != name:
+            self.doing.value = name
+
+    def _hide_progress(self) -> None:
+        self.progress.layout.visibility = "hidden"
+        self.doing.value = ""
+
+    def _show_error(self, error: Exception) -> None:
+        self._hide_progress()
+        self.status.value = components.note("bad", f"{type(error).__name__}: {escape(str(error))}")

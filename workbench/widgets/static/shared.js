@@ -1,0 +1,104 @@
+// Helpers that the views share: numbers from bytes, colours, page elements. Concatenated before each view's own file.
+
+const MOVES = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [1, 0], ArrowDown: [-1, 0] };
+
+function piece(tag, className, parent, text) {
+  const node = document.createElement(tag);
+  node.className = className;
+  if (text !== undefined) node.textContent = text;
+  parent.append(node);
+  return node;
+}
+
+// Bytes from Python as float32; copied, because their offset may be unaligned.
+function floats(view) {
+  if (!view || !view.byteLength) return new Float32Array(0);
+  return new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+}
+
+// A function from a number to its palette index, 0 to 255; -1 for NaN and, on a logarithmic scale, for numbers up to 0.
+function scaleOf(kind, low, high) {
+  if (kind === "log") {
+    const a = Math.log(low), span = Math.log(high) - a || 1;
+    return (value) => (value > 0 ? paletteIndex((Math.log(value) - a) / span) : -1);
+  }
+  return (value) => (Number.isNaN(value) ? -1 : paletteIndex((value - low) / (high - low || 1)));
+}
+const paletteIndex = (share) => (share <= 0 ? 0 : share >= 1 ? 255 : Math.round(share * 255));
+
+// The palette as 32-bit pixels, so that a map is filled with one assignment per cell.
+function pixels(palette) {
+  const bytes = new Uint8Array(palette.buffer, palette.byteOffset, palette.byteLength);
+  const out = new Uint32Array(256);
+  for (let i = 0; i < 256; i++) out[i] = 0xff000000 | (bytes[3 * i + 2] << 16) | (bytes[3 * i + 1] << 8) | bytes[3 * i];
+  return out;
+}
+const css = (pixel) => `rgb(${pixel & 255} ${(pixel >> 8) & 255} ${(pixel >> 16) & 255})`;
+const PAPER = 0xffffffff;
+
+function readable(value) {
+  if (Number.isNaN(value)) return "none";
+  if (value === 0) return "0";
+  const size = Math.abs(value);
+  return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+}
+
+function shownToken(token) {
+  const text = token.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ /, "·");
+  return text === "" ? "∅" : text;
+}
+
+// Colours of the page's theme, for canvases.
+function ink(node) {
+  const style = getComputedStyle(node);
+  return { text: style.color, quiet: style.getPropertyValue("--jp-ui-font-color2").trim() || "#777", line: style.getPropertyValue("--jp-border-color2").trim() || "#bbb" };
+}
+
+const SPAN_COLOURS = ["#d1495b", "#00798c", "#8a5a9e", "#b06f00", "#3a7d44", "#5b6bbf"];
+
+// Size a canvas to `width` x `height` CSS pixels at the screen's resolution; returns its 2D context.
+function sized(canvas, width, height) {
+  const ratio = window.devicePixelRatio || 1;
+  canvas.width = Math.max(1, Math.round(width * ratio));
+  canvas.height = Math.max(1, Math.round(height * ratio));
+  canvas.style.width = `${width}px`;
+  canvas.style.height = `${height}px`;
+  const context = canvas.getContext("2d");
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  return context;
+}
+
+// Wrap an action so that it runs at most once per frame, however often it is called.
+function onceAFrame(action) {
+  let waiting = false;
+  return () => {
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => {
+      waiting = false;
+      action();
+    });
+  };
+}
+
+// Listen to several traitlets; returns a function that stops listening.
+function listen(model, table) {
+  for (const [names, action] of table) for (const name of names) model.on(`change:${name}`, action);
+  return () => {
+    for (const [names, action] of table) for (const name of names) model.off(`change:${name}`, action);
+  };
+}
+
+// A function that sends a trait's value to Python and linked views, at most once per frame.
+function sender(model, name) {
+  let next;
+  const send = onceAFrame(() => {
+    if (String(model.get(name)) === String(next)) return;
+    model.set(name, next);
+    model.save_changes();
+  });
+  return (value) => {
+    next = value;
+    send();
+  };
+}
