@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import threading
 from typing import Any
@@ -39,7 +40,7 @@ class _Scratch:
         self._kept: dict[str, np.ndarray] = {}
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        size = math.prod(shape)
+        size = math.math.prod(shape)
         kept = self._kept.get(name)
         if kept is None or kept.size < size:
             kept = aligned(size)
@@ -107,7 +108,13 @@ def page_shapes(page_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int
 def empty_pages(layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Return zeros for the keys and values of all layers; the system allocates memory when pages are first written."""
     keys, values = page_shapes(page_size, kv_heads, head_dim)
-    return np.zeros((layers, pages, *keys), np.float32), np.zeros((layers, pages, *values), np.float32)
+    return _unwritten_zeros((layers, pages, *keys)), _unwritten_zeros((layers, pages, *values))
+
+
+def _unwritten_zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 zeros without huge pages, which `np.zeros` asks for: the first token of each layer would allocate 2 MiB."""
+    memory = mmap.mmap(-1, max(math.prod(shape), 1) * 4)
+    return np.frombuffer(memory, np.float32, math.prod(shape)).reshape(shape)
 
 
 # Type checkers cannot see the arguments of Numba's dispatchers.

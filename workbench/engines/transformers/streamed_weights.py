@@ -48,8 +48,8 @@ class StreamedWeights:
         ]
         self._layers = set(layers)
         for unit in (*layers, *others):
-            if type(unit) is nn.Linear and unit not in self._layers and dtype is torch.float64:
-                # A large head in float64 would set the memory peak; outputs are independent sums, so rows can be cast in blocks.
+            if type(unit) is nn.Linear and unit not in self._layers and dtype.itemsize > 2:
+                # A large head would set the memory peak; outputs are independent sums, so rows can be cast in blocks.
                 unit.forward = partial(self._linear_in_blocks, unit)  # type: ignore[method-assign]
                 continue
             lookup_only = type(unit) is nn.Embedding  # subclasses may compute with the whole weight
