@@ -143,17 +143,17 @@ class TestTargets:
     @pytest.mark.parametrize(
         ("target", "changes", "code", "words"),
         [
-            ("turbomind==0.13.0", {}, "target-accepts", "as it stands"),
+            ("turbomind==0.13.0", {}, "target-accepts", "unchanged"),
             ("turbomind", {"embedding_ranges": [(6, 9), (1, 4)]}, "target-rejects", "SESSION_NOT_EXIST"),
             ("turbomind", {"input_embeddings": [torch.ones(3, 4), torch.ones(3, 5)]}, "target-rejects", "4, 5 wide"),
             ("turbomind", {"position_ids": torch.arange(12) * 2}, "target-differs", "0.9.2 to 0.15 only"),
             ("turbomind", {"input_embeddings": []}, "target-ignores", "2 ranges without input_embeddings"),
-            ("turbomind", {"position_ids": torch.arange(12)}, "target-accepts", "as it stands"),
+            ("turbomind", {"position_ids": torch.arange(12)}, "target-accepts", "unchanged"),
             ("turbomind", {"embedding_ranges": [(1, 4)]}, "target-rejects", "2 input_embeddings and 1 ranges"),
             ("sglang==0.3.0", {}, "target-differs", "older than these rules"),
-            ("lmdeploy-pytorch==0.6.4", {}, "target-accepts", "as it stands"),
+            ("lmdeploy-pytorch==0.6.4", {}, "target-accepts", "unchanged"),
             ("lmdeploy-pytorch==0.6.5", {}, "target-ignores", "silently ignored"),
-            ("vllm", {}, "target-accepts", "as it stands"),
+            ("vllm", {}, "target-accepts", "unchanged"),
             ("vllm==0.8.5", {}, "target-differs", "older than these rules"),
             (
                 "vllm==0.23.0",
@@ -169,9 +169,9 @@ class TestTargets:
             ),
             ("vllm", {"spans": [Span(attention="bidirectional")] * 2}, "target-differs", "causal everywhere"),
             ("vllm", {"embedding_ranges": [(1, 4), (3, 6)]}, "target-rejects", "overlaps"),
-            ("sglang", {}, "target-accepts", "as it stands"),
+            ("sglang", {}, "target-accepts", "unchanged"),
             ("sglang", {"input_embeddings": [torch.full((3, 4), 0.1)] * 2}, "target-differs", "6 of 6 rows change"),
-            ("transformers", {"spans": [Span(attention="bidirectional")] * 2}, "target-accepts", "as it stands"),
+            ("transformers", {"spans": [Span(attention="bidirectional")] * 2}, "target-accepts", "unchanged"),
             ("transformers", {"embedding_ranges": [(1, 4), (6, 19)]}, "target-rejects", "leaves the prompt"),
         ],
     )

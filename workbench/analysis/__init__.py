@@ -1,1 +1,1 @@
-"""Arrays computed from traces: what the plots and views show. Nothing here draws."""
+"""Arrays computed from traces, for plots and views; nothing in this package draws."""

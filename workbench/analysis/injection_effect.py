@@ -18,9 +18,12 @@ class InjectionEffect:
     """The effect of one injection.
 
     Attributes:
-        tokens: the prompt's ids as text; ranges: its embedding ranges; taps: rows of the maps.
-        change, cosine: `[taps, tokens]`, the run with embeddings compared with the run without.
-        next_tokens: likeliest next tokens of both runs; without, injected: their probabilities.
+        tokens: the text of each token of the prompt.
+        ranges: its embedding ranges.
+        taps: names of the hidden states, the rows of the maps.
+        change, cosine: float32 `[taps, tokens]`: relative change of each state by the embeddings, and its cosine with the state without.
+        next_tokens: text of the likeliest next tokens of both runs.
+        without, injected: their probabilities in the run without embeddings, and in the run with them.
     """
 
     tokens: Sequence[str]
@@ -36,10 +39,10 @@ class InjectionEffect:
 def injection_effect(
     engine: Engine, prompt: Prompt, without: Trace | None = None, count: int = 3
 ) -> tuple[InjectionEffect, Trace]:
-    """Run `prompt` with its embeddings and without them.
+    """Run `prompt` with its embeddings and without them, and compare hidden states and next tokens.
 
     Args:
-        without: the trace of the prompt without embeddings, if it was already computed.
+        without: the trace of `prompt.without_embeddings`, if it was already computed; a trace of another prompt is not used.
         count: how many of each run's likeliest next tokens to keep.
 
     Returns:

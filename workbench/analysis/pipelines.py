@@ -1,4 +1,4 @@
-"""Compare two pipelines from images to an answer: a vision tower and then a language engine, or everything in one engine."""
+"""Compare two pipelines from images to an answer: a separate vision tower and a language engine, or one engine that runs both."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from ..vision.tower_weights import is_language
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The answer and the cost of one pipeline; times in seconds, memory in bytes above the process's memory before.
+    """The answer and the cost of one pipeline. Times are wall-clock seconds.
 
     Attributes:
-        features_seconds: processing the images and, with two engines, running the tower.
-        first_token_seconds: from the prompt to the first token; with one engine the tower runs here.
-        peak_bytes: the peak memory, with tower and engine in one process.
-        vision_bytes, language_bytes: size of the weights in float32; with two engines they can be on two machines.
+        load_seconds: opening tower and engine.
+        features_seconds: building the prompt: processing the images and, in the first pipeline, running the tower.
+        first_token_seconds: from the start of generation to the first token; in the second pipeline the tower runs in this time.
+        answer_seconds: from the start of generation to the end of the answer.
+        peak_bytes: peak memory above the process's memory before, with tower and engine in one process.
+        vision_bytes, language_bytes: size of the weights in float32; in the first pipeline they can be on two machines.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Pipeline:
 
     @property
     def weight_bytes(self) -> int:
+        """Size of all weights in float32."""
         return self.vision_bytes + self.language_bytes
 
 
@@ -54,10 +57,11 @@ def compare_pipelines(
     """Answer a question with both pipelines, one after the other in this process.
 
     Args:
-        kind: the language engine of the first pipeline.
+        kind: the language engine of the first pipeline, as in `open_engine`; the second runs "transformers-multimodal".
+        max_new_tokens: limit of the answer's length.
 
     Returns:
-        the pipeline with two engines, and the one with a single engine.
+        the pipeline with a separate tower, and the one with a single engine.
     """
     config = GenerationConfig(max_new_tokens=max_new_tokens)
     vision, language = _weight_bytes(model)
@@ -85,7 +89,7 @@ def compare_pipelines(
 
 
 def pipelines_table(pipelines: Sequence[Pipeline]) -> str:
-    """Format pipelines as a text table, one per column."""
+    """Format pipelines as a text table, one column per pipeline."""
     rows = {
         "answer": [pipeline.answer for pipeline in pipelines],
         "weights": [in_words(pipeline.weight_bytes) for pipeline in pipelines],

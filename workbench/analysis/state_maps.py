@@ -1,4 +1,4 @@
-"""Maps of hidden states, one number per layer and token; computed once for all views."""
+"""Maps of hidden states: one number per tap (named hidden state) and token, computed once for all plots and views."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..trace import Trace
 
 @dataclass(frozen=True)
 class Metric:
-    """How the numbers of a map are shown.
+    """What the numbers of a map are, and how they are shown.
 
     Attributes:
-        title: what a number is.
+        title: what a number is, in words.
         scale: "log" or "linear".
         low, high: ends of the colour scale; None takes them from the numbers.
         palette: name of a matplotlib colour map.
@@ -51,11 +51,12 @@ class StateMaps:
     """Maps of one run, one per metric.
 
     Attributes:
-        tokens: the prompt's ids as text; taps: names of the rows, from the first layer up.
+        tokens: the text of each token of the prompt.
+        taps: names of the hidden states, the rows of the maps, from the first layer up.
         ranges: embedding ranges of the run.
-        values: `{metric: float32 [taps, tokens]}`, for the metrics computed so far.
-        words: the logit lens' likeliest tokens as text, `[taps][tokens]`; empty until they are computed.
-        row_states: returns the states of a row, `[tokens, hidden]`; None if states are not kept.
+        values: `{metric: float32 [taps, tokens]}`; the keys are those of `METRICS` that were computed.
+        words: text of the logit lens' likeliest token at each tap and token, `[taps][tokens]`; empty before `add_lens`.
+        row_states: function from a row of the maps to its states `[tokens, hidden]`; None if states are not kept.
     """
 
     tokens: Sequence[str]
@@ -77,7 +78,7 @@ class StateMaps:
         return (low, high) if high > low else (low, low * 1.0001 + 1e-9)
 
     def add_error(self, comparison: Comparison) -> None:
-        """Add a comparison's errors, in noise floors, for the taps that both have.
+        """Add the map "error": a comparison's errors as multiples of the noise floor; NaN at taps that it does not have.
 
         Raises:
             ValueError: the comparison is of other tokens, or has none of these taps.
@@ -95,7 +96,10 @@ class StateMaps:
         self.values["error"] = np.stack(rows).astype(np.float32)
 
     def add_lens(self, engine: Engine, progress: Progress | None = None) -> None:
-        """Add the logit lens: apply the final norm and the head to every state; keep the likeliest token and its probability.
+        """Add the map "lens" and `words`: apply the final norm and the head to every state, keep the likeliest token (logit lens).
+
+        Args:
+            progress: called with the fraction of taps done.
 
         Raises:
             ModelError: the engine does not expose its head.
@@ -115,7 +119,10 @@ class StateMaps:
         self.values["lens"], self.words = np.stack(chances).astype(np.float32), found
 
     def neighbours(self, row: int, token: int, count: int = 6) -> list[tuple[int, float]]:
-        """The tokens whose states at this row are nearest by cosine, nearest first: (token, cosine)."""
+        """The tokens whose states at tap number `row` are nearest to that of `token` by cosine: (index, cosine), nearest first.
+
+        Empty if states are not kept.
+        """
         if self.row_states is None:
             return []
         states = self.row_states(row).float()
@@ -127,10 +134,12 @@ class StateMaps:
 
 
 def state_maps(engine: Engine, injected: Trace, plain: Trace, prompt: Prompt) -> StateMaps:
-    """Compute the maps of a run with embeddings compared with a run of the ids alone; both traces must contain all tokens.
+    """Compute the maps "change", "cosine" and "norm" for all taps but logits that both traces have.
 
     Args:
-        plain: the trace of `prompt.without_embeddings`.
+        engine: the engine of the traces, for its tokenizer.
+        injected: the trace of `prompt`, with all tokens.
+        plain: the trace of `prompt.without_embeddings`, with all tokens.
     """
     taps = [tap for tap in injected if tap != "logits" and tap in plain]
     values = {

@@ -31,7 +31,10 @@ NEW_TOKENS = 64
 
 
 def spliced_prompt(model: Model, tokens: int, images: int, seed: int = 0) -> Prompt:
-    """Return a prompt of random ids with evenly spread images of noise, whose rows have norms as in the embedding table."""
+    """Return a prompt of `tokens` random ids, with `images` items spliced in at equal distances.
+
+    Each item has 576 rows of random directions, with the norms of token embeddings, in place of image features.
+    """
     generator = torch.Generator().manual_seed(seed)
     vocab = model.text_config.vocab_size
     ids = torch.randint(10, vocab - 10, (tokens,), generator=generator).tolist()

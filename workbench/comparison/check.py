@@ -24,16 +24,23 @@ def check_engine(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compare an engine with the reference, Transformers, on one prompt.
+    """Compare an engine's hidden states on one prompt with those of the reference, Transformers.
 
-    The reference runs once in float64 and four times in the engine's dtype; the engine runs once. See `compare`.
+    The reference runs once in float64, and four times in the engine's dtype to measure its rounding error, the noise floor. The
+    engine runs once. See `compare` for the verdict.
 
     Args:
-        taps: patterns of tap names. A pattern that matches no tap of the engine is skipped if another one matches.
-        positions: which tokens to compare.
-        factor: largest error that counts as noise, in noise floors.
-        device: where the reference runs.
+        taps: names or patterns of the hidden states to compare. A pattern that matches no tap of the engine is skipped if another
+            one matches.
+        positions: the prompt positions to compare.
+        factor: largest error that counts as rounding noise, as a multiple of the noise floor.
+        device: the reference's device, "cpu" or "cuda".
         progress: called with the fraction done; an exception that it raises stops the run.
+
+    Raises:
+        EmbeddingRangeError, PromptError: the engine cannot run the prompt.
+        ValueError: no pattern matches a tap of the engine, a position outside the prompt, or a factor below 1.
+        TraceError: the states do not fit into memory, or contain NaN in the reference.
     """
     expected, floor, run = _run_both(engine, prompt, taps, positions, device, progress)
     return compare(expected, run, floor=floor, factor=factor)
@@ -42,13 +49,13 @@ def check_engine(
 def check_with_traces(
     engine: Engine, prompt: Prompt, progress: Progress | None = None
 ) -> tuple[Comparison, Trace, Trace]:
-    """Run `check_engine` over all taps; return the comparison, the float64 trace and the engine's trace."""
+    """`check_engine` for all taps and positions; return the comparison, the reference's float64 trace and the engine's trace."""
     expected, floor, run = _run_both(engine, prompt, EVERY_TAP, slice(None), "cpu", progress)
     return compare(expected, run, floor=floor), expected, run
 
 
 def shared_taps(engine: Engine, patterns: Sequence[str]) -> list[str]:
-    """Return the taps of an engine that match any of the patterns.
+    """Return the taps of an engine that match any of the patterns, in the engine's order; patterns without a match are skipped.
 
     Raises:
         ValueError: no pattern matches; the message lists the engine's taps.

@@ -1,4 +1,4 @@
-"""Diagnose wrong states: describe in words what went wrong (moved rows, a scale, a mask, a weight)."""
+"""Diagnose wrong hidden states: find the likely cause (moved rows, a missing scale, a mask, a weight) and put it into words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .metrics import cosine, relative_error, unit_roundoff
 from .verdict import Comparison
 
 _MIN_SHARE = 0.9
-"""A hypothesis must explain this share of the wrong tokens (a guess: one or two tokens may be wrong for two reasons)."""
+"""A hypothesis must explain this share of the wrong tokens (a guess; a few tokens may be wrong for another reason as well)."""
 _MAX_SHIFT = 64
 """The largest shift of a range that is tried in either direction, in tokens."""
 
@@ -39,9 +39,13 @@ class Explanation:
 def explain(
     comparison: Comparison, reference: Trace, state: Trace, prompt: Prompt | None = None, model: Model | None = None
 ) -> Explanation | None:
-    """Diagnose the first wrong tap of a comparison; None if nothing is wrong.
+    """Diagnose the first wrong tap (named hidden state) of a comparison; None if nothing is wrong.
 
-    With prompt and model, misplaced rows in hidden state 0 are identified.
+    Args:
+        comparison: of the two traces that follow.
+        reference: the reference's float64 trace.
+        state: the engine's trace.
+        prompt, model: with both, and traces of all positions, misplaced rows in hidden state 0 are identified.
     """
     found = comparison.first_divergence
     if found is None:
@@ -70,18 +74,19 @@ def explain_splice(
     own_rows: torch.Tensor,
     dtype: str,
 ) -> Explanation:
-    """Diagnose a wrong hidden state 0: find out which rows are there instead of the right ones.
+    """Diagnose a wrong hidden state 0 (the embeddings after the splice): find out which rows it has instead of the right ones.
 
     Args:
-        reference, state: `[seq, hidden]`, all positions.
-        wrong: bool `[seq]`.
+        reference, state: hidden state 0 of reference and engine, `[seq, hidden]`, all positions.
+        wrong: bool `[seq]`, the tokens whose error exceeds rounding.
         own_rows: `[seq, hidden]`, the looked-up embeddings of the prompt's ids.
+        dtype: the engine's, by name.
     """
     tolerance = 16 * unit_roundoff(dtype)
     total = int(wrong.sum())
 
     def explains(expected: torch.Tensor) -> float:
-        """Share of the wrong tokens whose states are those of a hypothesis."""
+        """Share of the wrong tokens at which the engine's state equals that of a hypothesis."""
         return float((relative_error(state, expected)[wrong] <= tolerance).double().mean())
 
     best = max(_hypotheses(prompt, reference, own_rows), key=lambda pair: explains(pair[0]), default=None)
@@ -194,7 +199,7 @@ def _permuted(prompt: Prompt, state: torch.Tensor, tolerance: float) -> Explanat
 
 
 def _scale(state: torch.Tensor, reference: torch.Tensor) -> float | None:
-    """The factor if every row is the right one times the same factor, else None."""
+    """The factor, if all rows are the reference's rows times one factor that differs from 1 by more than 5 %; else None."""
     if not len(state) or not torch.isfinite(state).all() or float(cosine(state, reference).min()) < 0.999:
         return None
     factors = state.double().norm(dim=1) / reference.double().norm(dim=1)
@@ -215,8 +220,11 @@ def explain_tap(
     """Diagnose the first wrong tap after the splice.
 
     Args:
-        reference, state: `[positions, width]`; wrong: bool, positions and spans: int64, `[positions]`.
-        before: the tap compared before this one, which is right; None if there is none.
+        reference, state: the tap's states of reference and engine, `[positions, width]`.
+        wrong: bool `[positions]`, the tokens whose error exceeds rounding.
+        positions: int64 `[positions]`, prompt positions.
+        spans: int64 `[positions]`, the embedding range of each position, -1 for text.
+        before: the tap that was compared before this one and is right; None if this is the first.
     """
     if not torch.isfinite(state[wrong]).all():
         return Explanation(
@@ -333,6 +341,6 @@ def _where(wrong: torch.Tensor, positions: torch.Tensor, spans: torch.Tensor) ->
 
 
 def _placeholders_unknown(prompt: Prompt, model: Model) -> bool:
-    """Whether an id is not in the embedding table, as placeholder ids under ranges may be."""
+    """Whether an id is outside the embedding table, as placeholder ids inside ranges may be."""
     size = len(model.embedding_table)
     return any(not 0 <= token < size for token in prompt.input_ids)

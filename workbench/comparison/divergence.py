@@ -14,16 +14,16 @@ from .reference_cache import reference_run
 from .verdict import FACTOR, Comparison, Divergence, compare
 
 ROOM = 1 << 30
-"""Bytes of memory for traces; if all taps together need more, layers are bisected."""
+"""Bytes of memory for traces; if the traces of all taps need more, the first wrong layer is found by bisection."""
 
 
 @dataclass(frozen=True)
 class FirstDivergence:
-    """Where an engine first diverges, and a diagnosis.
+    """The first hidden state and token at which an engine's error exceeds rounding, and a diagnosis.
 
     Attributes:
-        divergence: tap, token, span, error and floor; None if everything is within rounding.
-        last_good: the tap before it; None if the first one is already wrong.
+        divergence: tap, token, span, error and noise floor; None if all errors are within rounding.
+        last_good: the last tap before it that was compared; without a divergence, the last tap; None if the first one is wrong.
         explanation: the diagnosis; None without a divergence.
         comparison: the comparison of the taps that were traced last.
         runs: number of runs of the engine.
@@ -45,15 +45,20 @@ class FirstDivergence:
 def first_divergence(
     engine: Engine, prompt: Prompt, *, factor: float = FACTOR, max_bytes: int = ROOM, device: str = "cpu"
 ) -> FirstDivergence:
-    """Find the first tap, token and span where `engine` is wrong.
+    """Find the first tap (named hidden state), token and span at which `engine` differs from the reference by more than rounding.
 
-    If all taps fit into `max_bytes`, one run finds it. Otherwise the residual stream is bisected, one tap per run, and then
-    the parts of the layer found are compared. Bisection finds faults that stay visible up to the end of the residual stream; a
-    fault that drowns in the noise of later layers is found only by one run over all taps. Engines that expose no layers are
-    bisected by depth if they have taps `depth.k`.
+    If the traces of all taps fit into `max_bytes`, one run finds it. Otherwise the layers are bisected, one tap per run, and then
+    attention and MLP of the layer found are compared. Bisection assumes that a wrong state stays wrong in all later layers; an error
+    that becomes smaller than the noise of later layers is found only by a run over all taps. Engines that do not expose layers are
+    bisected by the taps `depth.k` if they have them.
 
     Args:
-        device: where the reference runs.
+        factor: largest error that counts as rounding noise, as a multiple of the noise floor.
+        max_bytes: memory for the traces of engine and reference.
+        device: the reference's device, "cpu" or "cuda".
+
+    Raises:
+        EmbeddingRangeError, PromptError: the engine cannot run the prompt.
     """
     taps = shared_taps(engine, [*EVERY_TAP, "depth.*"] if "embed" not in engine.capabilities.taps else EVERY_TAP)
     search = _Search(engine, prompt, factor, device)

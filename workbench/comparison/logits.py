@@ -18,11 +18,11 @@ class LogitComparison:
     """Two engines' next-token distributions over the same prompt, position by position (teacher-forced).
 
     Attributes:
-        positions: int64 `[positions]`.
+        positions: int64 `[positions]`, prompt positions.
         kl: KL(reference || candidate) in nats, float64 `[positions]`.
-        agreement: share of the reference's k likeliest tokens that are among the candidate's k likeliest, `{k: [positions]}`.
-        rank: rank of the reference's likeliest token in the candidate's order, from 0.
-        margin: difference of the reference's two largest logits; if it is small, rounding decides which token is first.
+        agreement: share of the reference's k likeliest tokens that are among the candidate's k likeliest, `{k: float64 [positions]}`.
+        rank: rank of the reference's likeliest token in the candidate's order, from 0, int64 `[positions]`.
+        margin: difference of the reference's two largest logits, float64 `[positions]`; if it is small, rounding can exchange them.
     """
 
     positions: torch.Tensor
@@ -37,7 +37,7 @@ class LogitComparison:
         return [int(position) for position in self.positions[self.rank > 0]]
 
     def summary(self) -> dict[str, Any]:
-        """The worst and the mean over positions, and where the next token differs."""
+        """JSON values: the largest and mean KL, mean agreement, largest rank, and the positions at which the next token differs."""
         return {
             "kl_max": float(self.kl.max()),
             "kl_mean": float(self.kl.mean()),
@@ -64,7 +64,11 @@ def compare_logits(
 ) -> LogitComparison:
     """Compare logits `[positions, vocab]`, in float64.
 
-    NaN in the candidate gives a KL of NaN, the last rank and no agreement.
+    A candidate row with NaN gets a KL of NaN, the last rank, and an agreement of 0.
+
+    Args:
+        positions: prompt positions of the rows; None: 0, 1, 2, ...
+        tops: values of k for the top-k agreement.
 
     Raises:
         ValueError: the shapes differ.
@@ -116,9 +120,10 @@ class TextComparison:
     """The comparison of two generated answers.
 
     Attributes:
-        close: whether they are equal, or each one's token at the first mismatch is among the other's likeliest.
-        at: number of new tokens before the first mismatch; None if there is none.
-        tokens: the two tokens at the mismatch.
+        close: whether they are equal, or at the first mismatch each one's token is among the other's likeliest.
+        at: number of new tokens before the first mismatch; None if they are equal.
+        tokens: the two tokens at the mismatch, (reference, candidate); None for an answer that has ended.
+        note: the result in words.
     """
 
     close: bool
@@ -131,13 +136,13 @@ class TextComparison:
 
 
 def compare_text(reference: EngineOutput, candidate: EngineOutput) -> TextComparison:
-    """Compare two answers as vLLM's tests do (`check_logprobs_close`).
+    """Compare two generated answers as vLLM's tests do (`check_logprobs_close`).
 
-    At the first mismatch, each token must be among the other's likeliest. What follows is not compared, because the two continue
-    different texts.
+    At the first mismatch, each one's token must be among the other's likeliest there. Later tokens are not compared, since the two
+    then continue different texts.
 
     Args:
-        reference, candidate: outputs of `generate` with `logprobs=n` set: n is how many tokens count as likeliest.
+        reference, candidate: outputs of `generate` with `logprobs=n`; the n likeliest tokens count.
 
     Raises:
         ValueError: the answers differ, and an output has no logprobs.

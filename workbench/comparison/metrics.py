@@ -10,15 +10,15 @@ import torch
 
 
 def relative_error(state: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """`|state - reference| / |reference|` in the 2-norm over the width: float64 `[positions]`.
+    """`|state - reference| / |reference|` per row of `[positions, width]`, in the 2-norm: float64 `[positions]`.
 
-    Both are `[positions, width]`. For a reference row of zeros, the error is 0 if the state is zero too, else infinity.
+    For a reference row of zeros, the error is 0 if the state is zero too, else infinity.
     """
     return row_sums(state, reference).relative
 
 
 def cosine(state: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Cosine of the angle between rows: float64 `[positions]`, at most 1; 0 if either row is zero."""
+    """Cosine of the angle between the rows of two states `[positions, width]`: float64 `[positions]`; 0 if either row is zero."""
     return row_sums(state, other).cosine
 
 
@@ -28,7 +28,7 @@ def unit_roundoff(dtype: str) -> float:
 
 
 def ulp_distance(state: torch.Tensor, reference: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Distance of every number from the reference, in units in the last place of `dtype`: float64 `[positions, width]`.
+    """Distance of each element from the reference, in units in the last place (ulp) of `dtype`: float64 `[positions, width]`.
 
     The unit at x is the gap between the numbers of `dtype` around x, `2**max(floor(log2 |x|), least exponent) * epsilon`
     (Goldberg 1991, section 1.2; subnormal numbers share the gap of the smallest normal one).
@@ -43,10 +43,11 @@ def ulp_distance(state: torch.Tensor, reference: torch.Tensor, dtype: str) -> to
 
 
 def measure(state: torch.Tensor, reference: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
-    """Compute every metric of a tap, each float64 `[positions]`.
+    """Compute every metric for two states `[positions, width]`, each per row: float64 `[positions]`.
 
     Returns:
-        `relative` (2-norm), `cosine`, `max_abs`, `mean_abs`, and `ulp`: the largest distance in units in the last place of `dtype`.
+        `relative` (error in the 2-norm), `cosine`, `max_abs` and `mean_abs` (largest and mean absolute difference), and `ulp` (largest
+        difference in units in the last place of `dtype`).
     """
     sums = row_sums(state, reference)
     return {
@@ -60,7 +61,13 @@ def measure(state: torch.Tensor, reference: torch.Tensor, dtype: str) -> dict[st
 
 @dataclass(frozen=True)
 class RowSums:
-    """Sums over the width, one float64 number per row, `[positions]`; difference, reference and state are 2-norms."""
+    """Sums over the width of two states, each float64 `[positions]`.
+
+    Attributes:
+        difference, reference, state: 2-norms of `state - reference`, of the reference and of the state.
+        dot: dot product of state and reference.
+        max_abs, mean_abs: largest and mean absolute difference.
+    """
 
     difference: torch.Tensor
     reference: torch.Tensor
@@ -82,7 +89,11 @@ class RowSums:
 
 
 def row_sums(state: torch.Tensor, reference: torch.Tensor) -> RowSums:
-    """Compute the sums of two states `[positions, width]`, in float64."""
+    """Compute the row sums of two states `[positions, width]` of any float dtypes, in float64.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
     out = np.empty((6, len(reference)))
     if state.shape != reference.shape:
         raise ValueError(f"states of different shapes: {tuple(state.shape)} and {tuple(reference.shape)}")
@@ -98,7 +109,7 @@ def _readable(state: torch.Tensor) -> np.ndarray:
     return (state.float() if state.dtype.itemsize == 2 else state).contiguous().numpy()
 
 
-# Sums may be reordered, nothing else: NaN must stay NaN.
+# Of the fast-math flags only those that reorder and fuse operations: with others, NaN might not stay NaN.
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
 def _sums(state, reference, out):
     for row in range(reference.shape[0]):

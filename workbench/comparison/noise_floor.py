@@ -1,4 +1,4 @@
-"""The noise floor of a prompt: the rounding error of the reference at each tap and token."""
+"""The noise floor of a prompt in a dtype: the rounding error of the reference at each tap (named hidden state) and token."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ FORMAT = "workbench-floor-1"
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Errors of the reference in an engine's dtype against the float64 run: kilobytes instead of the traces' gigabytes.
+    """The errors of the reference in an engine's dtype, against its own float64 run.
+
+    It takes kilobytes, and replaces the gigabytes of the traces from which it was measured.
 
     Attributes:
-        errors: `{tap: float64 [positions]}`, the largest of all runs.
-        digests: `{tap: SHA-256 of the plain run's states}`, to tell "same" from "noise".
-        positions, provenance: of the plain run.
+        errors: `{tap: float64 [positions]}`, relative errors (2-norm), the largest of all runs.
+        digests: `{tap: SHA-256 of the unperturbed run's states}`, by which an engine that computes exactly the same is recognised.
+        positions, provenance: of the unperturbed run, as in `Trace`.
     """
 
     errors: Mapping[str, torch.Tensor]
@@ -41,7 +43,12 @@ class NoiseFloor:
 
     @classmethod
     def measure(cls, reference: Trace, runs: Trace | Sequence[Trace], taps: Sequence[str] | None = None) -> NoiseFloor:
-        """Measure it from the float64 trace and one or several traces in the engine's dtype, the plain run first.
+        """Measure the noise floor from the reference's float64 trace and its traces in the engine's dtype.
+
+        Args:
+            reference: the float64 trace.
+            runs: one trace or several in the engine's dtype, the unperturbed one first (`TransformersReference.noise_floor`).
+            taps: the taps to measure; None: all that the first run and the reference share.
 
         Raises:
             TraceError: no run; runs in different dtypes; a run of another prompt, model or positions than the reference; NaN.
@@ -75,7 +82,11 @@ class NoiseFloor:
         return cls(errors, digests, several[0].positions, several[0].provenance)
 
     def save(self, path: str | Path) -> None:
-        """Write it to one safetensors file."""
+        """Write the noise floor to one safetensors file.
+
+        Raises:
+            TraceError: the file cannot be written.
+        """
         metadata = {
             "format": FORMAT,
             "positions": json.dumps(self.positions.tolist()),
@@ -130,7 +141,10 @@ class NoiseFloor:
 
 
 def check_comparable(reference: Trace, other: Trace | NoiseFloor, name: str) -> None:
-    """Raise TraceError if `other` cannot be compared with the reference: another prompt, model or positions."""
+    """Raise TraceError if the reference is not in float64, or if `other` is of another prompt, model or positions.
+
+    `name` is the name of `other` in the message.
+    """
     mine, theirs = reference.provenance, other.provenance
     if mine["dtype"] != "float64":
         raise TraceError(f"the reference is a {mine['dtype']} trace: record it with dtype='float64'")
@@ -144,7 +158,7 @@ def check_comparable(reference: Trace, other: Trace | NoiseFloor, name: str) -> 
 
 
 def check_shape(tap: str, reference: torch.Tensor, state: torch.Tensor, name: str) -> None:
-    """Raise TraceError if the shapes differ."""
+    """Raise TraceError if the shapes of a tap's states differ; `name` is the name of the second in the message."""
     if state.shape != reference.shape:
         raise TraceError(
             f"tap {tap!r} is {tuple(reference.shape)} in the reference, {tuple(state.shape)} in the {name}"

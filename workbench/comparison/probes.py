@@ -1,6 +1,7 @@
-"""Probes of whether an engine uses the embeddings it is given: each answers one yes-or-no question through the public interface.
+"""Probes: experiments on an engine that each answer one yes-or-no question about how it uses the embeddings that it is given.
 
-No reference is needed. The size of a change that counts is measured on the engine itself, with rows perturbed by rounding errors.
+They use only the engine's public interface and need no reference. How large a change of states can be by rounding alone is
+measured on the engine itself, by perturbing the injected rows (embedding vectors) with rounding errors.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from .verdict import FACTOR
 
 _NEW_TOKENS = 4
 _MAX_UNITS = 4096
-"""Largest change that still counts as rounding, in unit roundoffs (a guess; 40 to 110 were measured on SmolLM2-135M)."""
+"""Upper bound of the measured limits, in unit roundoffs of the dtype (a guess; 40 to 110 were measured on SmolLM2-135M)."""
 _MAX_CHANGE = 0.25
-"""Largest relative change that counts as rounding in any dtype (a guess; 0.17 was measured in bfloat16)."""
+"""Upper bound of the measured limits in any dtype, a relative change (a guess; 0.17 was measured in bfloat16)."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class ProbeResult:
     """The result of one probe.
 
     Attributes:
-        passed: None if the question does not apply to this prompt or engine; `evidence` gives the reason.
+        name: a key of `PROBES`.
+        question: a question that a correct engine answers with yes.
+        passed: the answer; None if the question does not apply to this prompt or engine, and `evidence` is the reason.
         evidence: what was measured, with numbers.
     """
 
@@ -49,14 +52,14 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """The results of all probes of one engine and prompt."""
+    """The results of the probes that were run on one engine and prompt; `report["canary"]` is one of them."""
 
     engine: str
     results: tuple[ProbeResult, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether no probe failed."""
+        """Whether no probe failed; probes that do not apply do not count."""
         return all(result.passed is not False for result in self.results)
 
     def __getitem__(self, name: str) -> ProbeResult:
@@ -72,16 +75,19 @@ class ProbeReport:
 def probe(
     engine: Engine, prompt: Prompt, *, only: Sequence[str] | None = None, chunked: Engine | None = None
 ) -> ProbeReport:
-    """Run the probes of `PROBES` on an engine.
+    """Test by experiments whether an engine uses injected embeddings correctly; `PROBES` lists them with their questions.
+
+    Each runs the engine a few times on variants of the prompt, for example with other rows in an item, and compares hidden states
+    after the final norm.
 
     Args:
-        prompt: with at least one item; more probes apply with text before and after it.
+        prompt: a prompt with at least one item of embeddings; more probes apply if it has text before and after the item.
         only: names of the probes to run; None runs all.
-        chunked: the same engine opened with small prefill chunks, for the probe "chunks".
+        chunked: the same model in the same engine, opened with small prefill chunks, for the probe "chunks".
 
     Raises:
-        PromptError: a prompt without items, or one that the engine refuses.
-        ValueError: an unknown name.
+        PromptError: a prompt without items, or one that the engine rejects.
+        ValueError: an unknown name in `only`, or an engine without the tap "norm".
     """
     if not prompt.input_embeddings:
         raise PromptError(
@@ -133,7 +139,7 @@ class _Subject:
         return (FACTOR * worst.clamp_min(max(typical, 4 * roundoff))).clamp_max(min(_MAX_UNITS * roundoff, _MAX_CHANGE))
 
     def changed(self, state: torch.Tensor) -> torch.Tensor:
-        """bool `[seq]`: whether a state differs from the prompt's own by more than rounding."""
+        """bool `[seq]`: at which tokens a state `[seq, hidden]` differs from that of the unchanged prompt by more than rounding."""
         return ~(relative_error(state, self.base) <= self.limits)
 
     def largest(self, state: torch.Tensor) -> str:
@@ -155,7 +161,7 @@ class _Subject:
         return self.prompt.replace(input_embeddings=items)
 
     def block(self, number: int) -> Range | None:
-        """The range around item `number` whose tokens attend bidirectionally; None if attention is causal."""
+        """The range that contains item `number` and attends bidirectionally; None if the item's attention is causal."""
         start, stop = self.prompt.embedding_ranges[number]
         return next(
             (block for block in self.prompt.bidirectional_ranges if block[0] <= start and stop <= block[1]), None
@@ -272,7 +278,7 @@ def _canary(subject: _Subject) -> _Answer:
             if not changed.any():
                 wrong.append(f"row {row} of item {number} shows at no token, it belongs at {start + row}")
                 continue
-            # If tokens attend bidirectionally, all of them change; the one that contains the row changes most.
+            # In a bidirectional range all tokens change; the token whose embedding is the changed row must change most.
             found = int(error.argmax()) if block else int(changed.nonzero()[0])
             if found != start + row:
                 wrong.append(f"row {row} of item {number} shows at token {found}, it belongs at {start + row}")
@@ -307,7 +313,7 @@ def _same_answer(subject: _Subject, alone: EngineOutput, others: Sequence[Engine
     for output in others:
         if output.status is not ResponseType.FINISH:
             return False, f"{how}: the request ended with {output.status.name}"
-        # Each token's state depends on the tokens before it: after the first that differs there is nothing to compare.
+        # A state depends on all tokens before it, so states after the first different token cannot be compared.
         same = len(
             list(
                 itertools.takewhile(
@@ -331,7 +337,7 @@ def _same_answer(subject: _Subject, alone: EngineOutput, others: Sequence[Engine
 def _prefix_cache(subject: _Subject) -> _Answer:
     prompt = subject.prompt
     other = prompt.replace(input_embeddings=[subject.other_rows(item) for item in prompt.input_embeddings])
-    reference = subject.state(other)[-1:]  # tracing computes every state: none can come from the prefix cache
+    reference = subject.state(other)[-1:]  # a trace computes all states, so it does not use the prefix cache
     subject.generate(prompt)
     subject.generate(prompt)
     after = subject.generate(other).last_hidden_state

@@ -1,4 +1,4 @@
-"""Caches of reference engines and of their runs; the least recently used are dropped."""
+"""Caches of open reference engines and of their traces, each limited in bytes; the least recently used entries are dropped."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _lock = threading.Lock()
 
 
 def reference_engine(model: Model, dtype: str, device: str = "cpu") -> TransformersReference:
-    """Return the reference in a dtype. A small one is kept open and reused while the model's files do not change."""
+    """Return the reference for a model in a dtype. Small ones are shared: kept open and reused while the model's files are unchanged."""
     key = (model.path, model.trust_remote_code, dtype, device, _file_stamps(model))
     with _lock:
         kept = _references.get(key)
@@ -52,9 +52,13 @@ def reference_run(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> tuple[Trace, NoiseFloor]:
-    """Return the float64 trace of a prompt and its noise floor in `dtype`.
+    """Return the reference's float64 trace of a prompt, and the prompt's noise floor in `dtype`.
 
-    The last few are kept, so that several engines can be compared without running the reference again.
+    Recent ones are kept in memory, so that several engines can be compared without running the reference again.
+
+    Args:
+        taps: names, without patterns.
+        progress: called with the fraction done; an exception that it raises stops the runs.
     """
     key = (model.path, _file_stamps(model), prompt.digest, tuple(taps), _positions_key(positions), device)
     with _lock:

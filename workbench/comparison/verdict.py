@@ -1,9 +1,9 @@
-"""The verdict: whether an engine equals the reference, differs by rounding, or is wrong, and where first.
+"""The verdict: whether an engine equals the reference, differs from it by rounding, or is wrong, and at which state first.
 
 Hand-set tolerances are guesses. Instead, the reference runs in float64 and again in the engine's dtype; the error of the second
-run is the noise floor, the rounding error of correct arithmetic in that dtype on this prompt. An engine is judged by the ratio of
-its own error to that floor. The error of a single run is partly chance: if a state is ill-conditioned, it can be ten times too
-small. The floor is therefore the largest error of several runs (`TransformersReference.noise_floor`).
+run is the noise floor: the rounding error of correct arithmetic in that dtype on this prompt. An engine is judged by the ratio of
+its own error to that floor. The error of a single run is partly chance: at an ill-conditioned state it can be ten times smaller
+than usual. The floor is therefore the largest error of several runs (`TransformersReference.noise_floor`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .metrics import RowSums, row_sums, unit_roundoff
 from .noise_floor import NoiseFloor, check_comparable, check_shape, state_digest
 
 FACTOR = 8.0
-"""An error of up to this many noise floors counts as noise.
+"""An error of up to 8 times the noise floor counts as noise.
 
 Measured with `python -m workbench.benchmarks.calibrate_verdict` (seed 3, 8 to 100 tokens) on SmolLM2-135M, 70 runs each in float32, bfloat16 and
 float16 on a CPU: the largest ratio of a run has a median of 1.7 to 1.9 and a maximum of 4.4. (With one long sum per dot product,
@@ -38,7 +38,7 @@ class Divergence:
         tap: name of the tap; taps are compared in the order they are computed.
         token: prompt position.
         span: index of the embedding range that contains the token, or None.
-        error, floor: relative errors against float64 there: the engine's, and the noise floor.
+        error, floor: at this tap and token, the engine's relative error against the float64 reference, and the noise floor.
     """
 
     tap: str
@@ -54,7 +54,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Errors of an engine and their noise floor, for each tap and token.
+    """The errors of an engine and the noise floor, for each tap (named hidden state) and token, and the verdict.
 
     Attributes:
         taps: names, in the order they are computed.
@@ -63,7 +63,10 @@ class Comparison:
         max_abs, mean_abs, cosine: float64 `[taps, positions]`, other metrics of the same states.
         spans: int64 `[positions]`, the range that contains each position, -1 for text.
         kinds: what each range contains ("image", "audio", ...), if the prompt specifies it.
-        verdict: "same" (bit for bit what the reference computes in that dtype), "noise", or "bug".
+        verdict: "same" (bit-identical to the reference in that dtype), "noise" (all errors within rounding) or "bug".
+        first_divergence: the first tap and token whose error exceeds rounding; None if the verdict is not "bug".
+        factor: largest error that counted as noise, as a multiple of the noise floor.
+        engine, dtype: the engine's name and dtype.
     """
 
     taps: tuple[str, ...]
@@ -83,7 +86,7 @@ class Comparison:
 
     @property
     def ratios(self) -> torch.Tensor:
-        """`[taps, positions]`: errors in noise floors; a ratio above `factor` is more than rounding explains."""
+        """`[taps, positions]`: errors as multiples of the noise floor; a ratio above `factor` is more than rounding explains."""
         return self.errors / self.floors
 
     @property
@@ -92,7 +95,7 @@ class Comparison:
         return ~(self.errors <= self.factor * self.floors)
 
     def table(self) -> list[dict[str, float | str]]:
-        """One row per tap: the largest error, floor and ratio over all tokens, and the worst value of each other metric."""
+        """One row per tap: over all tokens the largest error, floor, ratio, max_abs and mean_abs, and the smallest cosine."""
         return [
             {
                 "tap": tap,
@@ -107,7 +110,7 @@ class Comparison:
         ]
 
     def columns(self, ranges: Sequence[Range]) -> list[Range]:
-        """Convert ranges of prompt positions to column ranges (indices into `positions`); a range without columns is left out."""
+        """Convert ranges of prompt positions to ranges of indices into `positions`; a range without kept positions is left out."""
         inside = [((self.positions >= start) & (self.positions < stop)).nonzero().flatten() for start, stop in ranges]
         return [(int(at[0]), int(at[-1]) + 1) for at in inside if len(at)]
 
@@ -145,16 +148,16 @@ class Comparison:
 def compare(
     reference: Trace, candidate: Trace, *, floor: NoiseFloor | Trace | Sequence[Trace], factor: float = FACTOR
 ) -> Comparison:
-    """Judge `candidate` by its error against `reference`, in noise floors.
+    """Judge an engine's trace, `candidate`, by its relative error against `reference`, compared with the noise floor.
 
-    Traces on disk are read tap by tap.
+    All taps that both traces have are compared. Traces on disk are read tap by tap.
 
     Args:
-        reference: a float64 trace.
+        reference: the reference's float64 trace.
         candidate: the engine's trace.
-        floor: the noise floor, or the reference's trace in the engine's dtype, or several such traces that differ by rounding, the
-            plain run first.
-        factor: largest error that counts as noise, in noise floors.
+        floor: the noise floor, or the reference's traces in the engine's dtype to measure it from: one, or several that differ by
+            rounding, the unperturbed one first.
+        factor: largest error that counts as noise, as a multiple of the noise floor.
 
     The floor of a token is its own largest error in `floor`, but at least the median over the tap's tokens (a token's error may be
     small by chance) and at least the dtype's unit roundoff.

@@ -20,18 +20,20 @@ KINDS = tuple(_CLASSES)
 
 
 def open_engine(kind: str, model: Model, *, isolated: bool = False, **options) -> Engine:
-    """Open an engine on a model.
+    """Open an engine on a model and return it. The caller closes it: `with open_engine(...) as engine`, or `engine.close()`.
 
     Args:
         kind: "numba" (this project's engine), "transformers" (the reference), "transformers-multimodal" (Transformers with the
             vision model inside; takes images, not embeddings), "turbomind" or "lmdeploy-pytorch" (LMDeploy's two engines).
         model: from `workbench.load_model`.
-        isolated: open it in a separate process, so that a crash there does not affect this one.
+        isolated: open it in a child process. If that crashes, requests raise EngineDied and this process goes on.
         options: `dtype` ("float32", "bfloat16", "float16"; the reference also "float64"), `device` ("cpu", "cuda"), and the
             arguments of the engine's class.
 
     Raises:
-        ModelError: the kind is unknown, or the engine cannot run this model.
+        ModelError: the kind is unknown, the device is not available, or the engine cannot run this model.
+        ValueError: a dtype that the engine does not run in, or an invalid argument of the engine.
+        TypeError: an argument that the engine does not have.
     """
     if not isinstance(model, Model):
         raise ModelError(f"open_engine needs a model from workbench.load_model, not {model!r}")

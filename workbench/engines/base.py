@@ -27,14 +27,21 @@ from .sessions import Sessions
 from .types import Capabilities, EngineOutput, GenerationConfig, join_outputs
 
 TAPS = ("embed", "layers.*", "norm", "logits")
+"""The taps (named hidden states of the forward pass, see `trace.taps`) that `Engine.trace` keeps by default."""
 Sink = Callable[[str, torch.Tensor], object]
+"""Called as `sink(tap, states)`, with states `[positions, width]`."""
 
 
 class Engine(ABC):
     """A language model that takes prompts with spliced embeddings.
 
-    Subclasses compute (`run_generation`, `run_trace`); this class checks input before any work starts, so that an invalid
-    request affects neither the engine nor other requests.
+    Subclasses compute (`run_generation`, `run_trace`). This class checks input before any work starts, so that an invalid
+    request fails alone.
+
+    Attributes:
+        model: the model that it runs.
+        dtype: of its hidden states and logits.
+        device: the device that it runs on.
     """
 
     model: Model
@@ -46,7 +53,10 @@ class Engine(ABC):
         self._closed = False
 
     def close(self) -> None:
-        """Release the engine's memory and threads. The engine cannot be used afterwards; closing it again does nothing."""
+        """Release the engine's memory and threads; a second call does nothing.
+
+        End or cancel all requests first. Requests after it raise ModelError.
+        """
         if not self._closed:
             self._closed = True
             self._release()
@@ -64,20 +74,25 @@ class Engine(ABC):
     @property
     @abstractmethod
     def capabilities(self) -> Capabilities:
-        """Taps, dtypes and devices of this engine with this model."""
+        """What this engine supports with this model: taps, dtypes, devices and kinds of prompts."""
 
     @abstractmethod
     def run_generation(
         self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
     ) -> Generator[EngineOutput, None, None]:
-        """Yield outputs for a checked prompt. An engine that blocks uses a callback of `cancelled` to wake up and return."""
+        """Generate from a prompt that `check` has accepted: yield one output per step, the last with status FINISH.
+
+        After a step during which `cancelled` was set, the base class closes this generator. An engine that blocks while it waits
+        for a step registers a callback with `cancelled` that wakes it, and then returns.
+        """
 
     async def run_generation_async(
         self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
     ) -> AsyncGenerator[EngineOutput, None]:
         """Async version of `run_generation`; this default runs each step in a worker thread.
 
-        A task that is cancelled during a step waits until the step has ended, then closes the request.
+        If the asyncio task that consumes it is cancelled during a step, it waits for the end of that step and then closes
+        `run_generation`.
         """
         steps = self.run_generation(prompt, config, cancelled)
         step: asyncio.Future[EngineOutput | None] | None = None
@@ -95,7 +110,13 @@ class Engine(ABC):
 
     @abstractmethod
     def run_trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink) -> None:
-        """Run a checked prompt and pass each tap's states `[positions, width]` to `sink(tap, states)` once computed."""
+        """Run a prompt that `check` has accepted, once, and pass the states of each tap to `sink(tap, states)` as they are computed.
+
+        Args:
+            taps: names, without patterns.
+            positions: int64 `[positions]`, the prompt positions whose states are passed on.
+            sink: gets states `[positions, width]` in the engine's dtype; an exception that it raises stops the run.
+        """
 
     def logit_lens(self, states: torch.Tensor, *, normed: bool = False) -> torch.Tensor:
         """The logit lens: apply the final norm and the head to states `[n, hidden]` of any layer; return logits `[n, vocab]`.
@@ -103,7 +124,7 @@ class Engine(ABC):
         Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
 
         Args:
-            normed: the states have already passed the final norm (tap "norm").
+            normed: whether the states are already after the final norm (tap "norm").
 
         Raises:
             ModelError: this engine does not expose its head.
@@ -111,10 +132,14 @@ class Engine(ABC):
         raise ModelError(f"{self.capabilities.name} does not expose its head: open 'numba' or 'transformers'")
 
     def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
-        """Check, before any work, that this engine can run this prompt.
+        """Check, before any work, that this engine can run this prompt and generate `new_tokens` tokens after it.
 
         Raises:
-            EmbeddingRangeError, PromptError: see `Prompt.check`; also a prompt that does not fit into the model's context.
+            EmbeddingRangeError: items or ranges that do not fit (see `Prompt.check`), rows that overflow in the engine's dtype, or
+                bidirectional spans or deepstack features if the engine does not support them.
+            PromptError: any other invalid prompt: longer than the model's context together with the new tokens, with images or
+                M-RoPE positions that the engine does not take, ...
+            ModelError: the engine was closed.
         """
         if self._closed:
             raise ModelError(f"this {self.capabilities.name} engine was closed: open it again")
@@ -167,17 +192,23 @@ class Engine(ABC):
         multimodal: Sequence[dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> Generator[EngineOutput, None, None]:
-        """Generate from token ids with embeddings spliced in; each new token is yielded once.
+        """Generate from token ids with embeddings spliced in; return a generator of outputs, which yields each new token once.
 
         Args:
-            session_id: a number chosen by the caller, for `cancel`; one request per number at a time.
+            session_id: a number chosen by the caller, for `cancel`. Only one request may run per number: the stream of a second
+                one is a single output with status SESSION_REPEAT.
+            input_ids: token ids; those inside ranges are placeholders of any value.
+            input_embeddings: items, each `[rows_i, hidden]`; item i replaces the token embeddings in range i.
+            embedding_ranges: half-open `(start, stop)`, one per item, with `stop - start == rows_i`.
+            gen_config: None means greedy decoding of up to 512 tokens, or of as many as the model's context has left.
             input_embedding_ranges: LMDeploy's keyword for `embedding_ranges`.
             multimodal: processed images, for engines that run the vision model inside (LMDeploy's PyTorch engine since 0.6.5,
                 "transformers-multimodal" here); others reject them.
 
         Raises:
-            EmbeddingRangeError, PromptError: raised by the call, not at the first token. Unknown keywords raise TypeError;
-                an engine that ignored them would answer from the placeholders.
+            EmbeddingRangeError, PromptError, ModelError: see `check`. Raised by the call itself, not at the first token.
+            ValueError: a token id in `gen_config` that is outside the vocabulary.
+            TypeError: an unknown keyword. Ignoring it could mean ignoring misspelt embeddings, and an answer from placeholders.
         """
         if unknown:
             raise TypeError(f"stream_infer does not take {', '.join(sorted(unknown))}")
@@ -206,7 +237,10 @@ class Engine(ABC):
     def stream(
         self, prompt: Prompt, gen_config: GenerationConfig | None = None, *, session_id: int | None = None
     ) -> Generator[EngineOutput, None, None]:
-        """`stream_infer` for a Prompt, which also carries spans and positions."""
+        """`stream_infer` for a `Prompt`, which may also have spans, positions and deepstack features.
+
+        Without `session_id` the request cannot be cancelled by `cancel`; closing the generator ends it.
+        """
         config, cancelled = self._accept(prompt, gen_config, session_id)
         return self._sessions.stream(session_id, cancelled, self.run_generation(prompt, config, cancelled))
 
@@ -220,7 +254,10 @@ class Engine(ABC):
     def _accept(
         self, prompt: Prompt, gen_config: GenerationConfig | None, session_id: int | None
     ) -> tuple[GenerationConfig, Cancellation]:
-        """Check a request before any work, and register it so that it can be cancelled."""
+        """Check a request before any work, and register it so that it can be cancelled.
+
+        Without `gen_config`, max_new_tokens is lowered to what the model's context has left.
+        """
         config = gen_config or GenerationConfig()
         remaining = self.model.context - len(prompt)
         if gen_config is None and 0 < remaining < config.max_new_tokens:
@@ -230,21 +267,24 @@ class Engine(ABC):
         return config, self._sessions.accept(session_id)
 
     def cancel(self, session_id: int) -> bool:
-        """Stop a request before its first step or after its current one; return whether the request existed."""
+        """Stop a request before its first step or after its current one; return whether it existed. Any thread may call it.
+
+        The request's stream ends with status CANCEL.
+        """
         return self._sessions.cancel(session_id)
 
     def create_instance(self) -> Engine:
-        """Return this engine; in LMDeploy's interface, instances have `stream_infer` and `async_stream_infer`."""
+        """Return this engine itself, for code written for LMDeploy, which calls `stream_infer` on an instance."""
         return self
 
     def generate(self, prompt: Prompt, gen_config: GenerationConfig | None = None) -> EngineOutput:
-        """Run to the end and return everything in one output."""
+        """Generate to the end and return all new tokens, and the requested logits and states, as one output."""
         return join_outputs(self.stream(prompt, gen_config))
 
     def plan_trace(
         self, prompt: Prompt, taps: Iterable[str] = TAPS, positions: slice | Sequence[int] = slice(None)
     ) -> TracePlan:
-        """Return what `trace` would keep with these arguments, and its size as `.nbytes`, without running the model.
+        """Return the shapes that `trace` would keep with these arguments, and their size (`.nbytes`), without running the model.
 
         Raises:
             ValueError: a tap this engine does not have, or a position outside the prompt.
@@ -265,19 +305,20 @@ class Engine(ABC):
         max_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> Trace:
-        """Run the prompt once and keep named hidden states.
+        """Run the prompt once and keep the hidden states at the chosen taps (named points of the forward pass).
 
         Args:
             taps: names or patterns; `*` matches one part of a name, so `layers.*` is the residual stream after every
                 layer and `layers.*.*` are the outputs that attention and MLP add to it.
-            positions: which tokens to keep.
-            path: write the states to this file during the run instead of keeping them in memory, then open the file.
-            max_bytes: the most that may be kept; default: half of the free memory (with `path`, half of the free disk space).
+            positions: the prompt positions to keep, as a slice or as indices; negative ones count from the end.
+            path: write the states to this file during the run instead of keeping them in memory; the returned trace reads from it.
+            max_bytes: limit of the states' total size; default: half of the free memory (with `path`, half of the free disk space).
             progress: called after each tap with the fraction of taps done; an exception that it raises stops the run.
 
         Raises:
+            EmbeddingRangeError, PromptError, ModelError: see `check`.
             ValueError: a tap this engine does not have, or a position outside the prompt.
-            TraceError: the states exceed that limit, or the file cannot be written.
+            TraceError: the states exceed `max_bytes`, or the file cannot be written.
         """
         self.check(prompt)
         plan = self.plan_trace(prompt, taps, positions)
@@ -306,7 +347,7 @@ class Engine(ABC):
 
 
 def _one_of(ranges: Any, theirs: Any) -> Any:
-    """Return the ranges, given by this project's keyword or by LMDeploy's."""
+    """Return the ranges, which are given either as `embedding_ranges` or by LMDeploy's keyword, `input_embedding_ranges`."""
     if ranges is not None and theirs is not None:
         raise EmbeddingRangeError("embedding_ranges and input_embedding_ranges name the same argument: pass only one")
     return ranges if ranges is not None else theirs

@@ -10,9 +10,12 @@ from typing import Any
 
 
 def return_freed_memory(collect: bool = True) -> None:
-    """Make glibc's allocator return the memory that it keeps: hundreds of megabytes after weights were freed.
+    """Make glibc's allocator return freed memory that it would keep: hundreds of megabytes after a model was dropped.
 
-    `collect`: first collect garbage, which takes a tenth of a second.
+    Without glibc (musl, macOS, Windows) it can only collect garbage.
+
+    Args:
+        collect: whether to collect garbage first, which takes a tenth of a second.
     """
     if collect:
         gc.collect()

@@ -31,12 +31,16 @@ _END, _OUTPUT, _STATE, _ERROR, _READY = range(5)
 class ProcessEngine(Engine):
     """Any engine of `open_engine`, opened in a child process.
 
-    Requests run there concurrently, one thread per request. If the process dies, every running and every later request gets an
-    error that names the signal or exit code.
+    Requests run there concurrently, one thread per request. If the process dies, every running and every later request raises
+    EngineDied, whose message names the signal or exit code.
 
     Args:
         kind, options: as for `open_engine`.
         engine_class: module and name of the class to open.
+
+    Raises:
+        ModelError, ValueError, TypeError: the engine cannot be opened in the child process.
+        EngineDied: the process ended while the engine was being opened.
     """
 
     def __init__(self, kind: str, engine_class: tuple[str, str], model: Model, **options: Any) -> None:
@@ -67,12 +71,12 @@ class ProcessEngine(Engine):
         return found
 
     def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
-        """See `Engine.check`; checks that need the engine itself run in its process."""
+        """See `Engine.check`; checks of the engine's own class run in its process. With the option `check=False` nothing is checked."""
         if self._checks:
             super().check(prompt, new_tokens)
 
     def _release(self) -> None:
-        """Terminate the process; running requests get an error."""
+        """Terminate the process; running requests raise EngineDied."""
         self._process.terminate()
         self._reader.join(15)
         if self._process.is_alive():

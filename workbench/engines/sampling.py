@@ -13,7 +13,12 @@ from .types import EngineOutput, GenerationConfig, ResponseType
 
 
 class Sampler:
-    """Chooses the tokens of one request; its random numbers depend only on the request's seed."""
+    """Chooses the tokens of one request; its random numbers depend only on the request's seed, not on other requests.
+
+    Args:
+        prompt_ids: tokens of the prompt, to which the repetition penalty applies.
+        stops: ids that end the request; they are not chosen before `min_new_tokens`.
+    """
 
     def __init__(self, config: GenerationConfig, prompt_ids: Sequence[int], stops: frozenset[int]) -> None:
         self.config = config
@@ -26,7 +31,14 @@ class Sampler:
             self.generator.manual_seed(config.random_seed)
 
     def next(self, logits: torch.Tensor, num_generated: int) -> tuple[int, dict[int, float] | None]:
-        """Choose from `logits` `[vocab]` float32 on the CPU; return the token and the requested log probabilities."""
+        """Choose the next token from `logits` `[vocab]`, float32 on the CPU, after `num_generated` new tokens.
+
+        Returns:
+            the token, and `{token: natural log probability}` of the likeliest tokens and the chosen one (None if not requested).
+
+        Raises:
+            ModelError: the logits contain NaN.
+        """
         config = self.config
         token = _argmax(logits)
         if torch.isnan(logits[token]):  # argmax treats NaN as the largest
@@ -83,12 +95,16 @@ class Sampler:
 
 
 def _argmax(logits: torch.Tensor) -> int:
-    """The argmax. NumPy's takes a tenth of the time of torch's on a vocabulary, which matters if many requests decode."""
+    """Index of the largest logit. NumPy is ten times as fast as torch for `[vocab]`, which matters if many requests decode."""
     return int(logits.numpy().argmax())
 
 
 class Run(Protocol):
-    """One request. Both calls return `(logits [rows, vocab], hidden [rows, hidden])`; the last row predicts the next token."""
+    """The forward passes of one request, for `generate`: `prefill` runs the prompt, `decode` one new token.
+
+    Both return `(logits [rows, vocab], hidden [rows, hidden])`, hidden after the final norm; the last row predicts the next token.
+    Prefill returns the hidden states of all prompt tokens, and logits of all of them only with `all_logits`, else of the last.
+    """
 
     def prefill(self, all_logits: bool) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -96,17 +112,19 @@ class Run(Protocol):
 
 
 def stop_tokens(model, config: GenerationConfig) -> frozenset[int]:
-    """The ids that end this request: the model's end-of-sequence ids and the request's own."""
+    """The ids that end a request: the model's end-of-sequence ids (unless `ignore_eos`) and the request's `stop_token_ids`."""
     eos = model.text_config.eos_token_id
     own = [] if config.ignore_eos or eos is None else [eos] if isinstance(eos, int) else list(eos)
     return frozenset([*own, *(config.stop_token_ids or ())])
 
 
 class GenerationState:
-    """The generation of one request, token by token.
+    """The state of one request's generation: chooses each next token and decides when to stop.
 
     Attributes:
-        num_generated: tokens generated so far; `token`: the last one chosen; `finished`: whether generation has ended.
+        num_generated: number of new tokens, without a stop token.
+        token: the token chosen last; -1 before the first.
+        finished: whether a stop token or `max_new_tokens` was reached.
     """
 
     def __init__(self, prompt: Prompt, config: GenerationConfig, stops: frozenset[int]) -> None:
@@ -120,13 +138,16 @@ class GenerationState:
 
     @property
     def wants_all_states(self) -> bool:
-        """Whether the states of every prompt token are requested."""
+        """Whether logits or hidden states of every prompt token are requested."""
         return "all" in (self.config.output_logits, self.config.output_last_hidden_state)
 
     def next_output(self, logits: torch.Tensor, hidden: torch.Tensor) -> EngineOutput:
-        """Choose the next token from the last row of `logits` `[rows, vocab]`; `hidden` is `[rows, hidden]`.
+        """Choose the next token from the last row of `logits` `[rows, vocab]`, and return it with the requested logits and states.
 
-        With max_new_tokens=0 no token is chosen: the output contains the prompt's states.
+        `hidden` is `[rows, hidden]`, after the final norm. With max_new_tokens=0 no token is chosen: the output contains only states.
+
+        Raises:
+            ModelError: the logits contain NaN.
         """
         config = self.config
         states = _requested(logits, config.output_logits), _requested(hidden, config.output_last_hidden_state)
@@ -149,7 +170,7 @@ class GenerationState:
 def generate(
     run: Run, prompt: Prompt, config: GenerationConfig, stops: frozenset[int]
 ) -> Generator[EngineOutput, None, None]:
-    """Prefill, then decode one token per step until a stop token or the limit."""
+    """Prefill, then decode one token per step until a stop token or `max_new_tokens`; yield one output per step."""
     state = GenerationState(prompt, config, stops)
     yield state.next_output(*run.prefill(all_logits=config.output_logits == "all"))
     while not state.finished:

@@ -12,11 +12,11 @@ from .types import EngineOutput, ResponseType
 
 
 class Sessions:
-    """The session ids of one engine."""
+    """The requests of one engine that have a session id: at most one runs per id, and any thread can cancel it."""
 
     def __init__(self) -> None:
         self._running: dict[int, Cancellation] = {}
-        # Accepted requests that have not run a step; an entry disappears together with its generator.
+        # Accepted requests whose stream has not started. Weak, so that a stream that is dropped before it starts leaves no entry.
         self._accepted: WeakValueDictionary[int, Cancellation] = WeakValueDictionary()
         self._lock = threading.Lock()
 
@@ -39,7 +39,10 @@ class Sessions:
     def stream(
         self, session_id: int | None, cancelled: Cancellation, steps: Generator[EngineOutput, None, None]
     ) -> Generator[EngineOutput, None, None]:
-        """Yield the outputs of `steps`, then CANCEL if cancelled; only SESSION_REPEAT if the id is in use."""
+        """Yield the outputs of `steps`, and a last output with status CANCEL if the request is cancelled; close `steps` at the end.
+
+        If another request is running under the id, yield only an output with status SESSION_REPEAT.
+        """
         with self._reserve(session_id, cancelled) as free:
             if not free:
                 yield EngineOutput(ResponseType.SESSION_REPEAT)

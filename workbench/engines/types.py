@@ -12,7 +12,10 @@ import torch
 
 
 class ResponseType(enum.Enum):
-    """LMDeploy's statuses."""
+    """The status of an output, named as in LMDeploy.
+
+    Engines here yield SUCCESS, FINISH, CANCEL and SESSION_REPEAT (the session id is in use); other failures raise.
+    """
 
     SUCCESS = enum.auto()
     FINISH = enum.auto()
@@ -29,8 +32,18 @@ class GenerationConfig:
     """Generation settings; names and defaults are LMDeploy's.
 
     Attributes:
+        max_new_tokens: 0 runs only the prompt, for its states.
+        min_new_tokens: stop tokens are not chosen before this many tokens.
+        do_sample: False is greedy decoding; then top_p, top_k (0: no limit), min_p, temperature and random_seed have no effect.
+        random_seed: None draws a new seed for each request.
+        stop_token_ids: end the generation, in addition to the model's end-of-sequence ids; a stop token is not returned.
+        bad_token_ids: are never chosen.
         logprobs: number of most likely tokens to report with each new token; the chosen token is always included.
-        output_logits, output_last_hidden_state: "all" for prompt and new tokens, "generation" for the rows that predict new ones.
+        output_logits, output_last_hidden_state: which rows to return: "all" (every prompt token and every new token that is run) or
+            "generation" (only the rows from which a new token is chosen).
+
+    Raises:
+        ValueError: a value of the wrong type or out of bounds.
     """
 
     max_new_tokens: int = 512
@@ -85,7 +98,7 @@ class GenerationConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use 'all', 'generation' or None")
 
     def check_tokens(self, vocab_size: int) -> None:
-        """Raise ValueError for a token id outside the vocabulary, or when every token is banned."""
+        """Raise ValueError if a stop or bad token id is outside the vocabulary, or if every token is banned."""
         for name in ("stop_token_ids", "bad_token_ids"):
             outside = [token for token in getattr(self, name) or () if not 0 <= token < vocab_size]
             if outside:
@@ -96,10 +109,10 @@ class GenerationConfig:
 
 @dataclass(frozen=True)
 class EngineOutput:
-    """The output of one step of a stream; each new token appears once.
+    """The output of one step of a stream; it contains only what is new since the previous output.
 
     Attributes:
-        status: SUCCESS while tokens follow, then FINISH or CANCEL.
+        status: SUCCESS while more outputs follow, then FINISH or CANCEL; SESSION_REPEAT alone if the session id is in use.
         token_ids: new tokens of this step, without a stop token.
         logprobs: for each of `token_ids`, {token: natural log probability}.
         logits: `[rows, vocab]` float32; the first step also has the prompt's rows if "all" was requested.
@@ -117,7 +130,18 @@ class EngineOutput:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What an engine supports; anything not listed is rejected."""
+    """What an engine supports with its model; prompts that need more are rejected.
+
+    Attributes:
+        name: the engine's kind, as in `open_engine`.
+        taps: names of the hidden states that `trace` can keep, in the order in which they are computed.
+        dtypes, devices: what it can be opened with.
+        accepts_embeddings: whether prompts may have `input_embeddings`.
+        bidirectional_spans: whether the tokens of a span can attend bidirectionally.
+        mrope: whether it takes `position_ids` `[3, seq]`.
+        deepstack: whether it adds deepstack features after the first layers.
+        vision_inside: whether it runs the vision model itself, on images (`MultimodalPrompt`).
+    """
 
     name: str
     taps: tuple[str, ...]
@@ -131,7 +155,7 @@ class Capabilities:
 
 
 def join_outputs(outputs: Iterable[EngineOutput]) -> EngineOutput:
-    """Merge the outputs of a stream into one."""
+    """Merge all outputs of one stream (at least one) into a single output with the last one's status."""
     steps = list(outputs)
 
     def rows(name: str) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""Fault injection: known faults put into an engine or its prompts, to show what they look like and to test that they are found."""
+"""Fault injection: put known faults into an engine or its prompts, to show their effects and to test that they are found."""
 
 # The order of these imports is the order of `FAULTS`: faults in the input, in the computation, in batching, and invalid prompts.
 from . import prompt_faults, engine_faults, batching_faults, invalid_prompts  # noqa: I001, F401

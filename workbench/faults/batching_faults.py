@@ -1,4 +1,4 @@
-"""Faults that the trace of a single run does not show; `workbench.probe` finds them."""
+"""Faults that are not visible in the trace of a single run; `workbench.probe` finds them."""
 
 from __future__ import annotations
 

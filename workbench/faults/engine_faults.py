@@ -24,14 +24,14 @@ def _reconfigured(engine: NumbaEngine, **changes: Any) -> Engine:
 
 @contextmanager
 def _weight_of(linear: Linear) -> Iterator[torch.Tensor]:
-    """Yield a copy of a linear layer's weight to change; on exit it becomes the layer's weight."""
+    """Yield a copy of a linear layer's weight, to be changed in place; on exit it becomes the layer's weight."""
     weight = linear.weight.clone()
     yield weight
     linear.weight = weight
 
 
 def _replace_pages(batch: Batch, sources: Mapping[int, int]) -> None:
-    """Replace pages in the block table: each key of `sources` is a column that gets the pages of the column that is its value."""
+    """Replace columns of the block table: `sources` maps a column to the column whose page numbers it gets."""
     table = batch.block_table.copy()
     for column, source in sources.items():
         table[:, column] = batch.block_table[:, source]

@@ -1,4 +1,4 @@
-"""An engine that is given one prompt and computes another."""
+"""An engine that computes a changed version of every prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from ..prompt import Prompt
 
 
 class FaultyEngine(Engine):
-    """Wrap `engine` so that it computes `change(prompt)` instead of each prompt. Closing the wrapper leaves `engine` open."""
+    """Wraps `engine`, and passes `change(prompt)` to it instead of each prompt.
+
+    The prompt and the changed one must both pass `Engine.check`. Closing the wrapper leaves `engine` open.
+    """
 
     def __init__(self, engine: Engine, change: Callable[[Prompt], Prompt]) -> None:
         super().__init__()

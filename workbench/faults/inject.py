@@ -1,4 +1,4 @@
-"""Inject a fault between the engine's steps and its model."""
+"""Inject faults into batches, between the engine's scheduler and its model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..engines.numba_engine.engine import NumbaEngine
 
 
 def change_batch(engine: NumbaEngine, change: Callable[[Batch], None]) -> Engine:
-    """Apply `change` to every batch before the model runs it."""
+    """Patch an engine so that `change` modifies every batch in place before the model runs it; return the engine."""
     run_batch = engine.runner.run_batch
 
     def changed(batch: Batch, pages: Any, tap: Any = None) -> torch.Tensor:
@@ -26,11 +26,14 @@ def change_batch(engine: NumbaEngine, change: Callable[[Batch], None]) -> Engine
 
 
 def prefill_in_two_chunks(engine: NumbaEngine, spoil: Callable[[Batch], None]) -> Engine:
-    """Run every prefill as two chunks and apply `spoil` to the second; taps get the states of both, concatenated."""
+    """Patch an engine so that it runs every prompt as two chunks, the first of 64 tokens, and `spoil` modifies the second in place.
+
+    Taps get the states of both chunks, concatenated. Only for traces of one prompt of more than 64 tokens. Returns the engine.
+    """
     run_batch = engine.runner.run_batch
 
     def chunked(batch: Batch, pages: Any, tap: Any = None) -> torch.Tensor:
-        half = 64  # whole pages
+        half = 64  # a whole number of pages
         kept: dict[str, list[torch.Tensor]] = {}
         ends = []
         for number, tokens in enumerate((slice(0, half), slice(half, None))):

@@ -1,4 +1,4 @@
-"""Invalid prompts: the mistakes that callers make most often. Each fault changes a valid prompt with two items."""
+"""Invalid prompts, the typical mistakes of callers. Each function makes a valid prompt with two items invalid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine does with an invalid prompt, compared with what the rules of its target predict."""
+"""Compare what an engine does with an invalid prompt with what the rules for it (`linting.targets`) predict."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Observation:
 
     Attributes:
         fault: name of the fault; "none" for the valid prompt.
-        predicted: "accepts", "differs", "ignores", "rejects", or "undefined" if the rules do not say what is computed.
-        why: the notes that the rules give.
+        predicted: the outcome by the rules: "accepts", "differs", "ignores", "rejects" (see `Effect`), or "undefined".
+        why: the reasons by the rules.
         seen: "computes what was predicted", "rejects", "computes something else", "no finite numbers", "crashes".
-        evidence: the error, or the verdict against the reference on the prompt that the rules predict.
-        agrees: whether what was seen is what was predicted; None if nothing was predicted.
+        evidence: the error, or the verdict of the comparison with the reference on the prompt that the rules predict.
+        agrees: whether the prediction was right; None if it was "undefined".
     """
 
     fault: str

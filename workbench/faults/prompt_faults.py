@@ -1,4 +1,4 @@
-"""Faults in what the engine is given: ranges, rows, positions, spans."""
+"""Faults in the engine's input: it computes another prompt than the one it was given (ranges, rows, positions, spans)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .registry import prompt_fault
 
 
 def off_by_one(prompt: Prompt) -> Prompt:
-    """Every range one token late, as when an engine counts a begin-of-sequence token twice."""
+    """Move every range one token to the right, as by an engine that counts the begin-of-sequence token twice."""
     return prompt.replace(embedding_ranges=shift(prompt.embedding_ranges, 1))
 
 
 def placeholders_used(prompt: Prompt) -> Prompt:
-    """Embeddings ignored without an error; the placeholder tokens are looked up."""
+    """Drop all embeddings, as by an engine that silently ignores them and looks up the placeholder tokens."""
     return prompt.replace(input_embeddings=(), embedding_ranges=(), spans=())
 
 
 def rows_reversed(prompt: Prompt) -> Prompt:
-    """The rows of every item in reverse order."""
+    """Reverse the order of the rows of every item."""
     return prompt.replace(input_embeddings=[item.flip(0) for item in prompt.input_embeddings])
 
 

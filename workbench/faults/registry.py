@@ -1,4 +1,4 @@
-"""Every fault that can be injected, in one table: what it is, where it shows first, and how it is injected."""
+"""The table of all faults that can be injected: what each is, at which tap it must be found first, and how it is injected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from .faulty_engine import FaultyEngine
 
 Kind = Literal["prompt", "engine", "batching", "invalid prompt"]
 Inject = Callable[[NumbaEngine], Engine]
+"""Returns a faulty engine, given a new one, which may be changed in place."""
 Change = Callable[[Prompt], Prompt]
+"""Returns a changed prompt."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,15 @@ class Fault:
     Attributes:
         name: key in `FAULTS`.
         description: the fault in words.
-        kind: "prompt": the engine is given a changed prompt; "engine": it computes something else; "batching": the trace of a
-            single run does not show it, `probe` finds it; "invalid prompt": the prompt itself is invalid.
-        inject: turns a fresh engine into a faulty one. The engine may be changed in place.
-        change: for faults of prompts, the prompt that is computed instead.
-        tap: where the first divergence must be; `{last}` is the last layer. Empty if no trace shows the fault.
+        kind: "prompt": the engine gets a changed prompt; "engine": it computes something else; "batching": not visible in the trace
+            of a single run, but found by `probe`; "invalid prompt": the prompt becomes invalid.
+        inject: returns a faulty engine, given a new one, which may be changed in place and must not be used afterwards.
+        change: for the kinds "prompt" and "invalid prompt": returns the prompt that is computed instead.
+        tap: the tap (named hidden state) of the first divergence; `{last}` is the last layer. Empty if a trace does not show it.
         needs: what the model must have: "" (any), "softcap", "window", "head norms", "bias", "embedding scale".
-        bidirectional: whether the second item of the test prompt attends bidirectionally.
-        diagnosis: kind of explanation that `first_divergence` must give; empty if one state does not determine it.
-        any_prompt: whether it applies to every prompt with at least one item.
+        bidirectional: whether the second item of the test prompt must attend bidirectionally.
+        diagnosis: the `Explanation.kind` that `first_divergence` must find; empty if the states allow several.
+        any_prompt: whether it applies to every prompt with at least one item, not only to the test prompt.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Fault:
 
 
 FAULTS: dict[str, Fault] = {}
+"""All faults by name; filled by the modules that `workbench.faults` imports."""
 
 
 def faults_of(*kinds: Kind) -> Iterator[Fault]:
@@ -55,22 +58,27 @@ def faults_of(*kinds: Kind) -> Iterator[Fault]:
 
 
 def engine_fault(name: str, description: str, tap: str, **more: Any) -> Callable[[Inject], Inject]:
-    """Decorator: add a fault in what the engine computes."""
+    """Decorator for a function that injects a fault into what the engine computes; adds it to `FAULTS`.
+
+    Args:
+        tap: the tap at which it must be found first.
+        more: other fields of `Fault`, or `min_layers`, the number of layers that the model must have.
+    """
     return _adding(name, description, "engine", tap=tap, **more)
 
 
 def batching_fault(name: str, description: str) -> Callable[[Inject], Inject]:
-    """Decorator: add a fault that shows only across several runs or requests."""
+    """Decorator for a function that injects a fault visible only over several runs or requests; adds it to `FAULTS`."""
     return _adding(name, description, "batching")
 
 
 def prompt_fault(name: str, description: str, change: Change, tap: str = "embed", **more: Any) -> None:
-    """Add a fault in what the engine is given."""
+    """Add to `FAULTS` a fault in the engine's input: it computes `change(prompt)`. `more`: other fields of `Fault`."""
     _add(Fault(name, description, "prompt", lambda engine: FaultyEngine(engine, change), change, tap, **more))
 
 
 def invalid_prompt(name: str, description: str, change: Change) -> None:
-    """Add a fault that makes a prompt with two items invalid."""
+    """Add to `FAULTS` a change that makes a prompt with two items invalid."""
     _add(Fault(name, description, "invalid prompt", lambda engine: FaultyEngine(engine, change), change))
 
 

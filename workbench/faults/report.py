@@ -1,4 +1,4 @@
-"""Report whether injected faults are found, and at the right place: one row per fault, as in data/faults.md."""
+"""Report whether injected faults are found, and at the right tap: one row per fault, as in data/faults.md."""
 
 from __future__ import annotations
 
@@ -13,13 +13,21 @@ from .registry import Fault
 
 
 def find_fault(fault: Fault, engine: NumbaEngine, prompt: Prompt) -> FirstDivergence:
-    """Inject the fault into an engine, which must not be used afterwards, and look for the first divergence."""
+    """Inject a fault into an engine, which must not be used afterwards, and compare it with the reference: the first divergence."""
     return first_divergence(fault.inject(engine), prompt)
 
 
 def fault_prompt(ids: Sequence[int], rows: torch.Tensor, bidirectional: bool = False) -> Prompt:
-    """A prompt that shows every fault: two items of six rows each from `rows` `[12, hidden]`, with text before, between and after,
-    more than two pages long."""
+    """Return a prompt in which every fault is visible: two items of six rows each, with text before, between and after them.
+
+    Args:
+        ids: at least 80 token ids, so that the prompt fills more than two pages of the KV cache.
+        rows: `[12, hidden]`, the rows of both items.
+        bidirectional: whether the second item attends bidirectionally.
+
+    Raises:
+        ValueError: fewer than 80 ids.
+    """
     if len(ids) < 80:
         raise ValueError(f"{len(ids)} token ids: give at least 80, so that pages and windows matter")
     spans = [Span(grid=(2, 3)), Span(grid=(2, 3), attention="bidirectional" if bidirectional else "causal")]
@@ -27,7 +35,7 @@ def fault_prompt(ids: Sequence[int], rows: torch.Tensor, bidirectional: bool = F
 
 
 def report_row(fault: Fault, model_name: str, found: FirstDivergence, layers: int) -> dict[str, str]:
-    """Return where the fault was found, and whether that is where it was injected."""
+    """Return a row of the table: the fault, the tap of the first divergence that was found, and whether it is the expected one."""
     tap = fault.tap.format(last=layers - 1)
     first = found.divergence
     return {
@@ -42,7 +50,7 @@ def report_row(fault: Fault, model_name: str, found: FirstDivergence, layers: in
 
 
 def as_markdown(rows: Sequence[dict[str, str]]) -> str:
-    """The rows as a Markdown table."""
+    """Format rows (at least one) as a Markdown table."""
     names = list(rows[0])
     lines = [" | ".join(names), " | ".join("---" for _ in names), *(" | ".join(row.values()) for row in rows)]
     return "\n".join(f"| {line} |" for line in lines) + "\n"

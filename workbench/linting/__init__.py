@@ -1,4 +1,4 @@
-"""Lint prompts: what is wrong with a prompt, and what an engine would compute from it."""
+"""Lint: find what is wrong with a prompt, and predict what a given version of an engine would compute from it."""
 
 from .lint import effective_prompt, lint
 

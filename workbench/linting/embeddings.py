@@ -1,4 +1,4 @@
-"""Findings about the rows themselves: norms compared with the embedding table's, and the effect of a cast to the engine's dtype."""
+"""Findings about the injected rows (embedding vectors): their norms, and the effect of a cast to the engine's dtype."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _table_norms(model: Model) -> tuple[float, float, float]:
 
 
 def norm_findings(prompt: Prompt, model: Model) -> Iterator[Finding]:
-    """Find rows far longer or shorter than any token embedding: usually a projector, norm or scale is missing."""
+    """Yield a finding for items whose rows have norms far from those of all token embeddings: a projector or scale may be missing."""
     low, middle, high = _table_norms(model)
     scale = embedding_scale(model.text_config)
     for number, item in enumerate(prompt.input_embeddings):
@@ -45,7 +45,7 @@ def norm_findings(prompt: Prompt, model: Model) -> Iterator[Finding]:
             continue
         outside = ((sizes > 10 * high) | (sizes < low / 10)).nonzero()[0]
         if len(outside):
-            # Working projectors make rows ten or more times as long as tokens' (digit-cards: up to 22 times): only a hint.
+            # Only a hint: rows of working projectors can have ten or more times the norms of tokens (digit-cards: up to 22 times).
             far = bool(((sizes > 100 * high) | (sizes < low / 100)).any())
             yield Finding(
                 "row-norm",
@@ -58,7 +58,7 @@ def norm_findings(prompt: Prompt, model: Model) -> Iterator[Finding]:
 
 
 def cast_findings(prompt: Prompt, dtype: str) -> Iterator[Finding]:
-    """Find what is lost when rows are cast to the engine's dtype: overflow, underflow, and ordinary rounding."""
+    """Yield findings on what is lost when rows are cast to the engine's dtype: overflow, underflow, and ordinary rounding."""
     wanted = getattr(torch, dtype)
     info = torch.finfo(wanted)
     changed = total = 0

@@ -1,4 +1,4 @@
-"""Lint: everything that is wrong with a prompt, in words, and what a target engine would do with it."""
+"""Lint: find everything that is wrong with a prompt, without running it, and predict what a target engine would do with it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ def lint(
     dtype: str | None = None,
     max_prefill_token_num: int | None = None,
 ) -> list[Finding]:
-    """All findings about a prompt: faults first, then what is only suspicious, then what `target` would do.
+    """Return all findings about a prompt: errors first, then what is only suspicious, then what `target` would do with it.
+
+    The model does not run.
 
     Args:
-        model: checks ids against its vocabulary, rows against its width and embedding table, ranges against its placeholders.
-        target: `"turbomind==0.18.0"`, `"lmdeploy-pytorch"`, `"vllm"`, `"sglang"`, `"transformers"`.
-        dtype: the engine's dtype; reports what is lost when rows are cast to it.
-        max_prefill_token_num: tokens per prefill chunk, for an engine that cuts spans at the end of a chunk.
+        model: if given, ids are checked against its vocabulary, rows against its hidden size and the norms of its embedding table,
+            and ranges against its placeholder tokens.
+        target: an engine, with a version or in the newest known one: "turbomind==0.18.0", "lmdeploy-pytorch", "vllm", "sglang",
+            "transformers".
+        dtype: the engine's dtype; if given, what is lost when rows are cast to it is reported.
+        max_prefill_token_num: tokens per prefill chunk; if given, bidirectional spans that such chunks would cut are reported.
 
     Raises:
         ValueError: an unknown target or dtype, or a chunk of less than one token.
@@ -53,12 +57,17 @@ def lint(
 
 
 def effective_prompt(prompt: Prompt, target: str, model: Model | None = None) -> Prompt:
-    """Return the prompt that `target` actually computes: rows shifted, embeddings ignored, positions dropped.
+    """Return the prompt that `target` actually computes, for example with rows shifted, embeddings ignored or positions dropped.
 
-    Run it on the reference to reproduce, and so explain, a wrong answer.
+    If the reference computes the same wrong answer from it, the answer is explained.
+
+    Args:
+        target: as for `lint`.
+        model: if given, widths and ids are checked against it.
 
     Raises:
         EmbeddingRangeError: the target rejects the prompt and computes nothing, or its result is undefined.
+        ValueError: an unknown target.
     """
     parsed = Target.parse(target)
     result = effect(prompt, parsed, model)
@@ -73,5 +82,5 @@ def _target_findings(result: Effect, target: Target) -> Iterator[Finding]:
     for note in result.notes:
         yield Finding(f"target-{result.outcome}", "warning", f"{target}: {note}{status}")
     if result.outcome == "accepts":
-        yield Finding("target-accepts", "info", f"{target} computes this prompt as it stands")
+        yield Finding("target-accepts", "info", f"{target} computes this prompt unchanged")
     yield from result.hazards

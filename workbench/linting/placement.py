@@ -1,4 +1,4 @@
-"""Findings about the placement of ranges (over placeholders, text, control tokens) and about what spans need from an engine."""
+"""Findings about which tokens are inside ranges (placeholders, text, control tokens), and about what spans need from an engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_LISTED = 4  # positions or tokens listed in a message
 
 
 def placeholder_findings(prompt: Prompt, model: Model) -> Iterator[Finding]:
-    """Check ranges against the model's placeholder token, if it has one, and against its control tokens."""
+    """Yield findings on ranges that do not match the model's placeholder tokens, if it has any, or that contain control tokens."""
     ids = np.asarray(prompt.input_ids)
     inside = np.zeros(len(ids), dtype=bool)
     for start, stop in prompt.embedding_ranges:
@@ -79,7 +79,12 @@ def _against_placeholders(
 
 
 def span_findings(prompt: Prompt, model: Model | None, max_prefill_token_num: int | None) -> Iterator[Finding]:
-    """Check what images need besides rows: positions on three axes, bidirectional attention, a chunk with the whole span."""
+    """Yield findings on what images need besides rows: M-RoPE positions, bidirectional attention, chunks with whole spans.
+
+    Args:
+        model: None skips the checks of positions and attention.
+        max_prefill_token_num: tokens per prefill chunk; None skips the check of chunks.
+    """
     if model is not None and prompt.embedding_ranges:
         config = model.text_config
         rope = getattr(config, "rope_parameters", None) or {}
@@ -131,7 +136,10 @@ def _item_at(prompt: Prompt, position: int) -> int | None:
 
 
 def _placeholder_ranges(placeholders: np.ndarray, lengths: Sequence[int]) -> list[Range]:
-    """The ranges of these lengths that cover all placeholders exactly, in order; empty if there are none."""
+    """The ranges of these lengths, in this order, that cover all placeholders exactly; empty if that is impossible.
+
+    `placeholders`: bool `[seq]`.
+    """
     positions = placeholders.nonzero()[0]
     if len(positions) != sum(lengths):
         return []

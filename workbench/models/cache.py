@@ -1,4 +1,4 @@
-"""A cache of model folders built on this machine. Each is put in place by one rename, so a killed run leaves nothing incomplete."""
+"""A cache of model folders built on this machine. Each is written under another name and renamed: a killed run leaves no partial one."""
 
 from __future__ import annotations
 
@@ -18,15 +18,21 @@ _MANIFEST = "workbench.json"
 
 
 def cache_folder() -> Path:
-    """Return the folder of cached models: in `$WORKBENCH_CACHE`, or in the user's cache folder."""
+    """Return the folder that contains the cached models: `models` in `$WORKBENCH_CACHE`, or in the user's cache folder."""
     return Path(os.environ.get("WORKBENCH_CACHE") or user_cache_dir("embedding-workbench")) / "models"
 
 
 def cached_folder(name: str, make: Callable[[Path], None], source: dict[str, str]) -> Path:
-    """Return the folder of model `name`; if it is missing, incomplete or made from another source, `make(folder)` writes it.
+    """Return the cached folder of model `name`, and build it first if it is missing, incomplete or was built from another source.
+
+    Processes that need the same folder wait for the one that builds it.
+
+    Args:
+        make: called with a path at which it must create the folder.
+        source: what the folder is built from (versions, digests); stored with it and compared.
 
     Raises:
-        ModelError: the folder cannot be written. Errors of `make` other than OSError are not caught.
+        ModelError: the folder cannot be written (an OSError). Other errors of `make` are raised unchanged.
     """
     target = cache_folder() / name
     if _complete(target, source):
@@ -57,7 +63,7 @@ def _complete(target: Path, source: dict[str, str]) -> bool:
 
 
 def _make(target: Path, make: Callable[[Path], None], source: dict[str, str]) -> None:
-    for left in target.parent.glob(f".{target.name}.making-*"):  # from a killed run, as we hold the lock
+    for left in target.parent.glob(f".{target.name}.making-*"):  # left by killed runs: this process has the lock
         shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.making-", dir=target.parent))
     try:

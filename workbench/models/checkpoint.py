@@ -1,4 +1,4 @@
-"""The checkpoint reader: read chosen tensors of a safetensors checkpoint, local or remote, without its other tensors.
+"""The checkpoint reader: reads single tensors of a safetensors checkpoint, local or remote, without reading the others.
 
 A safetensors file is an 8-byte length, a JSON header with the dtype, shape and byte range of each tensor, and the tensors' bytes
 (https://huggingface.co/docs/safetensors, "Format"), so each tensor can be read separately.
@@ -33,13 +33,13 @@ _DTYPES = {
 }
 _LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _LARGEST_REQUEST = 64 << 20  # bytes
-_SAMPLE = 1 << 10  # bytes
-_BRIDGED_GAP = 256  # bytes of padding worth reading to save a request
+_SAMPLE = 1 << 10  # bytes of one sample of a tensor in its fingerprint
+_BRIDGED_GAP = 256  # bytes between two tensors that are read too, to save a request
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is stored: its shard, its dtype as safetensors names it, its shape, and bytes `[start, stop)` of the file."""
+    """A tensor's location and type: its file (shard), dtype as safetensors names it, shape, and bytes `[start, stop)` of the file."""
 
     shard: str
     dtype_name: str
@@ -49,15 +49,17 @@ class Entry:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The tensor's dtype."""
         return _DTYPES[self.dtype_name]
 
     @property
     def bytes(self) -> int:
+        """The tensor's size in bytes."""
         return self.stop - self.start
 
 
 class Checkpoint:
-    """The tensors of a checkpoint folder by name; headers are read once, tensors on access.
+    """The tensors of a checkpoint folder by name; headers are read once, tensors on access. Iterating yields the names.
 
     Raises:
         ModelError: no safetensors weights, or a damaged index or header; the message names the file.
@@ -83,11 +85,15 @@ class Checkpoint:
         return name in self._shard_of
 
     def total_bytes(self) -> int:
-        """Bytes of all shards."""
+        """Total size in bytes of all files with weights."""
         return sum(self.source.size(shard) for shard in set(self._shard_of.values()))
 
     def entries(self, names: Iterable[str]) -> dict[str, Entry]:
-        """Return where the named tensors are stored; reads the headers of their shards."""
+        """Return the locations of the named tensors, which must exist; reads only the headers of their files.
+
+        Raises:
+            ModelError: a header is damaged, or lacks a tensor that the index maps to it.
+        """
         names = list(names)
         found: dict[str, Entry] = {}
         for shard in dict.fromkeys(self._shard_of[name] for name in names):
@@ -100,7 +106,7 @@ class Checkpoint:
         return found
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Read the named tensors shard by shard in the order of their bytes; adjacent tensors share a request."""
+        """Read the named tensors, which must exist, into memory; adjacent tensors of a file are read in one request."""
         entries = self.entries(names)
         tensors: dict[str, torch.Tensor] = {}
         for group in _neighbours(entries):
@@ -147,7 +153,7 @@ class Checkpoint:
             )
         entry = self.entries([name])[name]
         mapped = self.source.map(entry.shard)
-        # NumPy, and through it Numba, needs aligned elements: addresses that are multiples of their size.
+        # NumPy and Numba need aligned elements (addresses that are multiples of the element size); a copy is aligned.
         if mapped is None or not entry.bytes or entry.start % entry.dtype.itemsize:
             return self.read([name])[name]
         count = prod(entry.shape)
@@ -159,7 +165,7 @@ class Checkpoint:
             self.source.release(shard, 0, self.source.size(shard))
 
     def fingerprints(self) -> Iterator[bytes]:
-        """Yield for every tensor, sorted by name: name, dtype, shape, and 1 KiB of its bytes at the start, middle and end."""
+        """Yield for every tensor, sorted by name, one byte string: name, dtype, shape, and 1 KiB from its start, middle and end."""
         for name, entry in sorted(self.entries(self).items()):
             size = min(_SAMPLE, entry.bytes)
             samples = [repr((name, entry.dtype_name, list(entry.shape))).encode()]
@@ -186,7 +192,13 @@ class Checkpoint:
 
 
 def parse_header(text: bytes, shard: str, where: str, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Parse a safetensors header into tensor entries and metadata, checked against the file's size.
+    """Parse a safetensors header into tensor entries by name and metadata, and check it against the file's size.
+
+    Args:
+        text: the JSON header, without its 8-byte length.
+        shard: the file's name, for the entries.
+        where: its path or URL, for error messages.
+        size: its size in bytes.
 
     Raises:
         ModelError: the header is damaged; the message names the file, and the tensor whose offsets are impossible.

@@ -21,7 +21,7 @@ from .pypi import SMOLLM2
 NAME = "digit-cards"
 VISION_FILE = "vision.safetensors"
 IMAGE_TOKEN = "<image>"
-IMAGE_TOKEN_ID = 16  # SmolLM2's `<empty_output>`, a notebook token that no chat uses, so no row is added
+IMAGE_TOKEN_ID = 16  # SmolLM2's `<empty_output>`, which chats do not use, so that the embedding table needs no new row
 ROWS = 49  # tokens per image: 7 x 7 patches of 32 x 32 pixels
 _SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 CHAT_TEMPLATE = (
@@ -35,10 +35,10 @@ CHAT_TEMPLATE = (
 
 
 def folder() -> Path:
-    """Return the checkpoint's folder, assembled on first use (540 MB next to smollm2-135m, in seconds).
+    """Return the checkpoint's folder in the cache, assembled on first use: 540 MB, in seconds if smollm2-135m is already there.
 
     Raises:
-        ModelError: no network for the language weights, no disk space, or a copy of the project without `data/digit_cards`.
+        ModelError: no network for the language weights, no disk space, or an installation without `data/digit_cards`.
     """
     return cached_folder(NAME, assemble, source={"vision": _digest(vision_weights())})
 
@@ -47,13 +47,13 @@ def vision_weights() -> Path:
     """Return the file of the trained vision tower and projector.
 
     Raises:
-        ModelError: the installation does not include it.
+        ModelError: the installation does not contain it.
     """
     return data_folder("data/digit_cards") / VISION_FILE
 
 
 def assemble(made: Path) -> None:
-    """Write the whole checkpoint into `made`: configuration, processor, tokenizer, both shards and their index."""
+    """Create the folder `made` and write the checkpoint into it: configuration, processor, tokenizer, both shards and their index."""
     language = SMOLLM2.folder()
     made.mkdir()
     configuration(language).save_pretrained(made)
@@ -71,7 +71,7 @@ def assemble(made: Path) -> None:
 
 
 def configuration(language: Path) -> Any:
-    """Return Transformers' configuration: SigLIP vision, a two-layer projector, SmolLM2."""
+    """Return Transformers' configuration: a SigLIP tower, a two-layer projector, and the language model in folder `language`."""
     from transformers import AutoConfig, LlavaConfig, SiglipVisionConfig
 
     vision = SiglipVisionConfig(

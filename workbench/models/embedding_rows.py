@@ -1,4 +1,4 @@
-"""Rows to inject, made from a model's own embedding table, so that their effect is predictable."""
+"""Rows (embedding vectors) to inject, made from a model's own embedding table, so that their effect is predictable."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ KINDS = ("identity", "another word", "mix", "noise")
 def injected_rows(
     kind: str, model: Model, own_ids: Sequence[int], *, word: str = "", share: float = 0.5, seed: int = 0
 ) -> torch.Tensor:
-    """Return rows `[len(own_ids), hidden]` to inject over the tokens `own_ids`.
+    """Return embedding vectors, float32 `[len(own_ids), hidden]`, to inject over the tokens `own_ids`.
 
     Args:
-        kind: "identity", the tokens' own rows, which must change nothing; "another word", the rows of `word` (repeated or
-            cut to fill the range); "mix", a weighted mean of own rows and those of `word`; "noise", random directions with
-            the norms of the rows they replace.
+        kind: "identity", the tokens' own embeddings, so that the injection changes nothing; "another word", the embeddings of
+            `word`, repeated or cut to fill the range; "mix", a weighted mean of these two; "noise", random directions with the
+            norms of the embeddings that they replace.
+        word: for "another word" and "mix", with its leading space.
         share: weight of `word` in a mix, 0 to 1.
         seed: seed of the noise.
 

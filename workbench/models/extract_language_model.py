@@ -22,9 +22,10 @@ _SHARD = 4 << 30
 
 
 def extract_language_model(model: Model) -> Path:
-    """Return a folder with the model's text configuration, tokenizer and language weights, made on first use and cached.
+    """Return a folder with the model's text configuration, tokenizer and language weights, written on first use and cached.
 
-    Weights are read and written one shard of 4 GiB at a time; values and dtype are unchanged.
+    Weights are copied in shards of up to 4 GiB, which is also the memory needed; values and dtype are unchanged. For a text-only
+    model, the model's own folder is returned.
 
     Raises:
         ModelError: the language part is not a known causal language model, or its weights have unknown names.

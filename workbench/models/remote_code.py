@@ -1,4 +1,4 @@
-"""Python files that come with a model: they are named before any of them runs."""
+"""Python files that come with a model: errors name them before any of them runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def python_files(folder: Path) -> list[str]:
 
 
 def refuse_remote_code(folder: Path, name: str) -> None:
-    """Raise if a model's configuration requires code that comes with it.
+    """Raise if the configuration in a model's folder requires Python code that comes with the model.
 
     Raises:
-        ModelError: the message names the files that would run.
+        ModelError: it does, and the message names the files that would run; or the configuration cannot be read.
     """
     try:
         config = json.loads((folder / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Sources of a checkpoint's bytes: a folder, or a server that supports range requests. Both count the bytes they read."""
+"""Sources of a checkpoint's files: a local folder, or a server that supports range requests. Both count the bytes that they read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ _TIMEOUT = 30.0  # seconds without a byte
 
 
 class Source(Protocol):
-    """A folder of files, local or remote."""
+    """A folder of files, local or remote; files are given by name. Methods raise ModelError if a file cannot be read.
+
+    Attributes:
+        bytes_read: total bytes read by `read`, and by requests for sizes.
+    """
 
     bytes_read: int
 
@@ -26,13 +30,13 @@ class Source(Protocol):
         """The size of a file in bytes."""
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """Read bytes `[start, stop)` of a file: exactly that many, or an error."""
+        """Read bytes `[start, stop)` of a file; a file that is shorter is an error."""
 
     def map(self, name: str) -> mmap.mmap | None:
-        """The file as copy-on-write memory; None if it is not local."""
+        """The file memory-mapped copy-on-write; None if it is not local."""
 
     def release(self, name: str, start: int, stop: int) -> None:
-        """Release the memory of mapped bytes `[start, stop)`, if the file is mapped."""
+        """Release the memory of mapped bytes `[start, stop)`, if the file is mapped; their next use reads them again."""
 
     def where(self, name: str) -> str:
         """The file's full path or URL, for messages."""
@@ -73,7 +77,7 @@ class FolderSource:
         return self._maps[name]
 
     def release(self, name: str, start: int, stop: int) -> None:
-        """Release the memory of mapped bytes `[start, stop)`; they are read from the file again when they are next used."""
+        """Release the memory of the whole pages within mapped bytes `[start, stop)`; their next use reads them from the file again."""
         page = mmap.PAGESIZE
         first, last = -(-start // page) * page, stop // page * page
         if name in self._maps and first < last and hasattr(mmap, "MADV_DONTNEED"):
@@ -84,7 +88,12 @@ class FolderSource:
 
 
 class HttpSource:
-    """Files below a URL, read by HTTP range requests (RFC 9110, section 14)."""
+    """Files below a URL, read by HTTP range requests (RFC 9110, section 14); failed requests are tried three times.
+
+    Args:
+        base: URL of the folder.
+        headers: sent with every request, for example for authorization.
+    """
 
     def __init__(self, base: str, headers: dict[str, str] | None = None) -> None:
         import httpx
@@ -165,7 +174,11 @@ class HttpSource:
 
 
 def open_source(location: str) -> Source:
-    """Open a folder on this machine, an `http(s)://` address of a folder, or a Hugging Face id `org/name`."""
+    """Open a folder on this machine, an `http(s)://` address of a folder, or a Hugging Face id `org/name`.
+
+    Raises:
+        ModelError: `location` is none of these.
+    """
     if urlsplit(location).scheme in ("http", "https"):
         return HttpSource(location)
     if Path(location).expanduser().is_dir():

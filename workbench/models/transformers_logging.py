@@ -1,4 +1,4 @@
-"""Silence Transformers' progress bars and reports, for steps that are short or whose result is checked here."""
+"""Silence Transformers' progress bars and warnings, for loads that are short or whose result is checked here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def silenced_transformers(reports: bool = True) -> Iterator[None]:
-    """Suppress progress bars inside the block; with `reports=False` also warnings."""
+    """Suppress Transformers' progress bars inside the `with` block; with `reports=False` also its warnings."""
     from transformers.utils import logging
 
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -10,7 +10,10 @@ from pathlib import Path
 
 
 def truncate_checkpoint(source: Path, target: Path, layers: int) -> Path:
-    """Make `target` load as the first `layers` layers of a checkpoint: weights are linked, the configuration is changed."""
+    """Fill the existing folder `target` with a checkpoint of only the first `layers` layers of the one in `source`; return `target`.
+
+    Files are linked, or copied if the file system has no links; only num_hidden_layers and layer_types in config.json differ.
+    """
     for file in source.iterdir():
         if file.name != "config.json" and file.is_file():
             with contextlib.suppress(FileExistsError):

@@ -1,4 +1,4 @@
-"""Checks for prompts that cannot run: ids, items, ranges, spans and positions that do not fit each other or the model."""
+"""Checks that find what prevents a prompt from running: ids, items, ranges, spans or positions that do not fit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def check_prompt(prompt: Prompt, vocab_size: int | None = None, hidden_size: int | None = None) -> None:
-    """Raise the first finding of `prompt_findings`.
+    """Raise the first finding of `prompt_findings`, if any.
 
     Raises:
-        EmbeddingRangeError: items or ranges that do not fit.
+        EmbeddingRangeError: items, ranges or spans that do not fit.
         PromptError: any other finding.
     """
     for finding in prompt_findings(prompt, vocab_size, hidden_size):
@@ -28,7 +28,7 @@ def check_prompt(prompt: Prompt, vocab_size: int | None = None, hidden_size: int
 
 
 def prompt_findings(prompt: Prompt, vocab_size: int | None = None, hidden_size: int | None = None) -> Iterator[Finding]:
-    """Yield everything that prevents a prompt from running. Sizes that are None are not checked."""
+    """Yield a finding for everything that prevents a prompt from running; see `Prompt.findings`."""
     if not prompt.input_ids:
         yield Finding("prompt-empty", "error", "the prompt has no tokens: give at least one id in input_ids")
         return
@@ -109,7 +109,7 @@ def _id_findings(prompt: Prompt, vocab_size: int | None) -> Iterator[Finding]:
         ]
     for position in bad:
         token = prompt.input_ids[position]
-        # Ids inside a range are never looked up: engines put placeholders of any value there.
+        # Ids inside a range are not looked up: placeholders may have any value.
         if type(token) is int and any(start <= position < stop for start, stop in prompt.embedding_ranges):
             continue
         size = f"a vocabulary of {vocab_size}" if vocab_size is not None else "any vocabulary"
@@ -204,7 +204,7 @@ def range_findings(ranges: Sequence[Range], length: int, rows: Sequence[int] | N
 
 
 def is_item(value: Any) -> bool:
-    """Whether a value can be an item of `input_embeddings`: a dense floating-point tensor `[rows, hidden]` with readable data."""
+    """Whether a value can be an item of `input_embeddings`: a dense floating-point tensor `[rows, hidden]`, not on the meta device."""
     return (
         isinstance(value, torch.Tensor)
         and value.ndim == 2

@@ -45,7 +45,7 @@ class PromptRecord(Record):
 
 @dataclass(frozen=True)
 class StoredPrompt:
-    """The fields of a prompt as they were stored."""
+    """The contents of a prompt's files; fields as in `workbench.Prompt`, not checked against each other."""
 
     input_ids: list[int]
     embedding_ranges: list[tuple[int, int]]
@@ -62,7 +62,11 @@ def write_prompt(
     deepstack: Sequence[torch.Tensor],
     position_ids: torch.Tensor | None,
 ) -> None:
-    """Write `path` (JSON) and, if there are tensors, `path` with the suffix .safetensors.
+    """Write `path` (JSON) and, if the prompt has tensors, a file with the suffix .safetensors next to it. Both writes are atomic.
+
+    Args:
+        fields: JSON values: `input_ids`, `embedding_ranges`, and `spans` (left out if empty).
+        items, deepstack, position_ids: as in `workbench.Prompt`.
 
     Raises:
         PromptError: a value that cannot be saved, or a path that cannot be written.
@@ -92,10 +96,10 @@ def write_prompt(
 
 
 def read_prompt(path: str | Path) -> StoredPrompt:
-    """Read what `write_prompt` wrote.
+    """Read the JSON file that `write_prompt` wrote, and the tensors next to it.
 
     Raises:
-        PromptError: the file cannot be read; the message names it and what is wrong in it.
+        PromptError: a file cannot be read, or its contents have the wrong form; the message names the file and the fault.
     """
     path = Path(path)
     value = read_json(path, "a prompt", PromptError)
@@ -136,6 +140,6 @@ def _numbered(tensors: Mapping[str, torch.Tensor], kind: str, path: Path) -> lis
 
 
 def _one_line_per_field(record: Mapping[str, Any]) -> str:
-    """Format a record as readable JSON: a thousand ids take one line, not a thousand."""
+    """Format a record as JSON with one line per field, so that a list of a thousand ids does not take a thousand lines."""
     lines = [f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in record.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"

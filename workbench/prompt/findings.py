@@ -10,12 +10,13 @@ Severity = Literal["error", "warning", "info"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong (`message` gives the numbers and the fix), how severe it is, and where.
+    """One problem of a prompt.
 
     Attributes:
         code: a stable name to filter by, such as `range-overlap`.
-        severity: "error" (our engines refuse the prompt), "warning" (it runs, but the answer is suspect), "info".
-        item: index of the item or range that the finding is about, or None.
+        severity: "error" (this project's engines reject the prompt), "warning" (it runs, but the answer may be wrong), "info".
+        message: what is wrong, with numbers, and the fix.
+        item: index of the item (and of its range) that the finding is about, or None.
     """
 
     code: str

@@ -23,10 +23,10 @@ class PackedChunk:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which tokens run together in a batch.
+    """Which tokens of several prompts run in which forward pass.
 
     Attributes:
-        batches: chunks of each forward pass, in the order in which they run. A batch has at most one chunk of each prompt.
+        batches: for each forward pass its chunks, in the order in which they run. A batch has at most one chunk of each prompt.
         lengths: number of tokens of each prompt.
         max_tokens: token budget of a batch.
     """
@@ -42,7 +42,7 @@ class BatchPlan:
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens that one padded batch of the same prompts computes: every prompt is padded to the longest."""
+        """For comparison: tokens that one padded batch of the same prompts computes, with every prompt padded to the longest."""
         return len(self.lengths) * max(self.lengths)
 
     @property
@@ -75,12 +75,13 @@ def plan_batch(prompts: Sequence[Prompt], max_tokens: int, *, split: bool = True
             attend to each other, so they must run together.
 
     Raises:
-        PromptError: a prompt, or a range that cannot be split, is longer than a batch.
+        PromptError: a prompt is invalid, or one that cannot be split, or its bidirectional range, is longer than a batch.
+        ValueError: `max_tokens` is below 1.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: a batch needs space for at least one token")
     if not prompts:
-        raise PromptError("there are no prompts to pack: give at least one")
+        raise PromptError("no prompts to pack: give at least one")
     for number, prompt in enumerate(prompts):
         prompt.check()
         unsplittable = _merged(prompt.bidirectional_ranges) if split else [(0, len(prompt))]
@@ -131,7 +132,7 @@ def _merged(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _cuts(prompt: Prompt) -> list[int]:
-    """Return the positions at which a prompt may be split: not inside a bidirectional range."""
+    """Return the positions at which a chunk of the prompt may end, its length included: not inside a bidirectional range."""
     inside = {position for start, stop in prompt.bidirectional_ranges for position in range(start + 1, stop)}
     return [position for position in range(1, len(prompt) + 1) if position not in inside]
 

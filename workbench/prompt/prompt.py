@@ -22,12 +22,17 @@ from .ranges import Range
 
 @dataclass(frozen=True)
 class Span:
-    """What a range contains; its position is in `Prompt.embedding_ranges`.
+    """What an embedding range contains: span i describes range i of `Prompt.embedding_ranges`.
 
     Attributes:
-        grid: patch grid, (rows, columns); (time, height, width) on models with M-RoPE.
-        attention: "bidirectional" if the tokens of the range attend to each other bidirectionally.
+        modality: "image", "audio", ...
+        grid: patch grid of the rows, (rows, columns); (time, height, width) on models with M-RoPE; None if they form no grid.
+        attention: whether the tokens of the range attend to each other bidirectionally, or only to earlier ones ("causal").
+        label: a name for display.
         block: `[start, stop)` of the tokens that attend bidirectionally, if larger than the range (PaliGemma: the whole prompt).
+
+    Raises:
+        EmbeddingRangeError: another value of `attention`.
     """
 
     modality: str = "image"
@@ -41,21 +46,25 @@ class Span:
             raise EmbeddingRangeError(f"attention={self.attention!r}: a span is 'causal' or 'bidirectional'")
 
 
-@dataclass(frozen=True, eq=False)  # two prompts are the same if their digests are
+@dataclass(frozen=True, eq=False)  # to compare two prompts, compare their digests
 class Prompt:
-    """Token ids, and rows that replace the token embeddings inside ranges.
+    """Token ids, and embedding vectors (rows) that replace the token embeddings inside ranges.
 
-    A Prompt may be invalid: the workbench exists to show invalid prompts. `check` raises on the first finding, `findings` (and
-    `workbench.lint`) return all of them.
+    A Prompt may be invalid, so that it can be examined; only types are checked when it is created. `check` raises the first
+    problem, `findings` (and `workbench.lint`) return all of them.
 
     Attributes:
-        input_ids: token ids, length `seq`.
-        input_embeddings: items, each `[rows_i, hidden]`.
-        embedding_ranges: half-open `(start, stop)`; item i replaces the token embeddings there.
+        input_ids: token ids, length `seq`; inside ranges they are placeholders of any value.
+        input_embeddings: items, each a tensor `[rows_i, hidden]`, for example the features of one image.
+        embedding_ranges: half-open `(start, stop)`, one per item; item i replaces the token embeddings there.
         spans: what each range contains; empty, or one per range.
-        position_ids: `[seq]`, or `[3, seq]` for M-RoPE; None means 0, 1, 2, ...
-        deepstack: one per item, `[levels, rows_i, hidden]`: level k is added to the item's positions after layer k (Qwen3-VL;
-            Meng et al. 2024, arXiv:2406.04334); empty on models without it.
+        position_ids: rotary positions, integers `[seq]`, or `[3, seq]` for M-RoPE; None means 0, 1, 2, ...
+        deepstack: one per item, `[levels, rows_i, hidden]`: level k is added to the hidden states of the item's tokens after layer
+            k (Qwen3-VL; Meng et al. 2024, arXiv:2406.04334); empty on models without it.
+
+    Raises:
+        PromptError: `input_ids` is not one list.
+        EmbeddingRangeError: `embedding_ranges` are not pairs of integers, or `spans` contains something else than spans.
     """
 
     input_ids: Sequence[int]
@@ -113,10 +122,10 @@ class Prompt:
 
     @classmethod
     def load(cls, path: str | Path) -> Prompt:
-        """Read what `save` wrote. Ranges may have been edited: an invalid prompt is loaded, a damaged file is not.
+        """Read a prompt that `save` wrote. It is not checked: files may have been edited on purpose.
 
         Raises:
-            PromptError: the file cannot be read; the message names it and what is wrong in it.
+            PromptError: a file cannot be read, or its contents have the wrong form; the message names the file and the fault.
         """
         stored = read_prompt(path)
         spans = [Span(**{key: _tuple(value) for key, value in span.items()}) for span in stored.spans]
@@ -130,7 +139,7 @@ class Prompt:
 
     @property
     def lookup_ids(self) -> list[int]:
-        """The ids to look up, with 0 inside ranges, where placeholders may have any value."""
+        """The ids to look up in the embedding table, with 0 inside ranges: placeholders there may be outside the vocabulary."""
         ids = list(self.input_ids)
         for start, stop in self.embedding_ranges:
             ids[start:stop] = [0] * (stop - start)
@@ -138,31 +147,35 @@ class Prompt:
 
     @property
     def bidirectional_ranges(self) -> list[Range]:
-        """Ranges of tokens that attend to each other bidirectionally: embedding ranges, or the `block` of their spans."""
+        """Sorted ranges of tokens that attend to each other: for each bidirectional span its `block`, or else its embedding range."""
         pairs = zip(self.embedding_ranges, self.spans, strict=False)
         return sorted({span.block or own for own, span in pairs if span.attention == "bidirectional"})
 
     @property
     def without_embeddings(self) -> Prompt:
-        """The same ids without injected embeddings: the baseline that an injection is compared with."""
+        """The same ids and positions without injected embeddings and spans: the baseline that an injection is compared with."""
         return Prompt(self.input_ids, position_ids=self.position_ids)
 
     def findings(self, vocab_size: int | None = None, hidden_size: int | None = None) -> Iterator[Finding]:
-        """Yield everything that prevents the prompt from running. Sizes that are None are not checked."""
+        """Yield a finding for everything that prevents the prompt from running.
+
+        Args:
+            vocab_size, hidden_size: of the model; ids and widths are not checked against a size that is None.
+        """
         return prompt_findings(self, vocab_size, hidden_size)
 
     def check(self, vocab_size: int | None = None, hidden_size: int | None = None) -> None:
-        """Raise the first finding.
+        """Raise the first of `findings`, if any.
 
         Raises:
-            EmbeddingRangeError: items or ranges that do not fit.
+            EmbeddingRangeError: items, ranges or spans that do not fit.
             PromptError: any other finding.
         """
         check_prompt(self, vocab_size, hidden_size)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that an engine's result depends on: ids, rows with their dtype, ranges, attention, positions."""
+        """SHA-256 of everything that a model's result depends on: ids, items and deepstack with dtypes, ranges, attention, positions."""
         sha = hashlib.sha256()
         sha.update(repr((self.input_ids, self.embedding_ranges, self.bidirectional_ranges)).encode())
         positions = () if self.position_ids is None else (self.position_ids,)
@@ -177,8 +190,8 @@ class MultimodalPrompt(Prompt):
     """A prompt for an engine that runs the vision model itself: ids with placeholders, and processed images instead of rows.
 
     Attributes:
-        multimodal: the outputs of the model's processor, one dict per group of images (`pixel_values` and related inputs);
-            groups are concatenated along their first axis.
+        multimodal: the outputs of the model's processor, one dict per group of images (`pixel_values` and related tensors); tensors
+            of the same name are concatenated along their first axis.
     """
 
     multimodal: Sequence[dict[str, Any]] = ()
@@ -213,14 +226,14 @@ def _plain(values: Any) -> Any:
 
 
 def _strict(value: Any) -> int:
-    """Return an integer; refuse values that only look like one: True, 1.5, "1"."""
+    """Convert an integer of any type to int; raise TypeError for True, 1.5 or "1"."""
     if isinstance(value, bool):
         raise TypeError("a bool is not a position")
     return operator.index(value)
 
 
 def _integer(value: Any) -> Any:
-    """Return an integer if `value` is one; anything else is returned unchanged, for `findings` to report."""
+    """Convert a value to int if it is an integer of any type; return anything else unchanged, for `findings` to report."""
     try:
         return _strict(value)
     except TypeError:

@@ -8,7 +8,7 @@ Range = tuple[int, int]
 
 
 def clip(ranges: Sequence[Range], start: int, stop: int) -> list[tuple[int, Range]]:
-    """Return `(item, range)` for the parts of `ranges` inside the chunk `[start, stop)`, in prompt positions.
+    """Return `(index, range)` for each range that overlaps the chunk `[start, stop)`, cut to the chunk, in prompt positions.
 
     >>> clip([(2, 6), (8, 9)], 4, 9)
     [(0, (4, 6)), (1, (8, 9))]
@@ -27,7 +27,7 @@ def shift(ranges: Sequence[Range], by: int) -> list[Range]:
 
 
 def pack(lengths: Sequence[int], ranges: Sequence[Sequence[Range]]) -> tuple[list[int], list[Range]]:
-    """Concatenate prompts: return their cumulative lengths and all ranges in packed positions.
+    """Concatenate prompts of these lengths: return cumulative lengths (from 0), and all ranges in packed positions.
 
     >>> pack([4, 3], [[(1, 2)], [(0, 3)]])
     ([0, 4, 7], [(1, 2), (4, 7)])

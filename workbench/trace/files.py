@@ -21,16 +21,20 @@ _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 
 
 class TraceWriter:
-    """Write one trace file. Every tap's offset is known in advance, so taps may arrive in any order and none is buffered.
+    """Writes one trace file. Every tap's offset is known in advance, so taps may arrive in any order and none is buffered.
 
-    The file gets its name when all taps are written; an interrupted run leaves nothing behind. Checksums (CRC-32) detect
-    damage, not tampering: anyone who can write the file can write them too.
+    The file is written as `<name>.part` and renamed when all taps are written; an interrupted run leaves no file. Checksums
+    (CRC-32) detect damage, not tampering: anyone who can write the file can write them too.
 
         with TraceWriter(path, shapes, dtype, positions, provenance) as writer:
             writer.write("embed", state)
 
     Args:
         shapes: `{tap: (positions, width)}` in the order in which taps are computed.
+        positions, provenance: as in `Trace`.
+
+    Raises:
+        TraceError: the file cannot be written, or, at the end of the `with` block, a tap is missing.
     """
 
     def __init__(
@@ -124,7 +128,11 @@ class TraceWriter:
 
 
 class StoredStates(Mapping[str, torch.Tensor]):
-    """The taps of a memory-mapped file: each tap is read, and its checksum verified, on access."""
+    """The states of a trace file, a mapping by tap name: each is read, and its checksum verified on first access.
+
+    Raises:
+        TraceError: the file is not a trace, or is damaged; on access, the states of that tap are damaged.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -201,6 +209,6 @@ def readable(taps: Sequence[str], most: int = 6) -> str:
 
 
 def raw_bytes(state: torch.Tensor) -> memoryview:
-    """Return the bytes of a state in memory, without a copy if it is contiguous."""
+    """Return the bytes of a CPU tensor, without a copy if it is contiguous."""
     flat: Any = state.contiguous().view(torch.uint8).numpy().reshape(-1)
     return memoryview(flat)

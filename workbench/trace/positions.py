@@ -9,7 +9,11 @@ import torch
 
 
 def choose_positions(positions: slice | Sequence[int], length: int) -> torch.Tensor:
-    """Return prompt positions as int64 `[kept]`; negative ones count from the end."""
+    """Convert a slice or indices (negative ones count from the end) to the prompt positions to keep, int64 `[kept]`.
+
+    Raises:
+        ValueError: a position outside the prompt of `length` tokens, none at all, or values that are not integers.
+    """
     every = torch.arange(length)
     if isinstance(positions, slice):
         kept = every[positions]

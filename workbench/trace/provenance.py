@@ -18,10 +18,10 @@ from ..version import __version__
 def provenance_of(
     prompt: Prompt, *, engine: str, model: Model, dtype: torch.dtype, device: torch.device, words: bool = False
 ) -> dict[str, Any]:
-    """Return the record as plain JSON values.
+    """Return the provenance of a run, a dict of JSON values.
 
     Args:
-        words: also store each token as text, for machines that do not have the model.
+        words: whether to store each token's text too, for machines that do not have the model's tokenizer.
     """
     record: dict[str, Any] = {
         "engine": engine,
@@ -42,10 +42,10 @@ def provenance_of(
 
 
 def check_provenance(record: Any, path: object) -> dict[str, Any]:
-    """Check that `record` is a valid provenance and return it: files come from other machines and may contain anything.
+    """Check a provenance that was read from the file `path`, which may come from anywhere, and return it.
 
     Raises:
-        TraceError: `record` is not valid; the message names the file and what is wrong.
+        TraceError: a field is missing or has a wrong type or value; the message names the file and the field.
     """
     if not isinstance(record, dict):
         raise TraceError(f"{path}: its provenance is not a JSON object")
@@ -81,7 +81,7 @@ def _device(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of everything that results depend on, and of lmdeploy if it is installed."""
+    """Return the versions of this package and of the packages that results depend on, by name; lmdeploy only if it is installed."""
     import numba
     import transformers
 

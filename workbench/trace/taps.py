@@ -1,4 +1,4 @@
-"""Taps: the named points of a decoder where a hidden state can be read, in the order they are computed."""
+"""Taps: the names of a decoder's hidden states that an engine can return, in the order in which they are computed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,25 @@ EVERY_TAP = ("embed", "layers.*", "layers.*.*", "norm", "logits")
 def decoder_taps(layers: int) -> tuple[str, ...]:
     """Return all taps of a decoder of `layers` layers, in the order in which they are computed.
 
-    `embed` is hidden state 0, after the splice; `layers.{i}.attention` and `layers.{i}.mlp` are what each adds to the residual
-    stream; `layers.{i}` is the residual stream after layer i, before any final norm and before what deepstack adds
-    between layers; `norm` is the state after the final norm; `logits` follow. Engines that do not expose layers may have
-    `depth.{k}`: the state after the final norm of the same checkpoint truncated to its first k layers.
+    - `embed`: hidden state 0, the input of the first layer, with embeddings spliced in
+    - `layers.{i}.attention`, `layers.{i}.mlp`: what the attention and the MLP of layer i add to the residual stream
+    - `layers.{i}`: the residual stream after layer i, before deepstack features are added to it
+    - `norm`: after the final norm
+    - `logits`
+    - `depth.{k}` (not in the result; for engines that do not expose their layers): the state after the final norm of the same
+      checkpoint truncated to its first k layers
     """
     inner = [f"layers.{i}{part}" for i in range(layers) for part in (".attention", ".mlp", "")]
     return ("embed", *inner, "norm", "logits")
 
 
 def select_taps(available: Sequence[str], patterns: Iterable[str], engine: str) -> list[str]:
-    """Return the taps that match, in the order in which they are computed.
+    """Return the taps that match any of the patterns, in the order of `available`.
+
+    Args:
+        available: an engine's taps.
+        patterns: names, or patterns in which `*` matches one part of a name.
+        engine: the engine's name, for error messages.
 
     Raises:
         ValueError: a pattern that matches none of the engine's taps.

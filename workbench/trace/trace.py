@@ -15,11 +15,12 @@ from .files import StoredStates, TraceWriter, readable
 
 @dataclass(frozen=True)
 class TracePlan:
-    """The content of a trace, known before anything runs.
+    """The shapes and size of a trace, known before the model runs.
 
     Attributes:
         shapes: `{tap: (positions, width)}`, in the order in which taps are computed.
-        positions: int64 `[positions]`, prompt positions.
+        positions: int64 `[positions]`, the prompt positions that are kept.
+        dtype: of the states.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -36,7 +37,12 @@ class TracePlan:
         return f"{len(self.shapes)} taps x {len(self.positions)} positions in {name}: {self.nbytes / 1e6:.1f} MB"
 
     def check_room(self, room: int, where: str, mend: str) -> None:
-        """Raise TraceError if the states do not fit into `room` bytes."""
+        """Raise TraceError if the states take more than `room` bytes.
+
+        Args:
+            where: completes "they do not fit ...", such as "into half of the free memory".
+            mend: another fix, appended to the message.
+        """
         if self.nbytes > room:
             logits = self.shapes.get("logits")
             heavy = logits and logits[0] * logits[1] * self.dtype.itemsize * 2 > self.nbytes
@@ -47,11 +53,13 @@ class TracePlan:
 
 
 class Trace(Mapping[str, torch.Tensor]):
-    """Hidden states by tap: `trace["layers.3"]` is `[positions, hidden]` in the engine's dtype.
+    """Hidden states of one run, a mapping by tap name: `trace["layers.3"]` is `[positions, hidden]` in the engine's dtype.
+
+    States are CPU tensors in memory, or are read from a file on access (`load`).
 
     Attributes:
         positions: int64 `[positions]`, the prompt positions that were kept.
-        provenance: engine, model and its digest, dtype, device, prompt digest and ranges, versions.
+        provenance: what produced the run: engine, model and its digest, dtype, device, prompt digest and ranges, versions.
     """
 
     def __init__(
@@ -68,7 +76,7 @@ class Trace(Mapping[str, torch.Tensor]):
             raise KeyError(f"{tap!r} was not traced; this trace contains {readable(list(self._states))}") from None
 
     def __contains__(self, tap: object) -> bool:
-        return any(tap == name for name in self._states)  # Mapping's default would read the tap
+        return any(tap == name for name in self._states)  # Mapping's default would read the whole state from disk
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._states)
@@ -92,14 +100,18 @@ class Trace(Mapping[str, torch.Tensor]):
 
     @property
     def spans(self) -> torch.Tensor:
-        """int64 `[positions]`: the index of the range that contains each position, -1 for text."""
+        """For each kept position the index of the embedding range that contains it, int64 `[positions]`; -1 for text."""
         spans = torch.full((len(self.positions),), -1, dtype=torch.int64)
         for number, (start, stop) in enumerate(self.provenance["ranges"]):
             spans[(self.positions >= start) & (self.positions < stop)] = number
         return spans
 
     def save(self, path: str | Path) -> None:
-        """Write states and provenance to one safetensors file."""
+        """Write states and provenance to one safetensors file.
+
+        Raises:
+            TraceError: the file cannot be written.
+        """
         dtype = getattr(torch, self.provenance["dtype"])
         shapes = {tap: (state.shape[0], state.shape[1]) for tap, state in self.items()}
         with TraceWriter(path, shapes, dtype, self.positions, self.provenance) as writer:
@@ -108,10 +120,10 @@ class Trace(Mapping[str, torch.Tensor]):
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
-        """Open what `save` or `engine.trace(..., path=...)` wrote, memory-mapped: a tap is read on access.
+        """Open a file that `save` or `engine.trace(..., path=...)` wrote; each tap is read, and its checksum verified, on access.
 
         Raises:
-            TraceError: the file is not a trace, or is damaged; damage inside a tap is found when that tap is read.
+            TraceError: the file is not a trace, or is damaged. Damage to a tap's states is raised when that tap is accessed.
         """
         stored = StoredStates(path)
         return cls(stored, stored.positions, stored.provenance)

@@ -107,7 +107,7 @@ class Family:
         return None
 
     def whole_prompt(self, spans: Sequence[Span], length: int) -> list[Span]:
-        """Return the final spans, given the prompt's length."""
+        """Adjust spans that depend on the whole prompt's length (PaliGemma: all tokens attend bidirectionally); return the final ones."""
         return list(spans)
 
 
@@ -315,10 +315,14 @@ def image_attention(config: Any) -> Literal["causal", "bidirectional"]:
 
 
 def family_of(config: Any, tokenizer: Any) -> Family:
-    """Return the family of a model's configuration.
+    """Return the family of a model: how its architecture lays out images and audio in a prompt.
+
+    Args:
+        config: Transformers' configuration of the whole model.
+        tokenizer: the model's, for the text of its placeholder token.
 
     Raises:
-        ModelError: an architecture whose placeholders are not known here.
+        ModelError: an architecture that is not in `SUPPORTED`, or a configuration that names no placeholder token.
     """
     kind = _KINDS.get(config.model_type)
     if kind is None:

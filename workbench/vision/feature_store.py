@@ -103,7 +103,13 @@ class FeatureStore:
         return features
 
     def put(self, key: str, features: Features) -> None:
-        """Store an entry; an existing one is replaced by an equal one."""
+        """Store the features of one image under its key (from `keys`). An existing entry is overwritten.
+
+        With `max_bytes`, the least recently used entries are evicted from time to time, not at every write.
+
+        Raises:
+            OSError: the store cannot be written.
+        """
         tensors = {"rows": features.rows.contiguous()}
         if features.deepstack is not None:
             tensors["deepstack"] = features.deepstack.contiguous()

@@ -1,1 +1,1 @@
-"""LMDeploy's engines behind the workbench's interface."""
+"""LMDeploy's two engines, TurboMind and PyTorch, behind the workbench's engine interface."""

@@ -14,7 +14,7 @@ from ...errors import ModelError
 from ..types import GenerationConfig
 
 OLDEST, NEWEST = "0.5.0", "0.18"
-"""The versions whose calls were checked; a newer one is accepted if its calls still have the required parameters."""
+"""The oldest and newest LMDeploy versions that this code was checked with. A newer one works if its calls have the same parameters."""
 
 _STATUS = {
     "SESSION_NOT_EXIST": "it rejected the request's embeddings or ranges (TurboMind uses this status for that)",
@@ -57,9 +57,13 @@ def installed_version() -> Version:
 
 
 def infer_arguments(call: Any, version: Version, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments for `stream_infer` or `async_stream_infer` of this version.
+    """Return the keyword arguments for LMDeploy's `stream_infer` or `async_stream_infer` of this version.
 
-    Up to 0.14 sessions had a start, an end and a step; here each request is a separate session.
+    Up to 0.14 these also take a session's start, end and step; they are added so that each request is a whole session.
+
+    Args:
+        call: the method to be called.
+        wanted: arguments by name, which it must have.
 
     Raises:
         ModelError: this version lacks a parameter of `wanted`.
@@ -75,7 +79,7 @@ def infer_arguments(call: Any, version: Version, wanted: dict[str, Any]) -> dict
 
 
 def embeddings_for(version: Version, items: Sequence[torch.Tensor]) -> list[Any]:
-    """Convert items to the type that this version takes: torch tensors since 0.12, NumPy arrays before."""
+    """Convert embedding items to the type that this LMDeploy version takes: torch tensors since 0.12, NumPy arrays before."""
     plain = [item.detach().cpu() for item in items]
     if version >= Version("0.12"):
         return plain
@@ -83,7 +87,13 @@ def embeddings_for(version: Version, items: Sequence[torch.Tensor]) -> list[Any]
 
 
 def generation_config(config: GenerationConfig, stops: frozenset[int]) -> Any:
-    """Convert to LMDeploy's GenerationConfig; greedy becomes top_k=1, since TurboMind samples otherwise."""
+    """Convert `config`, with the stop token ids `stops`, to LMDeploy's GenerationConfig.
+
+    Greedy decoding becomes top_k=1, because TurboMind always samples.
+
+    Raises:
+        ModelError: the installed version lacks an option that `config` uses.
+    """
     from lmdeploy import GenerationConfig as Theirs
 
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
@@ -101,6 +111,6 @@ def generation_config(config: GenerationConfig, stops: frozenset[int]) -> Any:
 
 
 def explain_status(status: Any, version: Version) -> str:
-    """Explain a status other than success."""
+    """Return an error message for a status with which a request failed."""
     name = getattr(status, "name", str(status))
     return f"lmdeploy {version} answered {name}: {_STATUS.get(name, 'nothing more is known about this status')}"

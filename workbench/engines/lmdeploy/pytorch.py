@@ -28,15 +28,16 @@ _END = object()
 
 
 class LMDeployPyTorch(Engine):
-    """The PyTorch engine of the installed lmdeploy: it takes token ids, and images through `ask`. It has no taps.
+    """The PyTorch engine of the installed lmdeploy: it takes token ids, and images through `ask`. It returns no hidden states.
 
-    Since 0.6.5 it silently ignores `input_embeddings` and answers from the placeholders; here they are rejected.
+    Since 0.6.5 it silently ignores `input_embeddings` and generates from the placeholder tokens; here they are rejected.
 
     Args:
+        dtype: "bfloat16" or "float16"; None: bfloat16 for a checkpoint in bfloat16, else float16.
         config: fields of lmdeploy's PytorchEngineConfig.
 
     Raises:
-        ModelError: lmdeploy is not installed or cannot open this model.
+        ModelError: lmdeploy is not installed or cannot open this model, or PyTorch finds no GPU.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class LMDeployPyTorch(Engine):
         )
 
     def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
-        """See `Engine.check`; also rejects embeddings, and explains what LMDeploy would do with them."""
+        """See `Engine.check`; also rejects embeddings. The error names what LMDeploy would do with them."""
         if prompt.input_embeddings:
             if self.version >= Version("0.6.5"):
                 does = "would silently ignore them and answer from the placeholders"
@@ -99,10 +100,10 @@ class LMDeployPyTorch(Engine):
         super().check(prompt, new_tokens)
 
     def ask(self, question: str, images: list[Any], gen_config: GenerationConfig | None = None) -> str:
-        """Ask a question about images, which LMDeploy's own processor and vision model process.
+        """Return the answer to a question about images, which LMDeploy's own processor and vision model process.
 
         Args:
-            images: PIL images or paths. Decoded here, since LMDeploy's loader accepts formats whose decoders start other programs.
+            images: PIL images or paths. They are decoded here: LMDeploy's loader accepts formats whose decoders start other programs.
 
         Raises:
             ImageError: an image cannot be used; the message names it.

@@ -1,4 +1,4 @@
-"""LMDeploy's real TurboMind engine behind the workbench's engine interface."""
+"""LMDeploy's TurboMind engine behind the workbench's engine interface."""
 
 from __future__ import annotations
 
@@ -36,18 +36,19 @@ _STATES = ("logits", "last_hidden_state")
 class TurboMindEngine(Engine):
     """The TurboMind engine of the installed lmdeploy.
 
-    Its taps are `norm` and `logits`. `depth_sweep=True` adds `depth.k` for every k: the state after the final norm of the
-    checkpoint truncated to its first k layers. The engine is opened once per depth.
+    It returns the hidden states `norm` (after the final norm) and `logits`. TurboMind does not expose its layers.
 
     Args:
-        dtype: "bfloat16" or "float16"; None uses the checkpoint's, but float16 for float32, as LMDeploy does.
-        check: check prompts before passing them on. Without it, invalid prompts reach TurboMind unchanged; rows of the wrong width
-            make it read outside its buffers, so use a separate process then (`isolated=True` in `open_engine`).
-        depth_sweep: see above.
+        dtype: "bfloat16" or "float16"; None: bfloat16 for a checkpoint in bfloat16, else float16, as LMDeploy does.
+        check: whether prompts are checked before they are passed on. If not, invalid prompts reach TurboMind unchanged; rows of the
+            wrong width make it read outside its buffers, so open it with `isolated=True` (`open_engine`) then.
+        depth_sweep: add the taps `depth.k`: the state after the final norm of the checkpoint truncated to its first k layers. A
+            trace opens a second TurboMind for each depth.
         config: fields of lmdeploy's TurbomindEngineConfig: `tp`, `session_len`, `cache_max_entry_count`, `max_prefill_token_num`, ...
 
     Raises:
         ModelError: no lmdeploy, no GPU, a model that TurboMind does not run, or too little memory.
+        TypeError: `config` has a field that this version's TurbomindEngineConfig lacks.
     """
 
     def __init__(
@@ -258,8 +259,8 @@ async def _end_all() -> None:
 async def _outputs(
     engine: TurboMindEngine, instance: Any, prompt: Prompt, config: GenerationConfig
 ) -> AsyncGenerator[EngineOutput, None]:
-    """Run one request; yield LMDeploy's outputs as the workbench's, each new token and each state once."""
-    # Greedy decoding is top_k=1 there, which leaves one token with a probability: compute them from the logits instead.
+    """Run one request; yield LMDeploy's outputs as EngineOutputs, each with only what is new since the previous one."""
+    # LMDeploy decodes greedily by top_k=1, after which only one token has a probability: take them from the logits instead.
     stops = stop_tokens(engine.model, config)
     own_logprobs = config.logprobs is not None and not config.do_sample
     asked = config
@@ -354,14 +355,14 @@ def _auto_dtype(model: Model) -> str:
 
 
 def _supported_folder(model: Model) -> Path:
-    """The folder for TurboMind to open: the model's, or that of its language model.
+    """The folder that TurboMind opens: the model's, or if TurboMind does not run that, one with its language model alone.
 
     Raises:
-        ModelError: TurboMind supports neither.
+        ModelError: TurboMind does not run the language model either.
     """
     try:
         from lmdeploy.turbomind.supported_models import SUPPORTED_ARCHS, is_supported
-    except ImportError:  # moved in another version: only opening can show it
+    except ImportError:  # another version: whether it runs the model is only known after opening it
         return model.path
 
     def runs(folder: Path) -> bool:

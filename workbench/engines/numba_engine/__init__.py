@@ -1,1 +1,1 @@
-"""The workbench's own engine: a compact decoder over the range kernels."""
+"""This project's own engine: continuous batching over a paged KV cache, with splice and attention from `range_kernels`."""

@@ -1,6 +1,6 @@
-"""Decoder configurations, read from model configurations; one `Architecture` for every family that this engine runs.
+"""Decoder settings, read from Transformers' configurations; one `Architecture` for every model family that this engine runs.
 
-Everything specific to a family is here and nowhere else. Unsupported settings are rejected by name, never approximated.
+Everything specific to a family is in this file. Unsupported settings are rejected by name, never approximated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ Projections = Literal["separate", "fused", "internlm2"]
 
 @dataclass(frozen=True)
 class Names:
-    """Names of a layer's tensors, after `layers.N.`; None for a norm that the family does not have."""
+    """Names of tensors in the checkpoint: of a layer after `layers.N.`, and of the embedding table and the head.
+
+    A norm that the family does not have is None.
+    """
 
     attention_norm: str = "input_layernorm"
     after_attention: str | None = None
@@ -39,10 +42,10 @@ class Names:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The decoder of one model.
+    """Everything that a decoder needs to know about its model.
 
     Attributes:
-        windows: for each layer, how many keys a token sees up to and including itself; None for all.
+        windows: for each layer, how many keys a token attends to, itself included; None for all.
         ropes: for each layer its rotary embedding, None if positions are not encoded (SmolLM3's NoPE layers).
         scale: factor on attention scores; `softcap` and `final_softcap`: c in `c * tanh(x / c)` on scores and logits, 0 for none.
         head_norms: whether queries and keys are normalised per head, before rotation.
@@ -82,7 +85,7 @@ class DecoderConfig:
 
 
 def read_decoder_config(config: Any, name: str) -> DecoderConfig:
-    """Read the decoder configuration from a text configuration.
+    """Read the decoder settings from Transformers' text configuration `config` of the model `name`.
 
     Raises:
         ModelError: a family or a setting that this engine does not support.
@@ -121,10 +124,10 @@ class Architecture:
     """How to read one family's configuration.
 
     Attributes:
-        read: returns the fields in which it differs from a Llama without biases.
-        activation: the setting that names the activation.
+        read: returns the `DecoderConfig` fields in which the family differs from a Llama without biases.
+        activation: name of the setting that contains the activation.
         partial: whether `partial_rotary_factor` applies; interleaved: whether rotated pairs are adjacent channels (GLM).
-        own: settings that this family supports and other families must not have.
+        own: settings that this family supports; configurations of other families that have them are rejected.
     """
 
     read: Callable[[Any], dict[str, Any]]
@@ -135,7 +138,7 @@ class Architecture:
 
 
 _ACTIVATIONS = {"silu", "swish", "gelu_pytorch_tanh"}
-# Settings that change what Transformers computes, unsupported by these decoders. A family that supports one lists it in `own`.
+# Settings that change what Transformers computes and that this engine does not support, unless a family lists one in `own`.
 _UNSUPPORTED = (
     "attention_chunk_size",
     "use_bidirectional_attention",

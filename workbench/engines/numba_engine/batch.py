@@ -14,7 +14,7 @@ from .rope import Rope
 
 
 class Tokens(Protocol):
-    """What a batch needs from a request, for its tokens `[start, stop)`."""
+    """What a batch needs to know about tokens `[start, stop)` of a request; `Request` implements it and documents the methods."""
 
     pages: list[int]
 
@@ -33,10 +33,13 @@ class Batch:
     Attributes:
         hidden: `[tokens, hidden]`, hidden state 0.
         positions: int64 `[tokens]`, or `[3, tokens]` with M-RoPE.
-        rope_lengths: int64 `[tokens]`, length of the request, by which a token's rotary frequencies are chosen.
-        query_positions: int32 `[tokens]`, indices in their requests, for windows; `key_stop`: end of the keys each sees.
-        block_table: int32 `[sequences, max pages]`; cu_seqlens_q: `[sequences + 1]`; seq_lens: number of keys of each request.
-        deepstack: (rows of the batch, features `[levels, rows, hidden]` to add to them after the first layers).
+        rope_lengths: int64 `[tokens]`, sequence length by which each token's rotary frequencies are chosen (`Request.rope_lengths`).
+        query_positions: int32 `[tokens]`, index of each token in its request; windows are measured from it.
+        key_stop: int32 `[tokens]`, end (exclusive) of the keys that each token attends to.
+        block_table: int32 `[sequences, max pages]`, numbers of each request's pages.
+        cu_seqlens_q: int32 `[sequences + 1]`, cumulative number of this batch's tokens per request.
+        seq_lens: int32 `[sequences]`, number of keys of each request, earlier tokens included.
+        deepstack: pairs of a slice of the batch's tokens and features `[levels, rows, hidden]`; level k is added after layer k.
     """
 
     hidden: torch.Tensor
@@ -53,7 +56,13 @@ class Batch:
     def of(
         cls, chunks: Sequence[tuple[Tokens, int, int]], table: torch.Tensor, page_size: int, mrope: bool = False
     ) -> Batch:
-        """Pack tokens `[start, stop)` of each request, whose pages contain all earlier tokens and have space for these."""
+        """Pack tokens `[start, stop)` of each request. Its pages must contain all earlier tokens and have space for these.
+
+        Args:
+            table: token embeddings `[vocab, hidden]`, whose device and dtype the batch gets.
+            page_size: tokens per page.
+            mrope: whether the model rotates by three axes; positions are then expanded to `[3, tokens]`.
+        """
         query_positions = [np.arange(start, stop) for _, start, stop in chunks]
         counts = [-(-stop // page_size) for _, _, stop in chunks]
         block_table = np.zeros((len(chunks), max(counts)), np.int32)
@@ -84,7 +93,10 @@ class Batch:
         )
 
     def key_start(self, window: int | None) -> torch.Tensor:
-        """First key each token sees, int32 `[tokens]`: a window also applies inside bidirectional spans, as in Transformers."""
+        """The first key that each token attends to, int32 `[tokens]`, for a window of `window` keys (None: no window, so 0).
+
+        A window also limits bidirectional spans, as in Transformers.
+        """
         key_start = (
             torch.zeros_like(self.query_positions)
             if window is None
@@ -95,7 +107,7 @@ class Batch:
 
 @dataclass
 class DecoderInputs:
-    """Inputs of the layers, on the decoder's device; one rotation per rope, one `key_start` per window."""
+    """A batch as the layers use it, on the decoder's device: rotations are computed once per rope, `key_start` once per window."""
 
     hidden: torch.Tensor  # [tokens, hidden], hidden state 0
     rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]]  # cosines and sines, float32 [tokens, pairs]
@@ -106,7 +118,7 @@ class DecoderInputs:
 
 
 def _embed(chunks: Sequence[tuple[Tokens, int, int]], table: torch.Tensor) -> torch.Tensor:
-    """Hidden state 0 of all tokens: generated tokens of all requests are looked up together."""
+    """Hidden state 0 of all tokens, `[tokens, hidden]`; generated tokens of all requests are looked up in one call."""
     ids = [request.generated(start, stop) for request, start, stop in chunks]
     generated = [each for each in ids if each is not None]
     rows = table[[token for each in generated for token in each]] if generated else table[:0]

@@ -1,4 +1,4 @@
-"""Ownership of the KV cache's pages, and sharing of pages among prompts with the same prefix."""
+"""The KV cache's pages: which are free or in use, and which are shared by requests with the same prefix."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ class NoPages(Exception):
 
 
 class BlockManager:
-    """Reference-counted pages; unused pages of known content are kept until their memory is needed.
+    """Counts the users of each page by its number. Not thread-safe: `Loop` guards it by a lock.
+
+    Content is known by a key, the hash from `Request.keys`. Unused pages of known content form the prefix cache: they are kept
+    until a page is needed, and the least recently used one is evicted first.
 
     Attributes:
-        hits, misses: tokens of admitted prompts found in the cache, and not found.
+        pages: number of pages.
+        hits, misses: tokens of admitted prompts found in the prefix cache, and not found.
         evictions: pages of known content evicted to make space.
     """
 
@@ -29,21 +33,21 @@ class BlockManager:
 
     @property
     def available(self) -> int:
-        """Pages that can be taken."""
+        """Number of pages that can be taken: free ones, and unused ones of known content."""
         return len(self._free) + len(self._idle)
 
     @property
     def used(self) -> int:
-        """Pages in use by requests."""
+        """Number of pages in use by requests."""
         return self.pages - self.available
 
     @property
     def known(self) -> int:
-        """Pages whose content is known, used or not."""
+        """Number of pages whose content is known, in use or not."""
         return len(self._page_of)
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
-        """Take and return the pages of the longest known prefix of `keys`."""
+        """Return the pages whose contents are the longest known prefix of `keys`, and count one more user of each."""
         found = []
         for key in keys:
             page = self._page_of.get(key)
@@ -55,7 +59,7 @@ class BlockManager:
         return found
 
     def take(self) -> int:
-        """Take a page without content, evicting known content if no page is free.
+        """Return a page to write into, with one user; if none is free, evict the least recently used known content.
 
         Raises:
             NoPages: every page is in use.
@@ -72,7 +76,7 @@ class BlockManager:
         return page
 
     def release(self, pages: Sequence[int]) -> None:
-        """Release pages, the last first, so that the end of a prefix is evicted before its beginning."""
+        """Count one user less of each page, the last page first, so that the end of a prefix is evicted before its beginning."""
         for page in reversed(pages):
             self._users[page] -= 1
             if self._users[page] < 0:
@@ -84,13 +88,13 @@ class BlockManager:
                     self._free.append(page)
 
     def register(self, page: int, key: bytes) -> None:
-        """Register the content of a page; nothing changes if another page has the same content."""
+        """Record that a page's content is `key`, so that `match` finds it; does nothing if another page already has this content."""
         if key not in self._page_of and page not in self._key_of:
             self._page_of[key] = page
             self._key_of[page] = key
 
     def forget(self) -> None:
-        """Drop all known content that no request uses."""
+        """Free all unused pages of known content: empty the prefix cache."""
         for page in self._idle:
             del self._page_of[self._key_of.pop(page)]
             self._free.append(page)

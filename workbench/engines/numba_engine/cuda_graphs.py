@@ -22,14 +22,18 @@ class _Graph:
 
 
 class CUDAGraphRunner:
-    """Runs the decode steps of one decoder over one set of pages as CUDA graphs.
+    """Runs the decode steps of one decoder over one KV cache as CUDA graphs.
 
-    There is one graph per power of two of sequences and of the decode kernel's kv_splits, captured when a step first needs it; each
-    step replays the smallest graph that fits it. Rows without a sequence are computed with the others and dropped. If weights or
-    settings are replaced, the old graphs are discarded.
+    A graph is captured for each pair (number of sequences, number of KV splits of the decode kernel), both rounded up to powers of
+    two, when a step first needs it. Unused rows of a graph are computed and dropped. If weights or settings of the decoder are
+    replaced, all graphs are discarded.
 
-    Other threads may launch work on the GPU during a capture, but CUDA does not let them synchronise the whole device then, nor
-    does PyTorch let them draw random numbers there.
+    During a capture other threads may launch work on the GPU, but CUDA forbids them to synchronise the whole device, and PyTorch to
+    draw random numbers on it.
+
+    Args:
+        pages: the KV cache.
+        context: largest number of tokens of a sequence.
     """
 
     def __init__(self, pages: KVPages, context: int) -> None:
@@ -42,15 +46,18 @@ class CUDAGraphRunner:
 
     @staticmethod
     def supported(decoder: Decoder, pages: KVPages) -> bool:
-        """Whether this decoder's decode steps run without the host, so that they can be captured."""
+        """Whether decode steps over `pages` can be captured as CUDA graphs: only if they run on the tensor-core decode kernel."""
         return CUDAGraphPlan.supported(pages, decoder.config.heads, decoder.config.scale)
 
     def fits(self, inputs: DecoderInputs, pages: KVPages) -> bool:
-        """Whether this step can be replayed: one token per sequence, over the pages that the graphs were captured for."""
+        """Whether this step can run as a graph: one token per sequence, this runner's KV cache object, and no deepstack features."""
         return pages is self.pages and inputs.plan.max_seqlen_q == 1 and not inputs.deepstack
 
     def run(self, decoder: Decoder, inputs: DecoderInputs) -> torch.Tensor | None:
-        """Run a step like `decoder.run_layers`; `[sequences, hidden]` valid until the next call, None if it cannot be captured."""
+        """Run a step that `fits`, as `decoder.run_layers` would; return `[sequences, hidden]`, valid until the next call.
+
+        Returns None if capturing failed, after a warning: the caller must run the step eagerly.
+        """
         self._discard_stale_graphs(decoder)
         plan = inputs.plan
         assert isinstance(plan, PagedPlan)
@@ -80,7 +87,7 @@ class CUDAGraphRunner:
             try:
                 return self._capture(decoder, sequences, kv_splits, inputs)
             except RuntimeError as error:  # for example too little memory
-                reason = str(error)  # not the error: its traceback would keep what was allocated so far
+                reason = str(error)  # not the error itself: its traceback would keep the failed capture's tensors alive
             torch.cuda.empty_cache()
         self._graphs.clear()
         warnings.warn(
@@ -105,12 +112,13 @@ class CUDAGraphRunner:
         )
         _write(static, inputs)
         if not self._graphs:
-            self._pool = torch.cuda.graph_pool_handle()  # a pool ends with its last graph, even if its capture failed
+            # A memory pool is freed with its last graph, also after a failed capture: it must not be used again.
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self.pages.device))
         with torch.cuda.stream(self._stream):
             try:
-                decoder.run_layers(static, self.pages)  # warm-up: what first calls set up cannot be captured
+                decoder.run_layers(static, self.pages)  # warm-up: the one-time setup of first calls cannot be captured
                 self._stream.synchronize()
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
@@ -118,12 +126,12 @@ class CUDAGraphRunner:
                 finally:
                     graph.capture_end()
             finally:
-                self._stream.synchronize()  # also after an error: what the stream reads may be freed now
+                self._stream.synchronize()  # also after an error, before tensors that the stream reads are freed
         return _Graph(static, graph, out)
 
 
 def _write(static: DecoderInputs, inputs: DecoderInputs) -> None:
-    """Copy a step's inputs to where its graph reads them."""
+    """Copy a step's inputs into the tensors that its graph reads."""
     assert isinstance(static.plan, CUDAGraphPlan)
     assert isinstance(inputs.plan, PagedPlan)
     static.plan.copy_from(inputs.plan)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     pass
 
 Tap = Callable[[str, torch.Tensor], None]
+"""Called as `tap(name, state)` with each named hidden state, `[tokens, width]`; names as in `trace.taps`."""
 
 
 @dataclass
@@ -49,6 +50,9 @@ class Decoder:
     Attributes:
         table: `[vocab, hidden]`, token embeddings with the embedding scale already applied, as in hidden state 0.
         context: maximum number of tokens of a request.
+
+    Raises:
+        ModelError: an architecture or setting that this engine does not support, or tensors that do not fit the configuration.
     """
 
     def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
@@ -83,13 +87,17 @@ class Decoder:
         )
 
     def new_pages(self, pages: int, page_size: int) -> KVPages:
-        """Empty pages for this model's keys and values."""
+        """Allocate a KV cache for this model: `pages` pages of `page_size` tokens."""
         config = self.config
         return KVPages(config.layers, pages, page_size, config.kv_heads, config.head_dim, self.dtype, self.device)
 
     @torch.no_grad()
     def run_layers(self, inputs: DecoderInputs, pages: KVPages, tap: Tap | None = None) -> torch.Tensor:
-        """Run the layers and the final norm on prepared inputs; a decode step on tensor cores then runs without the host."""
+        """Run all layers and the final norm; write keys and values into `pages`; return `[tokens, hidden]` after the final norm.
+
+        All inputs are on the device, so a decode step on tensor cores does not synchronise with the host and can be captured as a
+        CUDA graph. `tap(name, state)` is called with every named hidden state; it must copy what it keeps.
+        """
         hidden = inputs.hidden
         if tap:
             tap("embed", hidden)
@@ -116,7 +124,7 @@ class Decoder:
         return hidden
 
     def parts(self) -> list[object]:
-        """All that `run_layers` uses besides its inputs: settings, operations and weights."""
+        """All objects that `run_layers` uses besides its inputs (settings, layers, weights), so that a replaced one can be noticed."""
         parts: list[object] = [self.config, self.norm]
         for layer in self.layers:
             parts += [layer.attention_norm, layer.head_norms, layer.after_attention, layer.mlp_norm, layer.after_mlp]
@@ -148,12 +156,12 @@ class Decoder:
 
     @torch.no_grad()
     def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The final norm, `[tokens, hidden]`."""
+        """Apply the final norm to `[tokens, hidden]`."""
         return self._normalise(hidden, self.norm)
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[tokens, hidden]` after the final norm -> `[tokens, vocab]`."""
+        """Apply the head, and the final softcap if the model has one: `[tokens, hidden]` after the final norm -> `[tokens, vocab]`."""
         logits = self.head(hidden)
         cap = self.config.final_softcap
         if not cap:

@@ -33,22 +33,32 @@ _CANCELLED = object()
 
 
 class NumbaEngine(Engine):
-    """Continuous batching over `range_kernels`, on the CPU or a GPU, with every tap.
+    """This project's engine: continuous batching, a paged KV cache and the attention kernels of `range_kernels`, on the CPU or a GPU.
+
+    It provides every tap, that is, every named hidden state of the forward pass (see `trace.taps`).
 
     In float32 on the CPU a request's results are bit-identical regardless of the other requests in the batch, of how its prompt is
     cut into chunks, and of whether its prefix came from the prefix cache. In other dtypes and on GPUs matrix products are torch's,
     whose rounding may depend on the number of rows.
 
     Args:
+        dtype: "float32", "bfloat16" or "float16".
+        device: "cpu" or "cuda".
         max_batch_size: requests that run at once; further requests wait.
-        max_prefill_token_num: token budget of a step.
+        max_prefill_token_num: tokens per step (one forward pass), of decoding requests and prompt chunks together. Prompts are cut
+            into chunks to fit; only a bidirectional span, which must run in one step, may exceed it.
         cache_block_seq_len: tokens per page of the KV cache: 32, 64, 128 or 256.
         cache_max_entry_count: the cache's size: a fraction of the memory that is free now (float), or a number of pages (int).
-        enable_prefix_caching: keep pages by content, so that an equal prefix, images included, is not computed again.
-        eager_mode: launch every kernel of a decode step from Python, as in all other steps. Otherwise a GPU replays decode steps as
-            CUDA graphs if they run on tensor cores: float16 and bfloat16, head sizes of `range_kernels`' paged decode.
+        enable_prefix_caching: keep the pages of finished requests by content, so that an equal prefix (token ids and injected rows)
+            is not computed again.
+        eager_mode: True launches every kernel from Python. False replays decode steps as CUDA graphs if they run on tensor cores:
+            on a GPU in float16 or bfloat16, with a head size of `range_kernels`' paged decode.
 
-    The names are those of LMDeploy's `TurbomindEngineConfig`; the last is from its `PytorchEngineConfig`.
+    `eager_mode` is named as in LMDeploy's `PytorchEngineConfig`, the other arguments as in its `TurbomindEngineConfig`.
+
+    Raises:
+        ModelError: an architecture or setting of the model that this engine does not support, or no GPU for device="cuda".
+        ValueError: an invalid argument.
     """
 
     def __init__(
@@ -86,7 +96,7 @@ class NumbaEngine(Engine):
 
     @property
     def decoder(self) -> Decoder:
-        """Weights and layers."""
+        """The model's weights and its forward pass."""
         return self.runner.decoder
 
     def _release(self) -> None:
@@ -136,23 +146,28 @@ class NumbaEngine(Engine):
             )
 
     def stats(self) -> EngineStats:
-        """The current state of queue, batch and cache, and the speed."""
+        """A snapshot of queue, batch, KV cache and speed. Any thread may call it."""
         return self._loop.stats()
 
     @property
     def history(self) -> list[Step]:
-        """The last steps: which tokens of which request ran, and how long it took."""
+        """The last 4096 steps (forward passes), oldest first: which tokens of which request ran, and how long it took."""
         return list(self._loop.counters.history)
 
     def forget_prefixes(self) -> None:
-        """Drop what no request is using from the prefix cache."""
+        """Empty the prefix cache, except for pages that running requests use. Any thread may call it."""
         with self._loop._lock:
             self._blocks.forget()
 
     def make_request(self, prompt: Prompt, config: GenerationConfig, deliver: Callable[[Any], None]) -> Request:
+        """Create a request for `Loop.submit`.
+
+        Args:
+            deliver: called with each EngineOutput, or with the exception that ended the request, in the thread that runs the step.
+        """
         state = GenerationState(prompt, config, stop_tokens(self.model, config))
         request = Request(prompt, state, deliver)
-        # If rotary frequencies change with the total length, equal prefixes have different keys.
+        # Rope scalings such as dynamic NTK depend on the total length: beyond the limit, equal prefixes have different keys.
         limits = [rope.limit for rope in self._config.ropes if rope is not None and rope.limit is not None]
         request.shareable = all(len(prompt) + config.max_new_tokens <= limit for limit in limits)
         return request
@@ -215,11 +230,16 @@ class NumbaEngine(Engine):
     def prefill_packed(self, prompts: Sequence[Prompt], max_tokens: int = 2048) -> list[torch.Tensor]:
         """Run several prompts packed end to end, without padding, as planned by `plan_batch(prompts, max_tokens)`.
 
+        They run in the calling thread and in KV pages of their own, without scheduler and prefix cache.
+
+        Args:
+            max_tokens: tokens per forward pass.
+
         Returns:
             for each prompt the hidden state of its last token after the final norm, `[hidden]`, which predicts the first new token.
 
         Raises:
-            PromptError: a prompt cannot run; in this case none has run.
+            PromptError: a prompt cannot run, or a bidirectional range is longer than `max_tokens`; no prompt has run.
         """
         for prompt in prompts:
             self.check(prompt)

@@ -29,10 +29,11 @@ class _Kept:
 
 
 class IncrementalTrace:
-    """Traces one prompt after another on a Numba engine; only tokens from the first change on are computed.
+    """Traces one prompt after another on a Numba engine; only tokens from the first difference to the previous prompt on are computed.
 
-    One run is kept: keys and values of all layers, and the residual stream. Results equal those of `engine.trace` up to rounding
-    (matrix products of other sizes round differently); tokens before the change are bit-identical to the previous run.
+    Keys and values of all layers and the residual stream of the last run are kept in memory. Results equal those of `engine.trace`
+    up to rounding (matrix products of other sizes round differently); tokens before the change are bit-identical to the previous
+    run. Not thread-safe.
     """
 
     def __init__(self, engine: NumbaEngine) -> None:
@@ -43,10 +44,13 @@ class IncrementalTrace:
         self._pages: KVPages | None = None
 
     def trace(self, prompt: Prompt, progress: Progress | None = None) -> Trace:
-        """Trace the residual stream after every layer, the final norm, and logits of the last token only (`[1, vocab]`).
+        """Trace `embed`, `layers.*` and `norm` for all tokens, and `logits` for the last token only (`[1, vocab]`).
+
+        Args:
+            progress: called with the fraction of taps done. If it raises, the run stops, and the next one computes all tokens.
 
         Raises:
-            EmbeddingRangeError, PromptError, TraceError: as in `engine.trace`; the kept run stays valid.
+            EmbeddingRangeError, PromptError, TraceError: as in `engine.trace`; the previous run stays usable.
         """
         engine = self.engine
         engine.check(prompt)
@@ -66,7 +70,7 @@ class IncrementalTrace:
         if pages is None or pages.pages < count:
             start, pages = 0, decoder.new_pages(count, size)
             self._pages = pages
-        before, self._kept = self._kept, None  # if this run is stopped, nothing is kept
+        before, self._kept = self._kept, None  # a stopped run leaves pages that are only partly written: keep nothing
         if before is not None and start == length:  # the last token must run, for its logits
             start = int(_first_affected(now.key_stop, length - 1))
         request.pages = list(range(count))
@@ -95,7 +99,7 @@ class IncrementalTrace:
 
 def _same(now: _Kept, before: _Kept | None) -> int:
     """The number of leading tokens whose hidden states are the same as before."""
-    # Another length may change the rotary frequencies (dynamic NTK), so all tokens are computed again.
+    # If the length differs, rotary frequencies may differ (dynamic NTK), so all tokens are computed again.
     if before is None or len(now.hidden) != len(before.hidden) or now.positions.shape != before.positions.shape:
         return 0
     changed = (now.hidden != before.hidden).any(dim=1).cpu() | (now.key_stop != before.key_stop)
@@ -106,6 +110,6 @@ def _same(now: _Kept, before: _Kept | None) -> int:
 
 
 def _first_affected(key_stop: torch.Tensor, changed: int) -> int:
-    """The first token that sees token `changed` or a later one: tokens of a bidirectional range run together."""
+    """The first token that attends to token `changed` or to a later one, which is possible inside a bidirectional range."""
     seeing = (key_stop[:changed] > changed).nonzero()
     return _first_affected(key_stop, int(seeing[0])) if len(seeing) else changed

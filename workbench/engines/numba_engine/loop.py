@@ -1,4 +1,4 @@
-"""The engine's thread: runs steps while there are requests, and ends when there are none."""
+"""The engine loop: schedules and runs steps while requests are queued or running, and delivers their outputs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,16 @@ from .stats import Counters, EngineStats, Step, StepChunk
 
 
 class Loop:
-    """Accepts requests from any thread and delivers their outputs as they are produced.
+    """Runs the engine's steps (one forward pass over a batch each), in a thread of its own or in a caller's (`step_alone`).
 
-    A step whose forward pass fails is run again, request by request, so that only the failing request ends.
+    Any thread may submit and abort requests. A request's outputs are passed to its `deliver` in the thread that runs the step. The
+    loop's thread is started on demand and ends when no request is left. If a forward pass fails, its requests run again one by one,
+    and only those that fail again end with an error.
+
+    Args:
+        runner: runs the forward passes.
+        pages: the KV cache.
+        scheduler: chooses the tokens of each step; only this class calls it.
     """
 
     def __init__(self, runner: ModelRunner, pages: KVPages, scheduler: Scheduler) -> None:
@@ -37,10 +44,10 @@ class Loop:
         _LOOPS.add(self)
 
     def submit(self, request: Request, alone: bool = False) -> None:
-        """Queue a request.
+        """Queue a request, and start the loop's thread if it is needed.
 
         Args:
-            alone: its consumer will call `step_alone` while it waits; no thread is needed as long as there is no other request.
+            alone: the consumer calls `step_alone` while it waits for outputs, so no thread is started unless other requests exist.
         """
         with self._lock:
             request.number = self._numbers
@@ -55,16 +62,19 @@ class Loop:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread permanently, after its current step."""
+        """End the loop's thread after its current step, and wait for it. It is not started again.
+
+        Requests that have not finished receive neither further outputs nor an error: end or cancel them first.
+        """
         self._stopping = True
         thread = self._thread
         if thread is not None:
             thread.join()
 
     def step_alone(self) -> bool:
-        """Run a step in the calling thread; return False if the engine's own thread runs the steps.
+        """Run one step in the calling thread; return False if the loop's own thread runs the steps, or if nothing is left to run.
 
-        Two threads that alternate in computing disturb each other's worker pools: a single request is faster without the second.
+        This makes a single request faster: two threads that compute alternately slow down each other's worker pools.
         """
         with self._step_lock:
             with self._lock:
@@ -73,7 +83,7 @@ class Loop:
             return self._one_step()
 
     def abort(self, request: Request) -> None:
-        """Drop a request and free its pages: at once if no step is running, else before the next one."""
+        """Drop a request and release its pages: immediately if no step is running, else before the next step. Any thread may call it."""
         request.aborted = True
         if self._step_lock.acquire(blocking=False):
             try:
@@ -83,7 +93,7 @@ class Loop:
                 self._step_lock.release()
 
     def stats(self) -> EngineStats:
-        """The current state of the engine."""
+        """A snapshot of queue, KV cache and counters."""
         counters = self.counters
         with self._lock:
             scheduler, blocks = self.scheduler, self.scheduler.blocks
@@ -114,7 +124,7 @@ class Loop:
                     return
 
     def _one_step(self) -> bool:
-        """Schedule and run a step; False if there is nothing to do, and then the engine's thread, if any, must end."""
+        """Schedule and run a step; return False if nothing is left to run. The loop's thread, if any, must then end."""
         began = time.perf_counter()
         chunks: list[ScheduledChunk] = []
         try:
@@ -124,7 +134,7 @@ class Loop:
                     self._thread = None
                     return False
             self._step(chunks, began)
-        except BaseException as error:  # an error in the engine itself: no consumer may wait forever
+        except BaseException as error:  # an error outside the forward pass: no consumer may wait forever
             scheduler = self.scheduler
             self._fail([chunk.request for chunk in chunks] or [*scheduler.running, *scheduler.waiting], error)
             if isinstance(error, KeyboardInterrupt):  # raised in the caller's thread
@@ -206,7 +216,7 @@ def _step_chunk(chunk: ScheduledChunk, decoding: bool) -> StepChunk:
     return StepChunk(request.number, chunk.start, chunk.stop, decoding, request.cached, ranges)
 
 
-# A thread that is still computing when the interpreter shuts down crashes the process.
+# All loops are stopped at exit: a thread that still computes while the interpreter shuts down would crash the process.
 _LOOPS: WeakSet[Loop] = WeakSet()
 
 

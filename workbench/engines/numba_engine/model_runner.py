@@ -1,4 +1,4 @@
-"""The model runner: packs scheduled chunks into a batch, runs the decoder, eagerly or as a CUDA graph, and reads the results."""
+"""The model runner: packs scheduled chunks into a batch, runs the decoder (eagerly or as a CUDA graph), and returns its results."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .decoder import Decoder, Tap
 from .request import Request
 from .rope import Rope, choose_axes
 
-_MAX_PINNED = 64 << 20  # bytes
+_MAX_PINNED = 64 << 20  # bytes of pinned memory for one copy
 
 
 class Chunk(NamedTuple):
-    """Tokens `[start, stop)` of a request."""
+    """Tokens `[start, stop)` of a request, to run in one forward pass."""
 
     request: Request
     start: int
@@ -27,7 +27,7 @@ class Chunk(NamedTuple):
 
 
 class ModelRunner:
-    """The only caller of the decoder.
+    """Owns the decoder and its CUDA graphs, and runs every forward pass.
 
     Attributes:
         decoder: weights and layers.
@@ -39,12 +39,12 @@ class ModelRunner:
         self.graphs: CUDAGraphRunner | None = None
 
     def capture_decode_steps(self, pages: KVPages) -> None:
-        """Replay decode steps over `pages` as CUDA graphs from now on, if this model and device can."""
+        """Replay decode steps over `pages` as CUDA graphs from now on, if this model, dtype and device support it."""
         if CUDAGraphRunner.supported(self.decoder, pages):
             self.graphs = CUDAGraphRunner(pages, self.decoder.context)
 
     def step(self, chunks: Sequence[Chunk], pages: KVPages) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Run one scheduled step.
+        """Run the forward pass of one scheduled step; keys and values are written into `pages`.
 
         Returns:
             for each chunk `(logits [rows, vocab], hidden [rows, hidden])` of its last token, or of all its tokens if the request wants
@@ -71,7 +71,12 @@ class ModelRunner:
         page_size: int,
         tap: Tap | None = None,
     ) -> list[torch.Tensor]:
-        """Run steps of (request number, start, stop) in separate pages, without scheduler or prefix cache.
+        """Run requests in newly allocated KV pages, without scheduler and prefix cache. Their `pages` are overwritten.
+
+        Args:
+            steps: for each forward pass its chunks, as (index into `requests`, start, stop).
+            page_size: tokens per page.
+            tap: as in `forward`.
 
         Returns:
             for each request the hidden states after the final norm of its last chunk, `[tokens, hidden]`.
@@ -94,7 +99,8 @@ class ModelRunner:
         """Run the chunks' tokens through all layers; their keys and values are written into `pages`.
 
         Args:
-            tap: called as `tap(name, state)` at every tap; it must copy what it keeps.
+            tap: called as `tap(name, state)` with every named hidden state `[tokens, width]`; it must copy what it keeps. With a
+                tap the pass runs eagerly.
 
         Returns:
             `[tokens, hidden]` after the final norm; valid until the next call.
@@ -105,7 +111,7 @@ class ModelRunner:
 
     @torch.no_grad()
     def run_batch(self, batch: Batch, pages: KVPages, tap: Tap | None = None) -> torch.Tensor:
-        """`forward` for a batch that is already built; fault injection changes batches here."""
+        """`forward` for a batch that is already built. Separate so that fault injection can change the batch (`faults/inject.py`)."""
         config = self.decoder.config
         inputs = DecoderInputs(
             hidden=batch.hidden,

@@ -1,7 +1,7 @@
-"""A decoder's operations other than splice and attention, by device and dtype.
+"""A decoder's operations other than splice and attention (linear layers, norms, rotation), by device and dtype.
 
-In float32 on the CPU: kernels of `range_kernels`, whose rows do not depend on the batch. Otherwise: torch's, whose rounding may
-depend on how many rows run together.
+In float32 on the CPU they are kernels of `range_kernels`, in which no bit of a row depends on the other rows. Otherwise they are
+torch's, whose rounding may depend on how many rows run together.
 """
 
 from __future__ import annotations
@@ -14,21 +14,24 @@ from range_kernels import ops as layers
 
 
 class Linear(Protocol):
-    """`x [rows, inputs] -> [rows, outputs]`; `weight` `[outputs, inputs]` and `bias` can be read and set."""
+    """A linear layer, `[rows, inputs] -> [rows, outputs]`; `weight` `[outputs, inputs]` and `bias` `[outputs]` can be read and set."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
     def of_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        """This map applied to `Operations.norm`."""
+        """`self(norm(x, weight, epsilon))`: the RMSNorm and the linear layer after it, which may be one kernel."""
 
     def of_gate(self, both: torch.Tensor, gelu: bool) -> torch.Tensor:
-        """This map applied to `activation(gate) * up`, with `both` `[rows, gate and up]`; SiLU, or tanh-approximated GELU."""
+        """`self(activation(gate) * up)`, with gate and up side by side in `both` `[rows, 2 * inputs]`.
+
+        The activation is tanh-approximated GELU if `gelu`, else SiLU.
+        """
 
 
 class Operations(Protocol):
-    """The operations of one device and dtype."""
+    """The operations for one device and dtype."""
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear: ...
 
@@ -40,7 +43,7 @@ class Operations(Protocol):
 
 
 class CpuOperations:
-    """float32 on the CPU."""
+    """Kernels of `range_kernels`, for float32 on the CPU."""
 
     linear = staticmethod(layers.Linear)
     norm = staticmethod(layers.rms_norm)
@@ -48,7 +51,7 @@ class CpuOperations:
 
 
 class TorchLinear:
-    """torch's matrix product."""
+    """A linear layer by torch's matrix product."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
@@ -65,7 +68,7 @@ class TorchLinear:
 
 
 class TorchOperations:
-    """Any dtype and device; norms and rotations run in float32."""
+    """torch's operations, for any dtype and device; norms and rotations are computed in float32 and rounded to the dtype."""
 
     linear = staticmethod(TorchLinear)
 

@@ -18,11 +18,14 @@ class Request:
     """A prompt and the tokens generated after it.
 
     Attributes:
-        pages: pages with its keys and values, in order.
+        pages: numbers of the KV pages with its keys and values, in token order.
         computed: number of tokens whose keys and values are in the pages.
-        shareable: whether its keys and values are those of any prompt with the same prefix.
-        generation: state of its generation, None for a run that only reads states.
-        deliver: called with each output, or with the error that ended the request.
+        shareable: whether its pages may be shared with requests that have the same prefix; False if its keys also depend on its
+            total length (some rope scalings).
+        generation: state of its generation; None if only hidden states are read.
+        deliver: called with each EngineOutput, or with the exception that ended the request, in the thread that runs the step.
+        aborted: the request is dropped before the next step; set from any thread.
+        number: its number in the order of arrival; -1 until it is submitted.
     """
 
     def __init__(
@@ -49,21 +52,21 @@ class Request:
         self._keys: list[bytes] = []
 
     def __len__(self) -> int:
-        """The number of known tokens: the prompt's and the generated ones."""
+        """The number of tokens: the prompt's and those generated so far."""
         return len(self.prompt) + len(self._generated)
 
     @property
     def decoding(self) -> bool:
-        """Whether only one generated token is left to compute."""
+        """Whether its next step is a decode step: all tokens but the last generated one are computed."""
         return bool(self._generated) and len(self) - self.computed == 1
 
     @property
     def wants_prompt_states(self) -> bool:
-        """Whether the states of all its prompt's tokens are still to be delivered."""
+        """Whether the states of all prompt tokens are requested and not yet delivered."""
         return self.generation is not None and self.generation.wants_all_states and self.generation.num_generated == 0
 
     def append_token(self, token: int) -> None:
-        """Append a generated token."""
+        """Append a generated token, which the next step computes."""
         self._generated.append(token)
 
     def generated(self, start: int, stop: int) -> list[int] | None:
@@ -72,7 +75,10 @@ class Request:
         return self._generated[start - length : stop - length] if start >= length else None
 
     def embed(self, table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Hidden state 0 of tokens `[start, stop)`, the first of which is in the prompt; ranges are clipped to the chunk."""
+        """Hidden state 0 of tokens `[start, stop)`, as `[tokens, hidden]`: looked up in `table` `[vocab, hidden]`, with items spliced in.
+
+        `start` must be in the prompt; embedding ranges are clipped to the chunk.
+        """
         length = len(self.prompt)
         within = min(stop, length)
         prompt = self.prompt
@@ -82,7 +88,10 @@ class Request:
         return rows if stop <= length else torch.cat([rows, table[self._generated[: stop - length]]])
 
     def positions(self, start: int, stop: int) -> torch.Tensor:
-        """Rotary positions, `[..., tokens]`: generated tokens continue after the prompt's largest."""
+        """Rotary positions of tokens `[start, stop)`, int64 `[tokens]`, or `[3, tokens]` for prompt tokens with M-RoPE positions.
+
+        Generated tokens continue from the prompt's largest position.
+        """
         length = len(self.prompt)
         after = torch.from_numpy(np.arange(max(start, length), max(stop, length)) + (self._next_position - length))
         if start >= length:
@@ -90,15 +99,23 @@ class Request:
         return torch.cat([self._positions[..., start:stop], after.expand(*self._positions.shape[:-1], -1)], dim=-1)
 
     def key_stop(self, start: int, stop: int) -> np.ndarray:
-        """End of the keys that each token sees, `[tokens]`."""
+        """For each token of `[start, stop)` the end (exclusive) of the keys that it attends to, `[tokens]`."""
         return np.concatenate([self._key_stop[start:stop], np.arange(max(start, len(self.prompt)), stop) + 1])
 
     def rope_lengths(self, start: int, stop: int) -> torch.Tensor:
-        """Length of the request when each token was its last one, but at least the prompt's length."""
+        """For each token of `[start, stop)` the sequence length that its rotary frequencies are chosen by, int64 `[tokens]`.
+
+        It is the number of tokens up to and including it, but at least the prompt's length, as in Transformers, which runs the
+        prompt at once. Only rope scalings that depend on the length use it (dynamic NTK, LongRoPE).
+        """
         return torch.arange(start + 1, stop + 1).clamp(min=len(self.prompt))
 
     def deepstack(self, start: int, stop: int) -> list[tuple[int, torch.Tensor]]:
-        """(offset from `start`, `[levels, rows, hidden]`) of each item with features for the first layers."""
+        """Deepstack features (added to hidden states after the first layers) of the items in tokens `[start, stop)`.
+
+        Returns:
+            for each such item, clipped to the chunk: the offset of its first row from `start`, and `[levels, rows, hidden]`.
+        """
         found = []
         for levels, (first, last) in zip(self.prompt.deepstack, self.prompt.embedding_ranges, strict=False):
             a, b = max(first, start), min(last, stop)
@@ -107,16 +124,17 @@ class Request:
         return found
 
     def cut(self, wanted: int) -> tuple[int, int]:
-        """Where a chunk may end: the last index up to `wanted` (`computed` if there is none), and the first one from `wanted` on.
+        """Return the two allowed ends of a chunk next to index `wanted`: the last one at or before it, the first one at or after it.
 
-        A chunk never ends inside a bidirectional range, whose tokens see each other and so must run together.
+        A chunk never ends inside a bidirectional range, whose tokens attend to each other and so must run in one step. If no
+        allowed end lies between `computed` and `wanted`, the first number is `computed` (an empty chunk).
         """
         first = last = min(wanted, len(self))
         if 0 < first < len(self.prompt) and self._key_stop[first - 1] > first:  # inside a bidirectional range
             last = int(self._key_stop[first - 1])
             outside = np.flatnonzero(self._key_stop[:first] <= first)
             first = int(outside[-1]) + 1 if len(outside) else 0
-            # All tokens of the range see past `first`, so the last token that does not is the one right before the range.
+            # All tokens of the range attend to keys past `first`, so the last token that does not is right before the range.
         return max(first, self.computed), last
 
     def keys(self, count: int, page_size: int) -> list[bytes]:

@@ -17,14 +17,14 @@ KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proporti
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """Angles per position, and how they change with the length of a sequence.
+    """One rotary embedding: the frequency of each channel pair, and how it changes with the length of the sequence.
 
     Attributes:
-        frequencies: float64 `[pairs]`, radians per position.
+        frequencies: float64 `[pairs]`, radians per position, for sequences of up to `limit` tokens.
         scaling: factor on cosines and sines (YaRN, LongRoPE).
         interleaved: whether a pair is two adjacent channels (GLM) or two channels half the rotated dimension apart.
-        limit: sequences longer than this use other frequencies; None if the length does not matter.
-        parameters: what `of_length` needs to return these.
+        limit: number of tokens above which other frequencies apply (dynamic NTK, LongRoPE); None if the length does not matter.
+        parameters: from which `of_length` computes the frequencies above `limit`.
     """
 
     frequencies: torch.Tensor
@@ -34,7 +34,7 @@ class Rope:
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def of_length(self, length: int) -> torch.Tensor:
-        """The frequencies for a sequence of `length` tokens."""
+        """The frequencies for a sequence of `length` tokens, float64 `[pairs]`."""
         if self.limit is None or length <= self.limit:
             return self.frequencies
         if self.parameters["rope_type"] == "longrope":
@@ -42,9 +42,13 @@ class Rope:
         return _dynamic(self.parameters, length)
 
     def rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, float32 `[..., pairs]` for `positions` `[...]`; `lengths` `[...]` are the lengths of their sequences.
+        """Cosines and sines (times `scaling`), float32 `[..., pairs]`.
 
-        Angles are computed in float64, since positions grow large, and one by one, so that each is independent of its neighbours.
+        Angles are computed in float64, since positions grow large, and one by one, so that no result depends on the batch.
+
+        Args:
+            positions: integers `[..., tokens]`, on the CPU.
+            lengths: `[tokens]`, the sequence length by which each token's frequencies are chosen.
         """
         cosine = np.empty((*positions.shape, len(self.frequencies)), np.float32)
         sine = np.empty_like(cosine)
@@ -78,9 +82,15 @@ def read_rope(
     interleaved: bool = False,
     layer_type: str | None = None,
 ) -> Rope:
-    """Read the rotary embedding of a configuration, of one `layer_type` if layers differ (Gemma 3).
+    """Read the rotary embedding from a text configuration.
 
     Formulas: `modeling_rope_utils` of Transformers 5, which cites the papers.
+
+    Args:
+        name: the model's name, for error messages.
+        partial: whether this family applies `partial_rotary_factor`, so that only the first channels of a head rotate.
+        interleaved: whether a pair is two adjacent channels.
+        layer_type: for models whose layers differ (Gemma 3), the kind of layer to read it for.
 
     Raises:
         ModelError: a kind of scaling, or a combination, that this engine does not support.
@@ -123,7 +133,7 @@ def read_rope(
 
 
 def _llama3(frequencies: torch.Tensor, rope: dict, context: int) -> torch.Tensor:
-    """Llama 3.1's scaling: long waves are slowed by `factor`, short ones kept, those in between blended by wavelength."""
+    """Llama 3.1's scaling: frequencies of long wavelengths are divided by `factor`, of short ones kept, between them interpolated."""
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     waves_in_context = context * frequencies / (2 * math.pi)
     blend = ((waves_in_context - low) / (high - low)).clamp(0.0, 1.0)
@@ -140,7 +150,10 @@ def _dynamic(parameters: dict[str, Any], length: int) -> torch.Tensor:
 def _yarn(
     frequencies: torch.Tensor, rope: dict, base: float, context: int, original: int
 ) -> tuple[torch.Tensor, float]:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): short waves are kept, long ones slowed, and scores scaled."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): return the frequencies, and the factor on cosines and sines.
+
+    Frequencies of short wavelengths are kept, of long ones divided by `factor`, and interpolated between them.
+    """
     factor = rope.get("factor") or context / original
     dim = 2 * len(frequencies)
 
@@ -166,7 +179,7 @@ def _yarn(
 
 
 def _longrope(frequencies: torch.Tensor, rope: dict, context: int, original: int, interleaved: bool) -> Rope:
-    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): one factor per pair, others once a sequence exceeds the original context."""
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753): each frequency has two factors, the second for sequences above `original` tokens."""
     factor = rope.get("factor") or context / original
     scaling = rope.get("attention_factor")
     if scaling is None:
@@ -178,10 +191,13 @@ def _longrope(frequencies: torch.Tensor, rope: dict, context: int, original: int
 
 
 def choose_axes(states: torch.Tensor, sections: tuple[int, ...], interleaved: bool) -> torch.Tensor:
-    """M-RoPE (Wang et al. 2024, arXiv:2409.12191): choose the axis that rotates each pair, from `[3, tokens, pairs]`.
+    """M-RoPE (Wang et al. 2024, arXiv:2409.12191): reduce cosines or sines of three axes, `[3, tokens, pairs]`, to `[tokens, pairs]`.
 
-    The axes are time, height and width. They form consecutive sections (Qwen2-VL), or are interleaved, with the remaining pairs
-    rotated by time (Qwen3-VL).
+    Each pair is rotated by one axis: time, height or width. The pairs of an axis are consecutive (Qwen2-VL) or interleaved, with
+    the remaining pairs rotated by time (Qwen3-VL).
+
+    Args:
+        sections: number of pairs per axis.
     """
     if not interleaved:
         parts = states.split(list(sections), dim=-1)

@@ -1,11 +1,11 @@
 """Which tokens of which requests run in the next step: continuous batching with chunked prefill.
 
-    waiting --admit (pages for the whole prompt, shared prefix taken)--> running --finish--> gone
-       ^-------------------------- preempt (no page left) -------------------|
+    waiting --admit (take the cached prefix and pages for the rest)--> running --finish--> removed
+       ^-------------------------- preempt (no page left) -----------------|
 
 Each step runs one token of every request that is decoding, then prompts in order of arrival, cut to the rest of the token budget
-(Yu et al. 2022, Orca; Agrawal et al. 2023, arXiv:2308.16369). The first prompt of a step always advances, however small the
-budget, and a bidirectional range runs whole, so no request starves.
+(Yu et al. 2022, Orca; Agrawal et al. 2023, arXiv:2308.16369). The first prompt of a step always advances by at least one token, or
+by a whole bidirectional range even if that exceeds the budget, so no request starves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .request import Request
 
 @dataclass(frozen=True)
 class ScheduledChunk:
-    """Tokens `[start, stop)` of a request."""
+    """Tokens `[start, stop)` of a request, to run in the next step."""
 
     request: Request
     start: int
@@ -27,17 +27,22 @@ class ScheduledChunk:
 
     @property
     def last(self) -> bool:
-        """Whether the next token can be chosen after this chunk."""
+        """Whether it ends with the request's last token, so that its logits predict the next one."""
         return self.stop == len(self.request)
 
 
 class Scheduler:
-    """Runs requests in order of arrival; if pages run out, the youngest is preempted and keeps its generated tokens.
+    """Chooses which tokens run in each step, and assigns KV pages to requests. Not thread-safe: `Loop` guards it by a lock.
+
+    Requests are admitted in order of arrival. If pages run out, the request admitted last is preempted: its generated tokens are
+    kept, and its keys and values are computed again later.
 
     Args:
+        blocks: the owner of the KV cache's pages.
+        page_size: tokens per page.
         max_batch_size: requests that run at once.
         max_tokens: token budget of a step.
-        share_prefixes: whether pages of equal content are shared.
+        share_prefixes: whether requests with an equal prefix share its pages.
     """
 
     def __init__(
@@ -50,7 +55,7 @@ class Scheduler:
         self.preemptions = 0
 
     def add(self, request: Request) -> None:
-        """Queue a request."""
+        """Append a request to the waiting queue."""
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
@@ -62,7 +67,10 @@ class Scheduler:
         self._release(request)
 
     def schedule(self) -> list[ScheduledChunk]:
-        """The chunks of the next step; empty if no request is waiting or running."""
+        """Choose the chunks of the next step; empty if no request is waiting or running.
+
+        Removes aborted requests, admits waiting ones, takes pages, and preempts requests if no page is left.
+        """
         for request in [each for each in (*self.running, *self.waiting) if each.aborted]:
             self.finish(request)
         chunks = []
@@ -86,7 +94,7 @@ class Scheduler:
         return chunks
 
     def advance(self, chunk: ScheduledChunk) -> None:
-        """Record a chunk as computed; pages that it filled can be shared from now on."""
+        """Record a chunk as computed, and register the pages that it completed in the prefix cache."""
         request = chunk.request
         request.computed = chunk.stop
         if self.share_prefixes and request.shareable:
@@ -96,7 +104,10 @@ class Scheduler:
                 self.blocks.register(request.pages[number], key)
 
     def _add_chunk(self, request: Request, budget: int, chunks: list[ScheduledChunk], must: bool) -> int:
-        """Add the next chunk of a prompt; return its number of tokens."""
+        """Append the next chunk of a prompt, of at most `budget` tokens, to `chunks`; return its number of tokens (0: none fits).
+
+        With `must` a chunk is added in any case, the shortest possible one if none fits.
+        """
         start = request.computed
         before, after = request.cut(start + max(budget, 1 if must else 0))
         stop = before if before > start else after if must else start
@@ -105,7 +116,7 @@ class Scheduler:
         return stop - start
 
     def _admit(self, request: Request) -> bool:
-        """Take the cached prefix and pages for the rest; take nothing and return False if there are too few."""
+        """Take the pages of the cached prefix and pages for the rest; take nothing and return False if too few are available."""
         needed = -(-len(request) // self.page_size)
         shared: list[int] = []
         usable = self.share_prefixes and request.shareable and not request.wants_prompt_states

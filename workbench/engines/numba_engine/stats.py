@@ -15,11 +15,13 @@ class EngineStats:
         waiting, running: numbers of requests.
         pages, pages_used, pages_known: pages of the KV cache: all, in use by requests, of known content (used or not).
         page_size: tokens per page.
-        prefix_hits, prefix_misses: prompt tokens found in the cache, and not found; hits are tokens that were not computed again.
+        prefix_hits, prefix_misses: prompt tokens found in the prefix cache (so not computed again), and not found.
         evictions: pages of known content evicted to make space; preemptions: how often a request was preempted.
+        finished: requests that ended by a stop token or `max_new_tokens`.
         prompt_tokens, new_tokens: tokens computed in prefills and in decode steps.
         tokens_per_second: new tokens per second, over the last seconds of work.
-        steps, step_seconds, model_seconds: number of steps, their total time, and the part of it spent in the model.
+        steps, step_seconds, model_seconds: number of steps (forward passes), their total time in seconds, and the part of it spent in
+            the model.
     """
 
     waiting: int
@@ -51,9 +53,10 @@ class StepChunk:
     """Tokens `[start, stop)` of one request in one step.
 
     Attributes:
-        request: its number, in the order of arrival.
-        cached: tokens of its prompt that came from the prefix cache.
-        ranges: its embedding ranges, clipped to this chunk.
+        request: the request's number, in the order of arrival.
+        decoding: whether this is the request's newest generated token (a decode step), not a part of a prefill.
+        cached: tokens of the request that came from the prefix cache.
+        ranges: the request's embedding ranges, clipped to this chunk.
     """
 
     request: int
@@ -69,7 +72,13 @@ class StepChunk:
 
 @dataclass(frozen=True)
 class Step:
-    """One step: what ran, when it began (seconds since the engine's start) and how long it took."""
+    """One step (forward pass) of the engine.
+
+    Attributes:
+        began: seconds from the engine's start to the beginning of the step.
+        seconds, model_seconds: duration of the step, and of the model's part of it.
+        pages_used: KV pages in use by requests.
+    """
 
     chunks: tuple[StepChunk, ...]
     began: float
@@ -79,7 +88,7 @@ class Step:
 
 
 class Counters:
-    """Totals over all steps, and the last `kept` steps."""
+    """Totals over all steps, and a history of the last `kept` steps."""
 
     def __init__(self, kept: int = 4096) -> None:
         self.started = time.perf_counter()
@@ -88,7 +97,7 @@ class Counters:
         self.step_seconds = self.model_seconds = 0.0
 
     def add(self, step: Step) -> None:
-        """Count a step."""
+        """Add a step to totals and history."""
         self.history.append(step)
         self.steps += 1
         self.step_seconds += step.seconds
@@ -100,7 +109,7 @@ class Counters:
                 self.prompt_tokens += len(chunk)
 
     def rate(self, seconds: float = 2.0) -> float:
-        """New tokens per second of work, over the last `seconds` of work."""
+        """New tokens per second, over the last `seconds` that were spent in steps; time without requests does not count."""
         tokens, worked = 0, 0.0
         for step in reversed(self.history):
             tokens += sum(len(chunk) for chunk in step.chunks if chunk.decoding)

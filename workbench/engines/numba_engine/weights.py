@@ -9,10 +9,13 @@ from ...models import Model
 from .architectures import DecoderConfig
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
+"""A weight `[outputs, inputs]` and its bias `[outputs]`, or None if it has none."""
 
 
 class TensorReader:
-    """Tensors of one checkpoint, checked against its configuration, on a device in a dtype.
+    """Reads a decoder's tensors from a checkpoint, checks their shapes against its configuration, and converts dtype and device.
+
+    The argument `at` of its methods is the prefix of a layer's tensor names, such as `layers.3.`.
 
     Raises:
         ModelError: a tensor is missing, has another shape, or exists although the configuration excludes it.
@@ -35,11 +38,11 @@ class TensorReader:
         return tensor.to(self.device, self.dtype)
 
     def table(self) -> torch.Tensor:
-        """The token embedding table `[vocab, hidden]` as stored."""
+        """The token embedding table `[vocab, hidden]`, without the family's embedding scale."""
         return self._get(f"{self.base}{self.config.names.table}.weight", self.config.vocab, self.config.hidden)
 
     def head(self, table: torch.Tensor) -> torch.Tensor:
-        """The output head `[vocab, hidden]`: the table if they are tied."""
+        """The output head `[vocab, hidden]`; if it is tied to the token embeddings, `table` itself."""
         model, ending = self.model, f"{self.config.names.head}.weight"
         heads = [name for name in model.weights if name == ending or name.endswith(f".{ending}")]
         tied = model.text_config.tie_word_embeddings or model.config.tie_word_embeddings
@@ -54,7 +57,7 @@ class TensorReader:
         return table if tied else head
 
     def norm(self, name: str) -> torch.Tensor:
-        """A norm's weights `[hidden]`, with the family's `norm_offset` added."""
+        """The weights `[hidden]` of the norm `name`, such as `layers.3.input_layernorm`, with the family's `norm_offset` added."""
         return self._norm(f"{self.base}{name}.weight", self.config.hidden)
 
     def _norm(self, name: str, width: int) -> torch.Tensor:
@@ -64,14 +67,14 @@ class TensorReader:
         return self.model.weights.get(name).to(self.device, torch.float32) + self.config.norm_offset
 
     def head_norms(self, at: str) -> torch.Tensor | None:
-        """Norms of queries and keys `[2, head_dim]`; None if the family has none."""
+        """Weights of the norms of queries and of keys, `[2, head_dim]`; None if the family has none."""
         if not self.config.head_norms:
             return None
         width = self.config.head_dim
         return torch.stack([self._norm(f"{self.base}{at}self_attn.{x}_norm.weight", width) for x in "qk"])
 
     def qkv(self, at: str) -> Pair:
-        """Queries, keys and values stacked: `[(q_heads + 2 kv_heads) * head_dim, hidden]`."""
+        """The projections to queries, keys and values, stacked: `[(heads + 2 * kv_heads) * head_dim, hidden]`, and their bias."""
         b, names = self.config, self.config.names
         queries, keys = b.heads * b.head_dim, b.kv_heads * b.head_dim
         if b.qkv == "separate":
@@ -90,16 +93,19 @@ class TensorReader:
         return torch.cat([part.reshape(-1, *rows.shape[1:]) for part in parts])
 
     def output(self, at: str) -> Pair:
+        """The output projection of attention, `[hidden, heads * head_dim]`, and its bias."""
         b = self.config
         return self._stack({at + b.names.output: b.hidden}, b.heads * b.head_dim, b.output_bias)
 
     def gate_up(self, at: str) -> Pair:
+        """The MLP's gate and up projections, stacked: `[2 * intermediate, hidden]`, and their bias."""
         b, names = self.config, self.config.names
         if b.fused_gate_up:
             return self._stack({at + names.gate_up: 2 * b.intermediate}, b.hidden, b.mlp_bias)
         return self._stack({at + names.gate: b.intermediate, at + names.up: b.intermediate}, b.hidden, b.mlp_bias)
 
     def down(self, at: str) -> Pair:
+        """The MLP's down projection, `[hidden, intermediate]`, and its bias."""
         b = self.config
         return self._stack({at + b.names.down: b.hidden}, b.intermediate, b.mlp_bias)
 

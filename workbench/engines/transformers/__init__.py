@@ -1,1 +1,1 @@
-"""Transformers as an engine: the reference, and the whole multimodal model."""
+"""Transformers as an engine: its language model as the reference for comparisons, and its whole multimodal model."""

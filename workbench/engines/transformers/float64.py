@@ -1,8 +1,8 @@
 """Make a Transformers model compute entirely in float64.
 
-`model.to(torch.float64)` is not enough: RMSNorm, rotary angles and some softmaxes cast explicitly to float32, so a "float64"
-model is off by 2e-8 to 2e-7 (SmolLM2-135M, 241 tokens), up to a tenth of the tolerance for a float32 engine. Inside
-`KeepFloat64` those casts go to float64, and `widen` recomputes the rotary frequencies, which are otherwise float32 numbers.
+`model.to(torch.float64)` is not enough: RMSNorm, rotary angles and some softmaxes cast explicitly to float32, so the states of
+such a model have relative errors of 2e-8 to 2e-7 (SmolLM2-135M, 241 tokens), up to a tenth of the tolerance for a float32 engine.
+Inside `KeepFloat64` those casts go to float64, and `widen` recomputes the rotary frequencies, which are otherwise float32 numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class KeepFloat64(TorchFunctionMode):
-    """Replaces float32 by float64 in every torch call."""
+    """A context in which every torch call that asks for float32 (`x.float()`, `dtype=torch.float32`) gets float64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.float:
@@ -23,14 +23,17 @@ class KeepFloat64(TorchFunctionMode):
 
 
 def widen(model: torch.nn.Module) -> torch.nn.Module:
-    """Convert weights to float64 and rebuild every rotary embedding with float64 frequencies. Run it in `KeepFloat64`."""
+    """Convert a model's weights to float64 in place, rebuild its rotary embeddings with float64 frequencies, and return it.
+
+    Its forward passes must run inside `KeepFloat64`.
+    """
     model = model.to(torch.float64)
     rebuild_rotary_embeddings(model)
     return model
 
 
 def rebuild_rotary_embeddings(model: torch.nn.Module) -> None:
-    """Replace every rotary embedding by one whose frequencies were computed in float64."""
+    """Replace every rotary embedding of a model, in place, by one whose frequencies were computed in float64."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if "inv_freq" in dict(child.named_buffers(recurse=False)) and hasattr(child, "config"):

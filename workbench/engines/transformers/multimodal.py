@@ -1,7 +1,7 @@
 """Transformers' whole multimodal model: it runs the vision tower itself and takes images, not embeddings.
 
-LMDeploy's PyTorch engine works like this since 0.6.5, but silently ignores `input_embeddings` and answers from the placeholders;
-this engine rejects them.
+LMDeploy's PyTorch engine has worked like this since 0.6.5, but silently ignores `input_embeddings` and generates from the
+placeholder tokens; this engine rejects them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from .reference import TransformersReference
 
 
 class TransformersMultimodal(TransformersReference):
-    """The whole multimodal model, with images as input."""
+    """Transformers' whole multimodal model as an engine; its prompts are `MultimodalPrompt`s with images or sounds.
+
+    Raises:
+        ModelError: the model has no vision or audio part, or cannot be loaded.
+    """
 
     def __init__(self, model: Model, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> None:
         if all(getattr(model.config, part, None) is None for part in ("vision_config", "audio_config")):
@@ -64,7 +68,14 @@ class TransformersMultimodal(TransformersReference):
             raise PromptError(f"the prompt has {placeholders} placeholders but no images: pass multimodal=[...]")
 
     def hidden(self, prompt: Prompt, cache: Any = None) -> torch.Tensor:
-        """Run the whole prompt with its images; return `[seq, hidden]` after the final norm."""
+        """Run the whole prompt with its images; return `[seq, hidden]` after the final norm.
+
+        Args:
+            cache: Transformers' KV cache, which the run fills; None for a run without one.
+
+        Raises:
+            PromptError: the images do not fit the placeholders.
+        """
         groups = prompt.multimodal if isinstance(prompt, MultimodalPrompt) else ()
         ids = torch.tensor([prompt.input_ids], device=self.device)
         taken = inspect.signature(self.network.model.forward).parameters

@@ -1,7 +1,7 @@
-"""The reference: Transformers' own model, given the spliced embeddings as `inputs_embeds`.
+"""The reference that other engines are compared with: Transformers' own model, with the spliced embeddings as `inputs_embeds`.
 
-It splices by slice assignment into looked-up rows, computes attention with a dense mask if spans are bidirectional, and
-shares no code with the Numba engine except the sampler.
+It splices by slice assignment into looked-up rows, and passes a dense attention mask if spans are bidirectional. It shares no
+code with the Numba engine except the sampler.
 """
 
 from __future__ import annotations
@@ -33,7 +33,19 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 class TransformersReference(Engine):
-    """Transformers' model in a chosen dtype; float64 is float64 in every operation (see `float64.py`)."""
+    """Transformers' model as an engine. In float64 every operation is computed in float64 (see `float64.py`).
+
+    On the CPU, large weights are read from the checkpoint layer by layer during each run (see `streamed_weights.py`). Forward passes
+    of several threads run one at a time.
+
+    Args:
+        dtype: "float64", "float32", "bfloat16" or "float16".
+        device: "cpu" or "cuda".
+
+    Raises:
+        ModelError: Transformers cannot load the model, tensors are missing, or the device is not available.
+        ValueError: another dtype.
+    """
 
     def __init__(self, model: Model, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> None:
         super().__init__()
@@ -51,7 +63,7 @@ class TransformersReference(Engine):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that stay in memory between runs; 0 if weights are read on demand."""
+        """Bytes of weights that stay in memory between runs; 0 if they are streamed from the checkpoint."""
         parameters = (parameter for parameter in self.network.parameters() if parameter.device.type != "meta")
         return sum(parameter.nbytes for parameter in parameters)
 
@@ -88,7 +100,7 @@ class TransformersReference(Engine):
         )
 
     def precision(self) -> contextlib.AbstractContextManager:
-        """The context in which a forward pass keeps the engine's dtype."""
+        """A context manager for forward passes: in it, Transformers' casts to float32 stay in float64 if that is the dtype."""
         return KeepFloat64() if self.dtype is torch.float64 else contextlib.nullcontext()
 
     def run_generation(
@@ -104,11 +116,16 @@ class TransformersReference(Engine):
         samples: int = 4,
         progress: Progress | None = None,
     ) -> list[Trace]:
-        """Return traces whose distances from the float64 run measure the rounding error of this prompt in this dtype.
+        """Run the prompt `samples` times in this dtype; the traces' errors against a float64 run are its noise floor.
 
-        The first is the plain run. The others start from a hidden state 0 perturbed by random rounding errors, one unit
-        roundoff per element: if a state is ill-conditioned (a sum that nearly cancels, mostly in the tokens with massive
-        activations), a single run may be accurate by luck; several runs are not.
+        The first run is unperturbed. In the others, each element of hidden state 0 gets a random relative error of about one
+        unit roundoff. They are needed for ill-conditioned states (sums that nearly cancel, mostly at tokens with massive
+        activations), at which a single run may be accurate by chance.
+
+        Args:
+            taps, positions: as for `trace`.
+            samples: number of runs, at least 1.
+            progress: called with the completed fraction of all runs; an exception that it raises stops them.
         """
         with self._lock:
             traces = [self.trace(prompt, taps, positions, progress=part(progress, 0.0, 1 / samples))]
@@ -159,7 +176,7 @@ class TransformersReference(Engine):
             sink("logits", self.head(hidden[rows]))
 
     def hidden(self, prompt: Prompt, cache=None) -> torch.Tensor:
-        """Run the whole prompt; return `[seq, hidden]` after the final norm."""
+        """Run the whole prompt; return `[seq, hidden]` after the final norm. `cache`: Transformers' KV cache to fill, or None."""
         with self.precision():
             return self.decoder(
                 inputs_embeds=self.splice(prompt)[None],
@@ -171,7 +188,7 @@ class TransformersReference(Engine):
             ).last_hidden_state[0]
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[tokens, hidden]` after the final norm -> logits `[tokens, vocab]`."""
+        """Apply the head, and the softcap if the model has one: `[tokens, hidden]` after the final norm -> `[tokens, vocab]`."""
         with self.precision():
             logits = self.network.get_output_embeddings()(hidden)
             # Gemma models cap the logits after the head.
@@ -187,7 +204,7 @@ class TransformersReference(Engine):
             return self.head(states if normed else self._norm(states))
 
     def splice(self, prompt: Prompt) -> torch.Tensor:
-        """Hidden state 0, `[seq, hidden]`: look up, then assign each item to its slice."""
+        """Hidden state 0, `[seq, hidden]`: token embeddings, with each item assigned to its range; perturbed for `noise_floor`."""
         ids = torch.tensor(prompt.lookup_ids, device=self.device)
         state = self.network.get_input_embeddings()(ids).clone()
         for item, (start, stop) in zip(prompt.input_embeddings, prompt.embedding_ranges, strict=True):
@@ -202,7 +219,7 @@ class TransformersReference(Engine):
         return positions.to(self.device)
 
     def _deepstack(self, prompt: Prompt) -> dict[str, Any]:
-        """Extra arguments of Qwen3-VL's decoder: where the images are, and what each early layer adds there."""
+        """Extra arguments of Qwen3-VL's decoder: the positions of image tokens, and the features that each early layer adds there."""
         if not prompt.deepstack:
             return {}
         inside = torch.zeros((1, len(prompt)), dtype=torch.bool)
@@ -217,10 +234,10 @@ class TransformersReference(Engine):
         }
 
     def _mask(self, prompt: Prompt) -> torch.Tensor | dict[str, torch.Tensor] | None:
-        """None if causal, else additive `[1, 1, seq, seq]`: (causal or inside one bidirectional span) and inside the window.
+        """None if all spans are causal, else an additive mask `[1, 1, seq, seq]`, or one mask for each kind of layer.
 
-        A model with several kinds of layers gets one mask per kind. Transformers also limits spans to the window
-        (`create_sliding_window_causal_mask`); in vLLM a span may extend beyond it.
+        A token attends to a key if the key is not later or in the same bidirectional span, and inside the layer's window.
+        Transformers also limits spans to the window (`create_sliding_window_causal_mask`); in vLLM a span may extend beyond it.
         """
         if not prompt.bidirectional_ranges:
             return None
@@ -255,20 +272,21 @@ _AFTER_MLP = {"post_feedforward_layernorm": "post_feedforward_layernorm", "post_
 def _last(layer: torch.nn.Module, part: torch.nn.Module, norms: dict[str, str]) -> torch.nn.Module:
     """The module whose output is added to the residual stream: `part`, or the norm after it if the layer has one.
 
-    `norms`: if the layer has a module named like a key, the value is the name of the norm (Gemma 2's post_attention_layernorm is
-    one; Llama's module of that name is the norm before the MLP).
+    `norms` maps the name of a module that only layers with such a norm have to the norm's name. The norm's own name is not enough:
+    post_attention_layernorm follows attention in Gemma 2, but precedes the MLP in Llama.
     """
     return next((getattr(layer, norm) for marker, norm in norms.items() if hasattr(layer, marker)), part)
 
 
 class _Run:
-    """One request: Transformers' KV cache and the position of the next token."""
+    """The forward passes of one request (`sampling.Run`), with Transformers' KV cache and the position of the next token."""
 
     def __init__(self, engine: TransformersReference, prompt: Prompt) -> None:
         from transformers import DynamicCache
 
         self.engine, self.prompt = engine, prompt
-        self.cache = DynamicCache()  # given the config, it drops keys for a sliding_window that the model does not use
+        # Without the config: with it, the cache drops keys outside a sliding_window even if the model does not use the window.
+        self.cache = DynamicCache()
         positions = engine._positions(prompt)
         self.axes = positions.shape[:-1]  # M-RoPE has three
         self.next_position = int(positions.max()) + 1
@@ -294,7 +312,7 @@ class _Run:
 
 
 _RESIDENT_BYTES = 1 << 28
-"""A larger reference reads weights when a layer runs, if the checkpoint allows it."""
+"""If a reference on the CPU has more bytes of weights, they are streamed from the checkpoint, provided that its layout allows it."""
 
 
 def _load(model: Model, dtype: torch.dtype, device: torch.device) -> Any:
@@ -345,7 +363,7 @@ def _resident(model: Model, dtype: torch.dtype) -> Any:
         raise ModelError(f"Transformers cannot load {model.name!r} from {model.path}: {error}") from error
     network, loaded = pair
     lacking = sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]]))
-    if lacking:  # Transformers would fill them with random numbers and go on
+    if lacking:  # Transformers would only warn, and fill them with random numbers
         raise ModelError(
             f"{model.path} lacks {len(lacking)} tensors that {model.name!r} needs, or has them in another shape: "
             f"{', '.join(lacking[:3])}{' ...' * (len(lacking) > 3)}. Fetch the checkpoint again"

@@ -1,9 +1,9 @@
-"""Weights that are read when a module runs and dropped afterwards, so that a large reference needs memory for only one layer.
+"""Weights that are read from the checkpoint when a module runs and dropped afterwards: a large reference needs memory for one layer.
 
-    network on the meta device -> before a layer runs: map its tensors, cast them to the dtype of the run -> after it: drop them
+    network on the meta device -> before a layer runs: map its tensors, cast them to the engine's dtype -> after it: drop them
 
-Tensors come from the operating system's page cache, so if the model fits into it, a pass costs little more than with weights in
-memory.
+Tensors are memory-mapped: if the checkpoint fits into the operating system's page cache, a pass costs little more than with
+weights in memory.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class StreamedWeights:
     Args:
         network: Transformers' model; its decoder has `layers`.
         names: for every parameter its name in the checkpoint, from `checkpoint_names`.
-        dtype: the weights are cast to it, except the token embedding, whose rows are cast after the lookup, which is exact.
+        dtype: the dtype that weights are cast to; of the token embedding, only the looked-up rows are cast.
     """
 
     def __init__(self, network: Any, model: Model, names: dict[str, str], dtype: torch.dtype) -> None:
-        # Separate mappings, whose pages are released after use.
+        # Mappings of its own, so that releasing their memory after use does not affect `model.weights`.
         self._source = FolderSource(model.path)
         self._checkpoint = Checkpoint(self._source)
         self._names, self._dtype = names, dtype
         self._qualified = {module: name for name, module in network.named_modules()}
-        # Layers have equal shapes, so all are cast into the same buffers: the allocator would keep freed tensors of this size.
+        # All layers are cast into the same buffers, since their shapes are equal: the allocator would keep freed ones.
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         layers = list(network.get_decoder().layers)
         inside = {module for layer in layers for module in layer.modules()}
@@ -108,10 +108,10 @@ def _own_parameters(module: nn.Module) -> Iterator[str]:
 
 
 def checkpoint_names(network: Any, model: Model) -> dict[str, str] | None:
-    """Map every parameter of a network to its name in the checkpoint.
+    """Map the name of every parameter of a network to its name in the checkpoint.
 
-    None if Transformers must load the model: the checkpoint names or shapes its tensors differently, or the network is not a plain
-    stack of decoder layers.
+    Returns None if its weights cannot be streamed and Transformers must load the model: tensors have other names or shapes in the
+    checkpoint, or the network is not a plain stack of decoder layers.
     """
     decoder = network.get_decoder()
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):

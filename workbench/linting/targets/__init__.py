@@ -1,4 +1,4 @@
-"""What other engines do with a prompt, by version: accept it, reject it, shift rows, or silently ignore embeddings."""
+"""Rules, by engine and version, for what other engines do with a prompt: accept or reject it, shift rows, or ignore embeddings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RULES = {
 
 
 def effect(prompt: Prompt, target: Target, model: Model | None = None) -> Effect:
-    """Determine what `target` computes from `prompt`; with the model, widths and ids are checked too."""
+    """Predict by rules, without running anything, what `target` computes from `prompt`; with the model, widths and ids are checked too."""
     if not prompt.input_embeddings and not prompt.embedding_ranges:
         return Effect("accepts", prompt)
     if not prompt.input_embeddings:

@@ -1,4 +1,4 @@
-"""A target (an engine at a version) and the effect of giving it a prompt."""
+"""A target (an engine at a version) and the effect of giving it a prompt: the types that the rules of each engine use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Outcome = Literal["accepts", "differs", "ignores", "rejects"]
 
 @dataclass(frozen=True)
 class Target:
-    """An engine at a version."""
+    """An engine at a version, for which rules exist; `name` is a key of `LATEST`."""
 
     name: str
     version: Version
@@ -63,11 +63,11 @@ class Effect:
 
     Attributes:
         outcome: "accepts" (it computes this prompt), "differs" (it runs and computes another one), "ignores" (the embeddings are
-            dropped, placeholders are used), "rejects" (it computes nothing).
-        prompt: what it computes; None if it rejects the prompt, or if the result is undefined.
-        notes: why, one sentence each.
-        status: what a rejection looks like to the caller.
-        hazards: what goes wrong only with some setting.
+            dropped, placeholder tokens are used), "rejects" (it computes nothing).
+        prompt: the prompt that it computes; None if it rejects the prompt, or if the result is undefined.
+        notes: the reasons, one sentence each.
+        status: what the caller gets on a rejection, such as an exception or a status; empty otherwise.
+        hazards: findings on what goes wrong only with some settings of the target.
     """
 
     outcome: Outcome
@@ -78,18 +78,23 @@ class Effect:
 
     @classmethod
     def rejects(cls, note: str, status: str) -> Effect:
-        """Nothing is computed."""
+        """An effect for a prompt that the target rejects: `note` is the reason, `status` is what the caller gets."""
         return cls("rejects", None, (note,), status)
 
     @classmethod
     def ignores(cls, prompt: Prompt, note: str) -> Effect:
-        """The embeddings are dropped; placeholder tokens are looked up."""
+        """An effect for a target that drops the embeddings and looks up the placeholder tokens instead: `note` is the reason."""
         bare = prompt.replace(input_embeddings=(), embedding_ranges=(), spans=(), deepstack=())
         return cls("ignores", bare, (note,))
 
 
 class Changes:
-    """Collects what a target changes in a prompt, with a note on each change."""
+    """Collects what a target changes in a prompt, with a note on each change; `effect` returns the result.
+
+    Attributes:
+        prompt: the prompt with all changes so far.
+        notes: one sentence per change.
+    """
 
     def __init__(self, prompt: Prompt) -> None:
         self.prompt = prompt
@@ -101,7 +106,7 @@ class Changes:
         self.notes.append(note)
 
     def drop_positions(self, note: str) -> None:
-        """Drop positions, which the target cannot be given; a note is added unless they are 0, 1, 2, ... anyway."""
+        """Drop position_ids, which the target does not take; add the note unless they are 0, 1, 2, ..., which it uses anyway."""
         positions = self.prompt.position_ids
         if positions is None:
             return
@@ -111,19 +116,19 @@ class Changes:
             self.drop(note, position_ids=None)
 
     def drop_deepstack(self) -> None:
-        """Drop features for the first layers, which the target cannot be given."""
+        """Drop deepstack features, which the target does not take."""
         if self.prompt.deepstack:
             self.drop("deepstack features cannot be passed", deepstack=())
 
     def causal(self) -> None:
-        """Drop spans: the target does not support bidirectional ones."""
+        """Drop spans, for a target that does not support bidirectional ones."""
         if self.prompt.bidirectional_ranges:
             self.notes.append("attention is causal everywhere: bidirectional spans are not supported")
         if self.prompt.spans:
             self.prompt = self.prompt.replace(spans=())
 
     def effect(self, hazards: tuple[Finding, ...] = ()) -> Effect:
-        """Return the effect of the changes."""
+        """Return the effect: "differs" if any change was noted, else "accepts"."""
         return Effect("differs" if self.notes else "accepts", self.prompt, tuple(self.notes), hazards=hazards)
 
 
@@ -135,7 +140,10 @@ def has_vision(model: Model | None) -> bool:
 
 
 def rejects_whole_prompt(prompt: Prompt, model: Model | None) -> Effect | None:
-    """For targets that take rows for the whole prompt, spliced by the caller: the rejection if it cannot be spliced, else None."""
+    """The rejection of a prompt that cannot be spliced, else None; for targets that take one embedding per prompt token from the caller.
+
+    Such targets do not splice: the caller looks up the token embeddings and splices the items in.
+    """
     reason = splice_error(prompt, model)
     if reason is None:
         return None
@@ -144,6 +152,6 @@ def rejects_whole_prompt(prompt: Prompt, model: Model | None) -> Effect | None:
 
 
 def splice_error(prompt: Prompt, model: Model | None) -> str | None:
-    """Why a caller cannot turn ids, items and ranges into the rows of a whole prompt, or None."""
+    """Why ids, items and ranges cannot be spliced into one embedding per token; None if they can."""
     sizes = (model.text_config.vocab_size, model.text_config.hidden_size) if model else ()
     return next((fault.message for fault in prompt.findings(*sizes)), None)

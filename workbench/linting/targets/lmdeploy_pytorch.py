@@ -8,7 +8,7 @@ from .base import Changes, Effect, Target, splice_error
 
 
 def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
-    """Versions 0.5.0 to 0.6.4 take embeddings; later ones run vision inside and silently ignore embeddings."""
+    """What LMDeploy's PyTorch engine computes: 0.5.0 to 0.6.4 take embeddings, later ones run vision inside and silently ignore them."""
     if target.before("0.5.0"):
         return Effect.ignores(prompt, "the PyTorch engine takes no embeddings before 0.5.0")
     if not target.before("0.6.5"):

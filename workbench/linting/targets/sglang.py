@@ -10,7 +10,7 @@ from .base import Changes, Effect, Target, rejects_whole_prompt
 
 
 def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
-    """It takes nested lists of floats for the whole prompt and always rounds them to bfloat16."""
+    """What SGLang computes: it takes one embedding per prompt token, as nested lists of floats, and always rounds them to bfloat16."""
     if target.before("0.4.0"):
         return Effect("differs", None, (f"{target} is older than these rules, which begin with 0.4.0",))
     refused = rejects_whole_prompt(prompt, model)

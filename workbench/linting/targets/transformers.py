@@ -9,7 +9,7 @@ from .base import Effect, Target, rejects_whole_prompt
 
 
 def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
-    """It computes any prompt that can be spliced; the hazards are in how it is called."""
+    """What Transformers computes: any prompt that can be spliced; hazards come from how it is called."""
     refused = rejects_whole_prompt(prompt, model)
     if refused:
         return refused

@@ -14,7 +14,7 @@ from .base import Changes, Effect, Target
 
 
 def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
-    """What TurboMind computes: the rows of all items are concatenated, and the ranges take them in order."""
+    """What TurboMind computes: it concatenates the rows of all items, and fills the ranges from them in order."""
     reason = _python_refuses(prompt)
     if reason:
         return Effect.rejects(reason, "an AssertionError, RuntimeError or TypeError at the call")

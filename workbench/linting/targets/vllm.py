@@ -8,7 +8,7 @@ from .base import Changes, Effect, Target, has_vision, rejects_whole_prompt
 
 
 def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
-    """It takes rows for the whole prompt, spliced by the caller; since 0.22 token ids may be mixed with them."""
+    """What vLLM computes: it takes one embedding per prompt token, spliced by the caller; since 0.22 token ids may be mixed with them."""
     if target.before("0.9.0"):
         return Effect("differs", None, (f"{target} is older than these rules, which begin with 0.9.0",))
     refused = rejects_whole_prompt(prompt, model)
