@@ -1,4 +1,4 @@
-"""Embedding Workbench: see where embeddings land in a language model, and whether an engine computes what it should.
+"""Embedding Workbench: see what injected embeddings change in a model, and whether an engine computes it correctly.
 
 model = workbench.load_model("smollm2-135m")
 engine = workbench.open_engine("numba", model)

@@ -24,7 +24,8 @@ def atomic_write(path: str | Path, data: bytes) -> None:
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Yield a new binary file that replaces `path` when the block ends without an error.
 
-    It is written next to `path` under a temporary name (hidden, no suffix), flushed to disk, and renamed.
+    It is written next to `path` under a hidden temporary name, flushed to disk, and renamed; after an error it is
+    removed.
 
     Raises:
         OSError: the file cannot be written or renamed; the old file is unchanged and the new one is removed.

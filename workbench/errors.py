@@ -1,4 +1,4 @@
-"""The errors a caller may want to catch. Every message names the item, the numbers and the fix."""
+"""The exceptions that a caller may want to catch. Every message names the item, the numbers and the fix."""
 
 from __future__ import annotations
 

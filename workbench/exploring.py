@@ -36,9 +36,9 @@ def explore(
     answer_start: str = "",
     fault: str = "none",
 ) -> Explorer:
-    """Open the explorer: a prompt with draggable ranges, its images, the map of hidden states, the answers and the verdict.
+    """Return an explorer: a widget with a prompt's draggable ranges, images, map of hidden states, answers and verdict.
 
-    It displays itself if it is the last expression of a notebook cell.
+    A notebook displays it if it is the last expression of a cell.
 
     Args:
         model: from `load_model`, or what `load_model` takes.
@@ -47,7 +47,7 @@ def explore(
         question: the question about the images, by default "What is in the image?". Not allowed with messages or a Prompt.
         engine: the engine whose states are shown: a name or an open engine. An engine opened here is closed by `Explorer.close`.
         dtype: used if `engine` is a name.
-        target: an engine whose rules are also linted, such as "turbomind==0.18.0".
+        target: an engine whose rules lint also applies, such as "turbomind==0.18.0".
         judge: compare with Transformers after each change of the ranges.
         new_tokens: maximum number of tokens in an answer.
         inject: what the ranges contain: "as built" (the prompt's own items), "identity", "another word", "mix" or "noise".
@@ -57,8 +57,9 @@ def explore(
         fault: a fault to inject, such as "range +1"; the menu lists all faults.
 
     Raises:
-        PromptError, ImageError: a question in addition to messages, words that are not in the prompt, or images that cannot be used.
-        ModelError: a model or an engine that cannot be opened; images for a model without vision.
+        PromptError, ImageError: a question is given in addition to messages, `at` is not in the prompt, or an image
+            cannot be used.
+        ModelError: the model or the engine cannot be opened, or the model has no vision part and images are given.
 
     ```python
     workbench.explore("digit-cards", ["data/images/blue_7.png", "data/images/green_5.png"], "Which digits are on the cards?")

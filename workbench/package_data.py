@@ -10,10 +10,10 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def data_folder(name: str) -> Path:
-    """Return the path of a folder such as "notebooks" or "data/digit_cards".
+    """Return the path of a folder that ships with the project, such as "notebooks" or "data/digit_cards".
 
     Raises:
-        ModelError: the folder is in neither location.
+        ModelError: it is neither in the source tree nor in the installed package.
     """
     first, _, rest = name.partition("/")
     for folder in (_PACKAGE.parent / name, _PACKAGE / f"_{first}" / rest):

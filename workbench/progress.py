@@ -1,4 +1,4 @@
-"""Progress callbacks for long runs. A callback may raise `Stopped`, which ends the run."""
+"""Progress callbacks for long runs. A callback may raise `Stopped`, which ends the run and propagates to its caller."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ Progress = Callable[[float], None]
 
 
 class Stopped(Exception):
-    """A run was stopped because its result is no longer needed."""
+    """Raised by a progress callback to end a run whose result is no longer needed."""
 
 
 def part(progress: Progress | None, begin: float, end: float) -> Progress | None:
-    """Return a callback for a part of the work, which covers the fractions `begin` to `end` of the whole."""
+    """Return a callback for one part of a run: its 0 to 1 is reported to `progress` as `begin` to `end`.
+
+    None stays None.
+    """
     if progress is None:
         return None
     whole = progress
@@ -22,7 +25,7 @@ def part(progress: Progress | None, begin: float, end: float) -> Progress | None
 
 
 def counted(keep: Callable[[str, Any], object], progress: Progress | None, count: int) -> Callable[[str, Any], object]:
-    """Wrap `keep(name, value)`: each call also reports the fraction of `count` names that have been kept."""
+    """Return `keep`, extended to report at each call the fraction of `count` names that have been kept."""
     if progress is None:
         return keep
     report, kept = progress, set()

@@ -30,7 +30,7 @@ from .trace import Trace
 FORMAT = "workbench-recording-2"
 _MAX_POSITIONS = 24
 _UNCHECKED = ("turbomind",)
-"""Engines that can be opened with `check=False` and whose rules are in `linting.targets`."""
+"""Engines that run invalid prompts if opened with `check=False`, and whose behaviour `linting.targets` predicts."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Recording:
     """A recorded run, as written by `record`.
 
     Attributes:
+        folder: where it is stored.
         prompt: the prompt that was run.
         reference, run: traces of the float64 reference and of the engine, read from disk tap by tap.
         floor: the reference's noise floor in the engine's dtype.
@@ -56,7 +57,8 @@ class Recording:
         """Open a recorded run.
 
         Raises:
-            TraceError: the folder is not a recording, or a file in it is damaged. PromptError: its prompt cannot be read.
+            TraceError: the folder is not a recording, or a file in it is damaged.
+            PromptError: its prompt cannot be read.
         """
         folder = Path(folder)
         path = folder / "record.json"
@@ -73,7 +75,7 @@ class Recording:
         )
 
     def compare(self) -> Comparison:
-        """Compare the recorded states again."""
+        """Compare the recorded states of engine and reference again and return the verdict."""
         return compare(self.reference, self.run, floor=self.floor)
 
 
@@ -91,14 +93,21 @@ def record(
     log: Callable[[str], object] = print,
     **options: Any,
 ) -> Recording:
-    """Run an engine and the reference on a prompt and store their results in a folder.
+    """Run an engine and the reference on a prompt, compare them, and store the results in a folder.
 
     Args:
-        kind, options: as for `open_engine`; "turbomind" gets `depth_sweep=True`.
-        positions: positions to keep; by default at most 24: at the edges of ranges, inside them, and at the end.
-        reference_device: where the reference runs.
-        invalid_prompts: also run invalid prompts, in a separate process. Requires two items, and lint rules for the engine.
+        kind, options: as for `open_engine`; "turbomind" is opened with `depth_sweep=True` unless given otherwise.
+        folder: created if it does not exist; files of an earlier recording in it are replaced.
+        taps: names or patterns of the states to store, as far as the engine has them.
+        positions: positions to store; None chooses at most 24: at the edges of ranges, inside them, and at the end.
+        reference_device: the device of the reference.
+        new_tokens: maximum number of tokens in the recorded answers.
+        invalid_prompts: also run invalid prompts, in a separate process that may crash. Skipped unless the prompt has
+            at least two items and the engine is "turbomind".
         log: called with each line of progress.
+
+    Returns:
+        the recording, opened from the folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Record(BaseModel):
-    """A JSON object with known fields: no coercion ("1" is not 1, true is not 1) and no unknown fields."""
+    """Base class of pydantic models for JSON: unknown fields and values of other types are rejected ("1" is not 1)."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -22,7 +22,8 @@ def read_json(path: Path, what: str, error: type[Exception], max_bytes: int = 64
     """Return the JSON value in a file.
 
     Raises:
-        error: the file is missing, not JSON, or larger than `max_bytes`; the message names the file and `what` it should be.
+        error: the given exception class: the file is missing, not JSON, or larger than `max_bytes`. The message names
+            the file and `what` it should be.
     """
     try:
         size = path.stat().st_size
@@ -36,10 +37,11 @@ def read_json(path: Path, what: str, error: type[Exception], max_bytes: int = 64
 
 
 def validate(schema: type[R], value: Any, where: object, error: type[Exception]) -> R:
-    """Return `value` as an instance of `schema`.
+    """Return the JSON value `value` as an instance of `schema`.
 
     Raises:
-        error: the first field that is wrong, with `where`, the field's path, the value and what it should be.
+        error: the given exception class: a field is wrong. The message begins with `where`, and names the field, its
+            value and what it should be.
     """
     try:
         return schema.model_validate(value)

@@ -1,6 +1,8 @@
-"""Kernels for embedding injection: splice rows into a prompt's hidden state 0, and attention whose mask is two integers per query.
+"""CPU and CUDA kernels for prompts with injected embeddings.
 
-The functions take and return torch tensors, whose device selects the kernel. Nothing here depends on models or engines.
+`splice` builds hidden state 0, the input of the first decoder layer, from token ids and injected rows. `attention` and
+`paged_attention` take their mask as two integers per query. All take and return torch tensors, whose device selects the
+kernel. Nothing here depends on models or engines.
 """
 
 from .attention import attention

@@ -1,4 +1,4 @@
-"""The public attention call: checks, defaults, and the choice of a kernel by device."""
+"""`attention`, the public call: it checks arguments, fills in defaults and launches the kernel for the device."""
 
 from __future__ import annotations
 
@@ -35,15 +35,18 @@ def attention(
         k, v: `[keys, kv_heads, head_dim]`, dtype and device of `q`; `q_heads` is a multiple of `kv_heads`.
         cu_seqlens_q, cu_seqlens_k: cumulative lengths, `[sequences + 1]`, from 0 to `queries` and `keys`. A sequence with
             fewer queries than keys has queries at its last positions only (a chunk of a prefill, a decode step).
-        key_start, key_stop: int32 `[queries]`, the half-open interval of visible keys, counted from the start of the
-            sequence. None: causal, from 0 (or the window's first key) up to the query itself. `visible_keys` computes both
-            for bidirectional spans.
-        window: number of keys a query sees backwards, itself included. Pass either `window` or `key_start`, not both.
-        window_rule: "inside" applies the window inside bidirectional spans too (Transformers). "union" (vLLM), in which
-            a span is visible as a whole despite the window, needs the spans: pass the `key_start` of `visible_keys`.
-        softcap: c > 0 replaces a score s by `c * tanh(s / c)`.
+        key_start, key_stop: int32 `[queries]`, the half-open interval of visible keys, counted from the first key of
+            the query's sequence. None: causal, from key 0 (or the first key of the window) up to the query itself.
+            `visible_keys` computes both for prompts with bidirectional spans.
+        window: size of a sliding window: number of keys that a query sees, itself included. Not allowed with
+            `key_start`.
+        window_rule: how a window applies to bidirectional spans. "inside": also within a span (Transformers). "union":
+            a span stays visible as a whole (vLLM); this depends on the spans, so it requires `key_start` from
+            `visible_keys`.
+        softcap: c > 0 replaces a score s by `c * tanh(s / c)`; 0 is none.
         scale: factor on scores; None means `head_dim ** -0.5`.
-        path: name of the kernel to run on a GPU ("hopper", "tensor-core" or "plain"), for tests and benchmarks; None chooses one.
+        path: the GPU kernel to run, "hopper", "tensor-core" or "plain", for tests and benchmarks; None chooses the
+            fastest that supports the call.
 
     Returns:
         `[queries, q_heads, head_dim]` in the dtype of `q`; zeros for a query that sees no key. Sums run in float32.
@@ -89,7 +92,11 @@ def attention(
 
 
 def cumulative(name: str, lengths: Sequence[int] | torch.Tensor | np.ndarray, total: int) -> np.ndarray:
-    """Return cumulative lengths as int32, after checking that they rise from 0 to `total`."""
+    """Return the cumulative lengths `[sequences + 1]` as int32; `name` is the argument's name in messages.
+
+    Raises:
+        ValueError: they are not integers that rise from 0 to `total` (equal neighbours are allowed).
+    """
     given = lengths.tolist() if isinstance(lengths, torch.Tensor | np.ndarray) else list(lengths)
     if not all(isinstance(length, int | np.integer) and not isinstance(length, bool) for length in given):
         raise ValueError(f"{name} must contain integers; got {given}")
@@ -130,7 +137,13 @@ def _check_offsets(cu_seqlens_q, cu_seqlens_k) -> None:
 
 
 def query_bounds(key_start, key_stop, cu_seqlens_q, cu_seqlens_k, window, q) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `key_start` and `key_stop` on the device of `q`: as given, else those of causal attention inside `window`."""
+    """Return `key_start` and `key_stop`, int32 `[queries]`, contiguous and on the device of `q`.
+
+    A bound that is None is replaced by that of causal attention, restricted to a sliding window if `window` is given.
+
+    Raises:
+        ValueError: a given bound is not int32 `[queries]`.
+    """
     for name, given in (("key_start", key_start), ("key_stop", key_stop)):
         if given is not None and (given.shape != (q.shape[0],) or given.dtype != torch.int32):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Clip items and ranges to a chunk of a prompt, and pack their rows for a kernel."""
+"""Clip injected items to the chunk of a prompt that one call computes, and pack their rows for a kernel."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ import numpy as np
 import torch
 
 Clipped = list[tuple[int, int, torch.Tensor]]
+"""For each range that overlaps the chunk: start and stop in the chunk, and its rows `[stop - start, hidden]`."""
 
 
 def clip_items(
     items: Sequence[torch.Tensor], ranges: Sequence[tuple[int, int]], table: torch.Tensor, begin: int, end: int
 ) -> Clipped:
-    """Return the parts of ranges inside the chunk `[begin, end)`: start and stop relative to `begin`, and the rows on the
-    table's device."""
+    """Return the parts of the items that are inside the chunk, the tokens `[begin, end)` of the prompt.
+
+    Args:
+        items: `items[i]` is `[stop_i - start_i, hidden]`, in any float dtype.
+        ranges: half-open `(start, stop)` in prompt positions, sorted and disjoint.
+        table: the embedding table `[vocab, hidden]`; the returned rows are on its device.
+
+    Raises:
+        ValueError: ranges are unsorted, overlap or are empty, or an item does not fit its range.
+    """
     if len(items) != len(ranges):
         raise ValueError(f"{len(items)} items but {len(ranges)} ranges: each item needs one range")
     clipped: Clipped = []
@@ -42,7 +51,7 @@ def clip_items(
 
 
 def cast(clipped: Clipped, table: torch.Tensor) -> Clipped:
-    """Convert the rows to the table's dtype."""
+    """Return `clipped` with all rows in the table's dtype."""
     return [(start, stop, rows if rows.dtype is table.dtype else rows.to(table.dtype)) for start, stop, rows in clipped]
 
 
@@ -50,7 +59,8 @@ def pack_rows(clipped: Clipped, table: torch.Tensor) -> tuple[np.ndarray, torch.
     """Concatenate all rows into one tensor.
 
     Returns:
-        `plan`, int32 `[clipped ranges, 3]`: start, stop, and the first packed row; and `rows` `[packed rows, hidden]`.
+        `plan`, int32 `[clipped ranges, 3]`: start and stop in the chunk, and the index in `rows` of the range's first
+        row; and `rows` `[packed rows, hidden]`.
     """
     plan, packed = [], 0
     for start, stop, _ in clipped:

@@ -12,12 +12,17 @@ PAGE_SIZES = (16, 32, 64, 128, 256)
 class KVPages:
     """Keys and values of every layer of a model in pages of `page_size` tokens, on one device.
 
-    The caller assigns pages to sequences; a sequence is a list of page numbers. On a GPU a page is
-    `[page_size, kv_heads, head_dim]` in `dtype`; on the CPU it has the kernel's own layout and is float32, which represents values
-    of `dtype` exactly.
+    The caller assigns pages to sequences: a sequence is a list of page numbers, the same in every layer.
 
     Args:
+        layers, pages, kv_heads, head_dim: sizes; `pages` is the number of pages per layer.
+        page_size: tokens per page.
         dtype: float32, float16 or bfloat16.
+
+    Attributes:
+        keys, values: on a GPU tensors `[layers, pages, page_size, kv_heads, head_dim]` in `dtype`, uninitialised. On
+            the CPU float32 NumPy arrays in the layout of `cpu/attention.py`, zeros; float32 represents the values of
+            `dtype` exactly.
 
     Raises:
         ValueError: the page size is not 32, 64, 128 or 256 (or 16 on a GPU), or another size is below 1.
@@ -56,12 +61,12 @@ class KVPages:
 
     @property
     def layout(self) -> tuple[int, int]:
-        """`(page_size, kv_heads)`, on which a plan depends."""
+        """`(page_size, kv_heads)`: a plan can be used with pages of the same layout as those that it was made for."""
         return self.page_size, self.kv_heads
 
     @staticmethod
     def bytes_of_page(layers: int, page_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, cpu: bool) -> int:
-        """Bytes of one page, keys and values, in all layers."""
+        """Return the bytes of one page, keys and values, in all layers; on the CPU (`cpu`) a number takes 4 bytes."""
         size = 4 if cpu else dtype.itemsize
         return 2 * layers * page_size * kv_heads * head_dim * size
 

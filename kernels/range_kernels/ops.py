@@ -1,4 +1,7 @@
-"""A decoder's operations other than attention, in float32 on the CPU; a row's bits do not depend on the rest of the batch."""
+"""A decoder's operations other than attention, in float32 on the CPU: linear, RMSNorm, gated activation, rotary.
+
+The result of a row is bit-identical whatever other rows are in the batch.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ from .cpu import launch
 
 
 class Linear:
-    """A linear map whose weights are packed once for the kernel.
+    """`x @ weight.T + bias`, with the weights packed once into the kernel's layout.
 
     Args:
         weight: `[outputs, inputs]`, converted to float32.
         bias: `[outputs]` or None.
+
+    Raises:
+        ValueError: the weight is empty or does not have two axes.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -42,7 +48,10 @@ class Linear:
         return self._biased(launch.linear(x.detach(), self._panels, self._outputs))
 
     def of_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        """Return this map applied to `rms_norm(x, weight, epsilon)`: bit-identical, and faster for few rows."""
+        """Return `self(rms_norm(x, weight, epsilon))`, bit-identical to the two calls and faster for few rows.
+
+        `x` is float32 `[rows, inputs]`, `weight` `[inputs]`.
+        """
         self._check(x, 1)
         if weight.shape != x.shape[-1:]:
             raise ValueError(f"weight is {tuple(weight.shape)} for rows {x.shape[-1]} wide: make the widths equal")
@@ -50,7 +59,10 @@ class Linear:
         return self._biased(launch.linear_of_norm(x, weight, epsilon, self._panels, self._outputs))
 
     def of_gate(self, both: torch.Tensor, gelu: bool = False) -> torch.Tensor:
-        """Return this map applied to `gate(both, gelu)`: bit-identical, and faster for few rows."""
+        """Return `self(gate(both, gelu))`, bit-identical to the two calls and faster for few rows.
+
+        `both` is float32 `[rows, 2 * inputs]`.
+        """
         self._check(both, 2)
         return self._biased(launch.linear_of_gate(both.detach().contiguous(), gelu, self._panels, self._outputs))
 
@@ -73,7 +85,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
 
 def gate(both: torch.Tensor, gelu: bool = False) -> torch.Tensor:
-    """`activation(both[:, :n]) * both[:, n:]` for `both` `[rows, 2 n]`, with SiLU or tanh-approximated GELU."""
+    """`activation(both[:, :n]) * both[:, n:]` for `both` `[rows, 2 n]`; SiLU, or tanh-approximated GELU if `gelu`."""
     _check("both", both, 2)
     if both.shape[1] % 2:
         raise ValueError(f"both is {tuple(both.shape)}: gate and up must be equally wide")

@@ -22,13 +22,15 @@ def paged_attention(
     scale: float | None = None,
     path: str | None = None,
 ) -> torch.Tensor:
-    """`range_kernels.attention` with keys and values in pages: mixed batches of prefills, chunks and decode steps.
+    """`range_kernels.attention` over a paged KV cache, for mixed batches of prefills, chunks and decode steps.
 
     Args:
         q: `[queries, q_heads, head_dim]` in the dtype and on the device of `pages`.
-        layer: the layer whose pages are read.
-        new: keys and values of the queries' own tokens, `[queries, kv_heads, head_dim]`, written into their pages first; None
-            if they are already there.
+        pages: the KV cache.
+        layer: the layer of the cache to read and write.
+        plan: the `PagedPlan` of this batch, or a `CUDAGraphPlan` into which it has been copied.
+        new: keys and values of the queries' own tokens, `[queries, kv_heads, head_dim]` each, which are written into
+            `pages` before they are read; None if they are already there.
         key_start, key_stop, window, softcap, scale, path: as in `range_kernels.attention`.
 
     Returns:
@@ -36,7 +38,7 @@ def paged_attention(
         its prompt was cut into chunks.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: shapes, dtypes or devices do not fit, or the plan was made for other pages or query heads.
     """
     if q.shape != (plan.queries, plan.q_heads, pages.head_dim):
         raise ValueError(f"q is {tuple(q.shape)}: the plan is for {(plan.queries, plan.q_heads, pages.head_dim)}")

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 class PagedPlan:
     """The pages that a batch reads and how its work is divided: checked and built once per step, used by every layer.
 
-    On a GPU, calls with one plan must not overlap (use one stream, or streams that wait for each other): they share its counters.
+    On a GPU, calls with one plan must not overlap (use one stream, or streams that wait for each other), because they
+    share the plan's counters of finished KV splits.
 
     Args:
-        block_table: int32 `[sequences, max_pages]`: the page of every `page_size` consecutive keys; entries past a sequence's
-            keys are not read.
+        block_table: int32 `[sequences, max_pages]`: entry j of a sequence is the page of its keys from `j * page_size`
+            on; entries past its last key are not read.
         cu_seqlens_q: `[sequences + 1]`, from 0 to the number of queries, which are the last positions of each sequence.
         seq_lens: `[sequences]`, number of keys of each sequence, the new ones included.
         pages: the KV cache.
@@ -62,35 +63,36 @@ class PagedPlan:
 
     @property
     def kv_splits(self) -> int:
-        """Number of KV splits of the decode kernel on a GPU: ranges of the keys of sequences with few queries."""
+        """Number of KV splits: ranges of keys, of sequences with few queries, for the decode kernel; 0 on the CPU."""
         plan = self.device_plan
         return 0 if plan is None or plan.kv_splits is None else len(plan.kv_splits)
 
     def bounds(
         self, key_start: torch.Tensor | None, key_stop: torch.Tensor | None, window: int | None, q: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `key_start` and `key_stop` on the device of `q`: as given, else those of causal attention inside `window`."""
+        """Return both bounds on the device of `q`, with causal ones for None; see `attention.query_bounds`."""
         cu_keys = np.concatenate([[0], np.cumsum(self.seq_lens)]).astype(np.int32)
         return query_bounds(key_start, key_stop, self.cu_seqlens_q, cu_keys, window, q)
 
     def check(self, pages: KVPages, scale: float, path: str | None) -> None:
-        """Raise ValueError if the pages have another layout than those that the plan was made for."""
+        """Raise ValueError if the pages' layout is not that of the plan; any `scale` and `path` are accepted."""
         check_layout(self.layout, pages.layout)
 
 
 class CUDAGraphPlan:
-    """A plan at fixed GPU addresses, for CUDA graphs: `copy_from` overwrites it with the `PagedPlan` of each decode step.
+    """A plan at fixed GPU addresses, for CUDA graphs; `copy_from` overwrites it with a decode step's `PagedPlan`.
 
-    With it, `paged_attention` takes `sequences` queries, one per sequence, and needs `key_start` and `key_stop`. If a step has
-    fewer sequences, the other output rows are not computed and their contents are undefined.
+    `paged_attention` with this plan takes exactly `sequences` queries, one per sequence, and requires `key_start` and
+    `key_stop`. If the copied step has fewer sequences, the output rows of the others are undefined.
 
     Args:
-        sequences, max_pages, kv_splits: the largest number of each in a step; see `PagedPlan.kv_splits`.
+        sequences, max_pages, kv_splits: maximum number of sequences, of pages per sequence and of KV splits in a step
+            (see `PagedPlan.kv_splits`).
         pages: the KV cache.
         q_heads: number of query heads, a multiple of the pages' KV heads.
 
     Raises:
-        ValueError: decode steps over these pages need the host; see `supported`.
+        ValueError: `supported` is False for these pages.
     """
 
     max_seqlen_q = 1
@@ -115,7 +117,10 @@ class CUDAGraphPlan:
 
     @staticmethod
     def supported(pages: KVPages, q_heads: int, scale: float = 1.0) -> bool:
-        """Whether decode steps over these pages run without the host once they are planned."""
+        """Whether decode steps over these pages can be captured in a CUDA graph.
+
+        They can if they run on the tensor-core path of a GPU with at most 16 query heads per KV head.
+        """
         if pages.device.type != "cuda" or q_heads % pages.kv_heads or q_heads // pages.kv_heads > 16:
             return False
         from .cuda.dispatch import choose_path
@@ -124,13 +129,13 @@ class CUDAGraphPlan:
         return choose_path(q, scale) == "tensor-core"
 
     def bounds(self, key_start: object, key_stop: object, window: int | None, q: torch.Tensor) -> NoReturn:
-        """Raise ValueError: the bounds must be passed."""
+        """Raise ValueError always: lengths are not on the host, so `key_start` and `key_stop` must be passed."""
         raise ValueError(
             "a CUDAGraphPlan has no sequence lengths on the host: give key_start and key_stop on the pages' device"
         )
 
     def check(self, pages: KVPages, scale: float, path: str | None) -> None:
-        """Raise ValueError if the call needs the host or the pages have another layout."""
+        """Raise ValueError if the call is not for the tensor-core path, or the pages have another layout."""
         check_layout(self.layout, pages.layout)
         if path not in (None, "tensor-core") or not self.supported(pages, self.q_heads, scale):
             raise ValueError(

@@ -1,4 +1,7 @@
-"""The reference for `splice` and `attention`: plain NumPy loops, one per definition, written for clarity and not for speed."""
+"""Reference implementations of `splice` and `attention` in plain NumPy loops.
+
+They define what the kernels compute, and tests compare the kernels with them; written for clarity, not for speed.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,20 @@ def splice(
     offset: int = 0,
     scale: float = 1.0,
 ) -> np.ndarray:
-    """Return hidden state 0 of tokens `[offset, offset + len(input_ids))`: item rows inside ranges, else table rows times `scale`.
+    """Return hidden state 0 (the first decoder layer's input) of tokens `[offset, offset + tokens)` of a prompt.
 
-    Shapes: `input_ids [tokens]`, `table [vocab, hidden]`, `items[i] [stop_i - start_i, hidden]`; returns
-    `[tokens, hidden]`.
+    A token at a position inside `ranges[i]` gets its row of `items[i]`; any other token gets its row of `table` times
+    `scale`.
+
+    Args:
+        input_ids: `[tokens]`, token ids.
+        table: `[vocab, hidden]`, the embedding table.
+        items: `items[i]` is `[stop_i - start_i, hidden]`, the rows to inject.
+        ranges: half-open `(start, stop)`, in positions of the whole prompt.
+        offset: prompt position of `input_ids[0]`.
+
+    Returns:
+        `[tokens, hidden]` in the dtype of `table`.
     """
     out = np.empty((len(input_ids), table.shape[1]), dtype=table.dtype)
     for token, token_id in enumerate(input_ids):
@@ -44,10 +57,11 @@ def attention(
 ) -> np.ndarray:
     """Softmax attention over packed sequences with grouped-query heads, in float64.
 
-    Shapes: `q [queries, q_heads, head_dim]`, `k` and `v` `[keys, kv_heads, head_dim]`, `key_start` and `key_stop` `[queries]`,
-    counted from the start of the query's own sequence; returns float64 `[queries, q_heads, head_dim]`. Query head h reads
-    KV head `h // (q_heads // kv_heads)`. `softcap` c > 0 replaces a score s by `c * tanh(s / c)` (Gemma 2, section 2).
-    A query that sees no key gets zeros.
+    Shapes: `q [queries, q_heads, head_dim]`, `k` and `v` `[keys, kv_heads, head_dim]`, `cu_seqlens_q` and
+    `cu_seqlens_k` `[sequences + 1]` (cumulative lengths, from 0), `key_start` and `key_stop` `[queries]`; returns
+    float64 `[queries, q_heads, head_dim]`. A query attends to the keys `key_start <= j < key_stop`, counted from the
+    first key of its own sequence, and gets zeros if there are none. Query head h reads KV head
+    `h // (q_heads // kv_heads)`. `softcap` c > 0 replaces a score s by `c * tanh(s / c)` (Gemma 2, section 2).
     """
     q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]

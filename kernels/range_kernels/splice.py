@@ -1,4 +1,4 @@
-"""The public splice call: hidden state 0 of a prompt, table rows for ids and item rows inside ranges."""
+"""`splice`, the public call: hidden state 0 of a prompt, with injected rows in its ranges; and `SplicePlan`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def splice(
     scale: float = 1.0,
     plan: SplicePlan | None = None,
 ) -> torch.Tensor:
-    """Look up `input_ids` in `table` and put the rows of `items[i]` into positions `ranges[i]`.
+    """Return hidden state 0 of a prompt or chunk: rows of `items[i]` at positions `ranges[i]`, else table rows.
 
     Args:
         input_ids: `[tokens]`, token ids of one packed batch or chunk. Ids inside ranges are never looked up.
@@ -31,14 +31,15 @@ def splice(
         ranges: half-open `(start, stop)` in prompt positions, sorted and disjoint.
         offset: prompt position of `input_ids[0]`. Ranges are clipped to the chunk `[offset, offset + tokens)`.
         scale: factor on looked-up rows only (Gemma multiplies them by sqrt(hidden); injected rows are already scaled).
-        plan: a `SplicePlan`, in place of `items`, `ranges` and `offset`. If it is `capturable` and the ids are on the device,
-            nothing moves between host and device, so the call may be captured in a CUDA graph.
+        plan: a `SplicePlan`, instead of `items`, `ranges` and `offset`. If it is `capturable` and the ids are on the
+            GPU, nothing is copied between host and device, so the call can be captured in a CUDA graph.
 
     Returns:
         `[tokens, hidden]` in the table's dtype and on its device.
 
     Raises:
-        ValueError: an id outside the vocabulary, or items and ranges that do not fit; the message names the item.
+        ValueError: items and ranges do not fit (the message names the item), or, on the CPU, an id is outside the
+            vocabulary. A GPU does not check ids: the row of an unknown id is NaN.
 
     >>> table = torch.arange(8.0).reshape(4, 2)
     >>> splice([0, 3, 3], table, [torch.tensor([[9.0, 9.0]])], [(1, 2)]).tolist()
@@ -79,13 +80,14 @@ def splice(
 
 
 class SplicePlan:
-    """Items and ranges of one batch or chunk, checked and laid out once, for repeated or captured calls.
+    """Items and ranges of one batch or chunk, checked and prepared once, for repeated calls and CUDA graphs.
 
-    Items on the table's device, with a supported dtype and contiguous rows, are read in place at each call, so later writes to them
-    take effect. Other items are copied once, here.
+    Items that are on the table's device and have a supported dtype and contiguous rows are read in place at each call,
+    so later writes to them take effect. Other items are copied once, when the plan is made.
 
     Attributes:
-        capturable: whether a call on a GPU is a single launch, which needs table and item rows aligned to 16 bytes.
+        capturable: whether a call with this plan is a single kernel launch and can be captured in a CUDA graph. It is
+            on a GPU if the rows of the table and of all items are aligned to 16 bytes.
 
     Args:
         items, ranges, offset: as in `splice`.
@@ -115,7 +117,7 @@ class SplicePlan:
             self.on_device, self.capturable = prepare(self.clipped, table)
 
     def check(self, input_ids: torch.Tensor, table: torch.Tensor, items: Any, ranges: Any, offset: int) -> None:
-        """Raise ValueError if this plan was made for another call."""
+        """Raise ValueError if the call also passes items, ranges or an offset, or has another length or table."""
         if len(items) or len(ranges) or offset:
             raise ValueError("plan already contains items, ranges and offset: leave them out")
         if len(input_ids) != self.tokens:

@@ -20,11 +20,12 @@ MaskFunction = Callable[..., Any]
 
 
 def register_with_transformers(name: str = NAME) -> None:
-    """Register attention and mask functions, so that any decoder runs with `attn_implementation=name`.
+    """Register attention and mask functions with Transformers, process-wide, for `attn_implementation=name`.
 
-    The intervals of a mask are found by bisection, and a mask that is not made of intervals is rejected (every entry is checked if
-    batch x queries x keys is at most 2 ** 20, else 32 random keys per query). Inference only: softmax attention with optional
-    softcap, without sinks or biases.
+    Each query's interval of keys is found by bisection of the model's mask function. A mask that is not one interval
+    per query is rejected with a ValueError when the model runs (every entry is checked if batch x queries x keys is at
+    most 2 ** 20, else 32 random keys per query). Inference only: softmax attention with optional softcap, without sinks
+    or biases.
 
     >>> register_with_transformers()
     >>> model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="range_kernels")  # doctest: +SKIP
@@ -48,13 +49,20 @@ def attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention call: `query` `[batch, heads, queries, head_dim]` -> `[batch, queries, heads, head_dim]`.
+    """The attention function that Transformers calls in every layer.
 
     Args:
-        attention_mask: from `interval_mask`, int32 `[batch, 1, queries, 2]`; None is causal.
+        query, key, value: `[batch, heads, queries, head_dim]`, and `[batch, kv_heads, keys, head_dim]` for keys and
+            values.
+        attention_mask: from `interval_mask`, int32 `[batch, 1, queries, 2]`. None: causal, or every key if `is_causal`
+            (by default the module's own) is False.
+
+    Returns:
+        the output `[batch, queries, heads, head_dim]`, and None in place of attention weights.
 
     Raises:
-        ValueError: dropout, gradients, sinks or biases are needed, values and keys differ in width, or the mask has another form.
+        ValueError: dropout, gradients, sinks or biases are needed, values and keys differ in width, or the mask was not
+            made by `interval_mask`.
     """
     unsupported = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if unsupported:
@@ -112,14 +120,15 @@ def interval_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """Transformers' mask function: the half-open interval of keys per query, int32 `[batch, 1, queries, 2]`; None is causal.
+    """The mask function that Transformers calls once per forward pass; arguments as in `transformers.masking_utils`.
 
-    The mask has four axes because a model passes a 4-D mask on to its inner model unchanged.
-
-    Keys count from `kv_offset`. A query that does not see its own key (padding) sees none.
+    Returns:
+        `key_start` and `key_stop` of each query, int32 `[batch, 1, queries, 2]`, counted from `kv_offset`; None for a
+        plain causal mask. (It has four axes because a model passes a 4-D mask on to its inner model unchanged.) A query
+        that does not see its own key, such as padding, gets an empty interval.
 
     Raises:
-        ValueError: the keys that a query sees are not one interval around its own.
+        ValueError: the keys that a query sees are not one interval that contains its own key.
     """
     from transformers.masking_utils import (
         and_masks,
@@ -166,7 +175,7 @@ class _Visibility:
         return torch.as_tensor(seen, device=keys.device).expand(keys.shape)
 
     def last_seen(self, inside: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        """Return the key furthest from `inside` towards `end` that is still seen, found by bisection."""
+        """Return, per query, the last seen key between `inside` and `end`, by bisection: it assumes an interval."""
         seen_key, unseen_key = inside.clone(), torch.where(end >= inside, end + 1, end - 1)
         while bool(((unseen_key - seen_key).abs() > 1).any()):
             middle = torch.div(seen_key + unseen_key, 2, rounding_mode="floor")
@@ -179,6 +188,7 @@ class _Visibility:
         return seen_key
 
     def check(self, key_start: torch.Tensor, key_stop: torch.Tensor, rows: torch.Tensor) -> None:
+        """Raise ValueError if the mask of a query in `rows` (bool) differs from its interval at a checked key."""
         generator = torch.Generator().manual_seed(0)
         whole = key_start.numel() * self.keys <= _FULL_CHECK
         for number in range(self.keys if whole else _SAMPLED_KEYS):

@@ -156,6 +156,26 @@ def test_close_and_cancel_free_their_pages(slow):
     assert engine.stats().running == 0
 
 
+def test_close_ends_unfinished_requests_with_an_error(slow):
+    config = GenerationConfig(max_new_tokens=200, ignore_eos=True)
+    streams = [slow.stream(random_prompt(number), config) for number in range(3)]  # two run, one waits
+    next(streams[0]), next(streams[1])
+    waiting = threading.Thread(target=lambda: errors.append(error_of(streams[2])))
+    errors: list[str] = []
+    waiting.start()
+    wait_until(lambda: slow.stats().waiting == 1)
+    slow.close()
+    waiting.join(30)
+    errors += [error_of(stream) for stream in streams[:2]]
+    assert errors == ["the engine was closed before this request finished"] * 3
+
+
+def error_of(stream) -> str:
+    with pytest.raises(workbench.ModelError) as raised:
+        list(stream)
+    return str(raised.value)
+
+
 def test_cancel_ends_a_waiting_request(slow):
     engine = slow
     config = GenerationConfig(max_new_tokens=200, ignore_eos=True)

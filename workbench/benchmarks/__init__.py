@@ -1,1 +1,1 @@
-"""Timings of engines, comparisons and views. Nothing in the product imports this package."""
+"""Timings of engines, comparisons and views, and the calibration of the verdict. No other package imports this one."""

@@ -7,7 +7,7 @@ from importlib import import_module
 
 
 def main() -> None:
-    """Command line."""
+    """Parse the command line and run the chosen benchmark, which prints its results."""
     parser = argparse.ArgumentParser(prog="python -m workbench.benchmarks", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "benchmark", nargs="?", default="engine", choices=("engine", "batching", "comparison", "serving"),

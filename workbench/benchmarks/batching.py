@@ -25,7 +25,10 @@ IMAGE_ROWS = 576
 
 
 def run(model_name: str, rounds: int) -> dict[str, float]:
-    """Print a table; return `{job: median seconds}`, and `"share of a step that is not the model's"`."""
+    """Time all jobs, print a table, and return `{job: median seconds}`.
+
+    The result also has the key "share of a step that is not the model's", the value of `overhead`.
+    """
     model = load_model(model_name)
     engine, reference = NumbaEngine(model), TransformersReference(model)
     ids = model.chat_ids("Tell me a story about a fox and the moon, please. " * 40)
@@ -35,7 +38,7 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
     image = Prompt([*ids[:8], *ids[8:9] * IMAGE_ROWS, *ids[9:40]], [rows], [(8, 8 + IMAGE_ROWS)])
 
     def fresh(job: Callable[[], object]) -> Callable[[], object]:
-        """The job, run with an empty prefix cache."""
+        """Return the job, preceded by emptying the prefix cache."""
 
         def run() -> object:
             engine.forget_prefixes()
@@ -67,7 +70,10 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
 
 
 def uneven_prompts(ids: Sequence[int], table: torch.Tensor, count: int) -> list[Prompt]:
-    """Prompts of 20 to 340 tokens; every other one has an image-sized range."""
+    """Return `count` prompts of 20 to 340 tokens; every other one has a range of up to 49 tokens, as for an image.
+
+    `ids` are the tokens that they are cut from, `table` the embedding table.
+    """
     prompts = []
     for number in range(count):
         length = 20 + (number * 7 % 16) * 64 // 3
@@ -92,7 +98,7 @@ def generate_together(engine: Engine, prompts: Sequence[Prompt], new_tokens: int
 
 
 def overhead(engine: NumbaEngine, ids: Sequence[int]) -> float:
-    """Share of a step's time outside the model while `CROWD` requests decode."""
+    """Return the fraction of a step's time that is spent outside the model, while `CROWD` requests decode."""
     prompts = [Prompt([*ids[number : number + 40]]) for number in range(CROWD)]
     before = engine.stats().steps
     generate_together(engine, prompts, NEW_TOKENS)
@@ -106,7 +112,7 @@ def _tokens(count: int) -> GenerationConfig:
 
 @torch.no_grad()
 def _generate(reference: TransformersReference, prompts: Sequence[Prompt]) -> torch.Tensor:
-    """Transformers' `generate` from spliced embeddings, padded on the left if there are several prompts."""
+    """Run Transformers' `generate` on spliced prompts as one batch, padded on the left to the longest."""
     longest = max(map(len, prompts))
     states = torch.zeros(len(prompts), longest, reference.model.text_config.hidden_size)
     mask = torch.zeros(len(prompts), longest, dtype=torch.long)

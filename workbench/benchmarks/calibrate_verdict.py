@@ -1,6 +1,7 @@
-"""Measure the verdict's false alarms: run clean engines on many prompts and report the largest error of each run in noise floors.
+"""Measure how often the verdict is wrongly "bug", by running an engine without faults on many random prompts.
 
-python -m workbench.benchmarks.calibrate_verdict --runs 70
+The largest error of each run, in noise floors, is compared with the verdict's factor. Run it with
+`python -m workbench.benchmarks.calibrate_verdict --runs 70`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from ..prompt import Prompt
 
 
 def clean_runs(engine: Engine, runs: int, seed: int = 0, tokens: tuple[int, int] = (8, 160)) -> Iterator[Comparison]:
-    """Compare a clean engine with the reference on `runs` random prompts.
+    """Compare an engine that has no faults with the reference on `runs` random prompts; yields each comparison.
 
-    Half of them are ordinary words in random order, half random ids; each has one to three items of injected rows, which are drawn
-    from the embedding table or are noise of the same norms. Lengths are uniform in `tokens`.
+    Half of the prompts are ordinary words in random order, half random ids. Each has one to three items of injected
+    rows, which are drawn from the embedding table or are noise of the same norms. Lengths are uniform from `tokens[0]`
+    to `tokens[1]`.
     """
     generator = torch.Generator().manual_seed(seed)
     for run in range(runs):
@@ -65,7 +67,7 @@ WORDS = (
 
 
 def main() -> None:
-    """Command line: print the verdict's false alarms over clean runs in three dtypes, one line per dtype and then as JSON."""
+    """Print, for three dtypes, how many runs without faults the verdict would call "bug"; then all as JSON."""
     parser = argparse.ArgumentParser(description="How often the verdict on a clean engine would be 'bug'.")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--runs", type=int, default=70, help="runs per dtype")

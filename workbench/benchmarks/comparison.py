@@ -1,5 +1,7 @@
-"""The cost of comparing traces against reading them, of tracing against a plain prefill, and of lint:
-`python -m workbench.benchmarks comparison`."""
+"""Time comparing traces (relative to reading their files), tracing (relative to a plain prefill), and lint.
+
+Run it with `python -m workbench.benchmarks comparison`.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ LAYERS, POSITIONS, WIDTH = 32, 2048, 2048
 
 
 def run(model_name: str, rounds: int) -> dict[str, float]:
-    """Print a table of medians; return `{job: seconds}`."""
+    """Time all jobs, print a table with the targets, and return `{job: median seconds}`."""
     with tempfile.TemporaryDirectory(prefix="workbench-bench-") as folder:
         jobs = {**_traces(Path(folder)), **_recording(model_name, Path(folder))}
         before = _anonymous()
@@ -47,7 +49,7 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
 
 
 def _traces(folder: Path) -> dict[str, Callable[[], object]]:
-    """Two files of 32 taps x 2,048 x 2,048: a reference in float64 and a run in float32 that is rounded from it."""
+    """Write two traces of 32 taps x 2,048 x 2,048, float64 and float32; return jobs that read and compare them."""
     generator = torch.Generator().manual_seed(0)
     shapes = {f"layers.{number}": (POSITIONS, WIDTH) for number in range(LAYERS)}
     positions = torch.arange(POSITIONS)
@@ -86,6 +88,7 @@ def _traces(folder: Path) -> dict[str, Callable[[], object]]:
 
 
 def _recording(model_name: str, folder: Path) -> dict[str, Callable[[], object]]:
+    """Return jobs that trace the Numba engine and lint a prompt."""
     model = load_model(model_name)
     engine = open_engine("numba", model)
     generator = torch.Generator().manual_seed(0)

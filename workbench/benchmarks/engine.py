@@ -1,4 +1,6 @@
-"""Speed of the Numba engine compared with Transformers, and of the jobs behind a slider: `python -m workbench.benchmarks engine`.
+"""Speed of the Numba engine compared with Transformers, and of what one move of a slider in a panel costs.
+
+Run it with `python -m workbench.benchmarks engine`.
 
 All jobs are timed in one run, interleaved, and medians are reported: only ratios within a run are meaningful.
 """
@@ -32,7 +34,7 @@ IMAGES = 50
 
 
 def run(model_name: str, rounds: int) -> dict[str, float]:
-    """Print a table; return `{job: median seconds}`."""
+    """Time all jobs, print a table, and return `{job: median seconds}`."""
     model = load_model(model_name)
     engine, reference = NumbaEngine(model), TransformersReference(model)
     ids = model.chat_ids("Tell me a story about a fox and the moon, please. " * 2)[:64]
@@ -86,7 +88,7 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
 
 
 def _image_jobs() -> dict[str, Callable[[], object]]:
-    """Jobs that get the features of digit-cards images one at a time, through its tower and out of a store."""
+    """Return jobs that get the features of `IMAGES` images one at a time, from a tower and from a store."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tower, store = load_vision_tower(load_model("digit-cards")), FeatureStore(folder)
@@ -101,7 +103,7 @@ def _image_jobs() -> dict[str, Callable[[], object]]:
 
 
 def _uneven(ids: list[int], table: torch.Tensor) -> list[Prompt]:
-    """Sixteen prompts of 20 to 340 tokens; every other one has an image-sized range."""
+    """Return sixteen prompts of 20 to 340 tokens; every other one has a range of up to 49 tokens, as for an image."""
     prompts = []
     for number in range(16):
         long = (ids * 6)[: 20 + (number * 7 % 16) * 64 // 3]

@@ -1,6 +1,6 @@
-"""Speed of several engines on spliced prompts: time to first token, and decoding many requests at once.
+"""Speed of several engines on prompts with injected images: time to first token, and decoding rate.
 
-python -m workbench.benchmarks serving --engines turbomind transformers numba --device cuda --model PATH
+Run it with `python -m workbench.benchmarks serving --engines turbomind transformers numba --device cuda --model PATH`.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _generate_together(engine: Engine, prompts: Sequence[Prompt], tokens: int) -
 
 @torch.no_grad()
 def _generate_batch(engine: Any, prompts: Sequence[Prompt], tokens: int) -> None:
-    """Transformers' own batched generate; the prompts have the same length, so there is no padding."""
+    """Run Transformers' `generate` on all prompts as one batch. They have equal lengths, so no padding is needed."""
     states = torch.stack([engine.splice(prompt) for prompt in prompts])
     engine.network.generate(
         inputs_embeds=states,

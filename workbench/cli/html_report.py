@@ -21,11 +21,11 @@ _MAX_CELL = 90  # characters; longer values are digests
 
 
 def html_report(comparison: Comparison, reference: Trace, candidate: Trace, explanation: str = "") -> str:
-    """Return the page as text.
+    """Return a comparison as the text of an HTML page that needs no other files.
 
     Args:
         reference, candidate: the traces that were compared.
-        explanation: the output of `explain` for the first divergence.
+        explanation: the text of `explain` for the first divergence, or "".
     """
     words = candidate.provenance.get("words") or reference.provenance.get("words")
     tokens = words or [str(position) for position in range(candidate.provenance["tokens"])]
@@ -63,10 +63,10 @@ def html_report(comparison: Comparison, reference: Trace, candidate: Trace, expl
 def write_report(
     path: str | Path, comparison: Comparison, reference: Trace, candidate: Trace, explanation: str = ""
 ) -> None:
-    """Write the page to a file.
+    """Write the page of `html_report` to a file, atomically.
 
     Raises:
-        TraceError: it cannot be written.
+        TraceError: the file cannot be written.
     """
     try:
         atomic_write(path, html_report(comparison, reference, candidate, explanation).encode())

@@ -22,7 +22,7 @@ FIRST_NOTEBOOK = "01_where_embeddings_land.ipynb"
 
 
 def add(commands: Any) -> dict[str, Any]:
-    """Add the parser; return the function that runs the command."""
+    """Add the parser of `lab` to the subparsers `commands`; return `{"lab": function of the parsed options}`."""
     lab = commands.add_parser("lab", help="copy the notebooks into a folder and open JupyterLab")
     lab.add_argument("folder", nargs="?", default="embedding-workbench", help="created if it does not exist")
     lab.add_argument("--no-open", action="store_true", help="copy the notebooks only")
@@ -31,7 +31,9 @@ def add(commands: Any) -> dict[str, Any]:
 
 
 def copy_notebooks(folder: Path) -> list[Path]:
-    """Copy the notebooks, and the images and recorded runs that they open; existing files are not changed.
+    """Copy the notebooks into a folder, with the images, recorded runs and benchmark records that they open.
+
+    The folder is created if it does not exist; existing files are not changed.
 
     Returns:
         the files that were copied.

@@ -1,4 +1,7 @@
-"""The `workbench` command. Modules are imported by the command that needs them, so that `--help` is fast."""
+"""The `workbench` command: `fetch`, `check`, `features`; `prompt_commands.py` and `lab.py` have the others.
+
+Modules are imported by the command that needs them, so that `--help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,12 @@ from . import lab, prompt_commands
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return the exit status: 0 for success, 1 for a bug, an invalid prompt or failed images, 2 for bad input."""
+    """Run the command given by `arguments` (by default the process's own).
+
+    Returns:
+        the exit status: 0 for success; 1 if a bug or an invalid prompt was found or images failed; 2 for bad input
+        (the error is printed to stderr).
+    """
     parser = argparse.ArgumentParser(prog="workbench", description="See where embeddings land, and check engines.")
     commands = parser.add_subparsers(dest="command", required=True)
     fetch = commands.add_parser("fetch", help="download a model once and print where it is")
@@ -52,7 +60,10 @@ def _fetch(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    """Check an engine; the question's own rows are injected over its middle half, so that the splice is checked too."""
+    """Check an engine on a question.
+
+    The rows of the middle half of its tokens are injected as embeddings, to check splicing too.
+    """
     from ..comparison import check_engine
     from ..engines import open_engine
     from ..models import load_model

@@ -1,4 +1,4 @@
-"""`workbench lint|trace|compare|probe|record`: prompts and traces in files, for servers and for CI."""
+"""The commands `workbench lint|trace|compare|probe|record` and their options, for prompts and traces in files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import PromptError
 
 
 def add(commands: Any) -> dict[str, Any]:
-    """Add the parsers; return the functions that run the commands."""
+    """Add the parsers to the subparsers `commands`; return `{command: function of the parsed options}`."""
     lint = commands.add_parser("lint", help="report what is wrong with a prompt, and what an engine would do with it")
     lint.add_argument("prompt", help="a file that Prompt.save wrote")
     lint.add_argument("--model", help="check ids, widths, norms and placeholders against it")
@@ -30,7 +30,7 @@ def add(commands: Any) -> dict[str, Any]:
     trace.add_argument("--out", required=True, help="file.safetensors")
     trace.add_argument("--taps", nargs="+", default=["embed", "layers.*", "norm", "logits"], help="names or patterns")
     trace.add_argument("--positions", help="such as 0:40 or 3,17,-1; by default all")
-    trace.add_argument("--max-bytes", type=int, help="refuse to write more than this")
+    trace.add_argument("--max-bytes", type=int, help="fail if the trace would be larger than this")
     trace.add_argument(
         "--reference",
         metavar="DTYPE",
@@ -83,7 +83,7 @@ def _engine(parser: argparse.ArgumentParser, default: str = "numba") -> None:
 
 
 def _options(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `open_engine`: dtype, device, and the --set values, with numbers and booleans parsed."""
+    """Return the options of `open_engine`: dtype and device if given, and the --set values, parsed as JSON."""
     chosen: dict[str, Any] = {name: getattr(options, name) for name in ("dtype", "device") if getattr(options, name)}
     for each in options.set:
         name, equals, value = each.partition("=")
@@ -104,7 +104,7 @@ def _open(options: argparse.Namespace) -> Any:
 
 
 def _lint(options: argparse.Namespace) -> int:
-    """Return 0 if the prompt is clean, 1 if it is invalid or the target computes a different one."""
+    """Return 0 if the prompt is clean, 1 if it is invalid or the target rejects it, ignores it or computes another."""
     from ..linting import lint
     from ..models import load_model
     from ..prompt import Prompt
@@ -159,7 +159,7 @@ def _trace(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    """Return 0 for the same or noise, 1 for a bug."""
+    """Return 0 if the verdict is "same" or "noise", 1 if it is "bug"."""
     from ..comparison import FACTOR, compare, compare_logits
     from ..comparison.diagnosis import explain
     from ..comparison.noise_floor import NoiseFloor, check_comparable
@@ -261,10 +261,10 @@ def _record(options: argparse.Namespace) -> int:
 
 
 def parse_positions(text: str | None) -> slice | list[int]:
-    """Parse `"0:40"` or `"3,17,-1"`; None means all positions.
+    """Parse positions: `"0:40"` is a slice, `"3,17,-1"` a list, and None all positions.
 
     Raises:
-        ValueError: the text is neither.
+        ValueError: the text is neither a slice nor a list of integers.
     """
     if text is None:
         return slice(None)
@@ -278,7 +278,7 @@ def parse_positions(text: str | None) -> slice | list[int]:
 
 
 def floor_path(reference: str | Path, dtype: str) -> Path:
-    """Return the path of the noise floor of a recorded reference."""
+    """Return the path of a recorded reference's noise floor in `dtype`: next to it, `name.floor-dtype.safetensors`."""
     path = Path(reference)
     return path.with_name(f"{path.stem}.floor-{dtype}.safetensors")
 

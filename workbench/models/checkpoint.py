@@ -145,7 +145,7 @@ class Checkpoint:
         """Return one tensor in its stored dtype. On a local disk it is memory-mapped: changing it does not change the file.
 
         Raises:
-            ModelError: there is no such tensor, or its file cannot be read.
+            ModelError: the checkpoint has no tensor of that name, or its file cannot be read.
         """
         if name not in self._shard_of:
             raise ModelError(

@@ -1,4 +1,7 @@
-"""Plots, one function each, drawn into matplotlib Figures without pyplot state; they need no widgets and run no engines."""
+"""Plot functions. Each returns a new matplotlib Figure, independent of pyplot; they draw given data and run no engines.
+
+`to_png` renders a Figure as PNG bytes.
+"""
 
 from .errors import comparison_figure, error_by_layer, ratio_map
 from .heat_map import hidden_state_map

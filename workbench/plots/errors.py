@@ -15,21 +15,28 @@ from .style import ENGINE, FLOOR, SPAN, mark_spans, mark_tokens, tap_axis, token
 
 
 def error_by_layer(comparison: Comparison) -> Figure:
-    """Plot the largest relative error over tokens at every tap, with the noise floor and the band of allowed errors."""
+    """Plot the largest relative error over tokens at every tap, with the noise floor and the band of allowed errors.
+
+    The band reaches from the noise floor to `comparison.factor` times it.
+    """
     figure = Figure(figsize=(11, 3.2), dpi=100, layout="constrained")
     _draw_errors(figure.add_subplot(), comparison)
     return figure
 
 
 def ratio_map(comparison: Comparison, tokens: Sequence[str], ranges: Sequence[tuple[int, int]] = ()) -> Figure:
-    """Plot the error in noise floors at every tap and token: below 1 it beats the reference, above the factor it is a bug."""
+    """Plot error / noise floor at every tap and token, as a heat map.
+
+    Up to 1 the error is no larger than the reference's own rounding error in this dtype; above `comparison.factor` it
+    is a bug. `tokens` are all tokens of the prompt as text, `ranges` its embedding ranges.
+    """
     figure = Figure(figsize=(11, 4), dpi=100, layout="constrained")
     _draw_map(figure.add_subplot(), comparison, tokens, ranges)
     return figure
 
 
 def comparison_figure(comparison: Comparison, tokens: Sequence[str], ranges: Sequence[tuple[int, int]] = ()) -> Figure:
-    """Plot the verdict, `error_by_layer` and `ratio_map` on one page."""
+    """Draw `error_by_layer`, with the verdict as its title, above `ratio_map`; arguments as there."""
     figure = Figure(figsize=(11, 7.4), dpi=100, layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(3, 4))
     above.set_title("\n".join(wrap(str(comparison), 150)), fontsize=9, loc="left")

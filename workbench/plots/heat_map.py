@@ -18,9 +18,9 @@ from .style import mark_spans, mark_tokens, tap_axis, token_axis
 def draw_map(
     axes: Axes, values: np.ndarray, taps: Sequence[str], kind: str, bounds: tuple[float, float] | None = None
 ) -> AxesImage:
-    """Draw a metric's `values`, `[taps, positions]`, with tap names on the left and a colour bar.
+    """Draw a metric's `values`, `[taps, positions]`, with tap names on the left and a colour bar; return the image.
 
-    `bounds`: ends of the colour scale; required for a metric that has none of its own.
+    `kind` is a key of `METRICS`. `bounds`: ends of the colour scale, required for a metric that has none of its own.
     """
     metric = METRICS[kind]
     norm = bounded(metric, bounds)
@@ -37,13 +37,13 @@ def draw_map(
 
 
 def bounded(metric: Metric, bounds: tuple[float, float] | None = None) -> Normalize:
-    """The colour scale of a metric between `bounds`, by default its own ends."""
+    """Return the colour scale of a metric, linear or logarithmic, between `bounds`, by default the metric's own."""
     low, high = bounds or (metric.low, metric.high)
     return LogNorm(low, high) if metric.scale == "log" else Normalize(low, high)
 
 
 def map_data(values: np.ndarray, kind: str) -> np.ndarray:
-    """Mask the exact zeros of "change", so that they stay white on a logarithmic scale; other metrics are returned unchanged."""
+    """Mask zeros of the metric "change", so that its logarithmic scale shows them white; others are unchanged."""
     return np.ma.masked_less_equal(values, 0.0) if kind == "change" else values
 
 
@@ -55,7 +55,10 @@ def hidden_state_map(
     kind: str = "change",
     bounds: tuple[float, float] | None = None,
 ) -> Figure:
-    """Draw one map as a figure. `kind`: a metric of `workbench.analysis.state_maps`; `bounds`: ends of its colour scale."""
+    """Draw a map of hidden states as a figure, with token labels below and lines at the ends of `ranges`.
+
+    `values` `[taps, tokens]`; `kind`: a metric of `workbench.analysis.state_maps`; `bounds`: as in `draw_map`.
+    """
     figure = Figure(figsize=(11, 4), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     draw_map(axes, values, taps, kind, bounds)

@@ -15,5 +15,5 @@ ENVIRONMENT = Environment(
 def html_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", *, folded: bool = False
 ) -> Markup:
-    """Render a table; `folded` hides it until its title is clicked."""
+    """Return an HTML table of text cells, which are escaped; `folded` hides it until its title is clicked."""
     return Markup(ENVIRONMENT.get_template("table.html").render(header=header, rows=rows, title=title, folded=folded))

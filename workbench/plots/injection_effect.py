@@ -1,4 +1,4 @@
-"""The effect of an injection: token strip, change and cosine by layer and position, and the next word."""
+"""A figure of an injection's effect: tokens, change and cosine by layer and position, likeliest next tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from .tokens import draw_token_strip, mark_strip
 
 
 class InjectionEffectFigure:
-    """The figure of one prompt, 1100 x 620 pixels; `png` redraws only what an injection changes.
+    """The figure of one prompt, 1100 x 620 pixels, for repeated drawing as its ranges move.
 
-    Most of the drawing time goes into text that does not change, so labels are drawn once and kept as a background.
+    Most of the drawing time goes into text that does not change, so labels are drawn once, and `png` redraws the rest
+    over them. Effects must have the tokens and taps of the first one, given by `shape`. Not thread-safe.
     """
 
     def __init__(self, effect: InjectionEffect) -> None:
@@ -40,7 +41,7 @@ class InjectionEffectFigure:
         self.background = None
 
     def show(self, effect: InjectionEffect) -> None:
-        """Update the figure with an injection's effect."""
+        """Change the figure to show another effect of the same prompt, without rendering it."""
         for mark in self.marks:
             mark.remove()
         for kind, image in self.images.items():
@@ -53,7 +54,7 @@ class InjectionEffectFigure:
         draw_next_tokens(self.words, effect.next_tokens, effect.without, effect.injected)
 
     def png(self, effect: InjectionEffect) -> bytes:
-        """Redraw the changing parts over the kept background; returns PNG bytes."""
+        """Show an effect and return the figure as PNG bytes."""
         if self.background is None:
             self.words.set_visible(False)
             self.canvas.draw()
@@ -69,7 +70,7 @@ class InjectionEffectFigure:
 
 
 def injection_effect_figure(effect: InjectionEffect) -> Figure:
-    """Draw the same as a separate figure, for papers."""
+    """Draw one effect as a new Figure, for papers."""
     drawn = InjectionEffectFigure(effect)
     drawn.show(effect)
     return drawn.figure

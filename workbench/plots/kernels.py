@@ -18,8 +18,10 @@ def kernel_bars(
     """Draw one panel per shape with one bar per kernel, the longest on top.
 
     Args:
-        rows: rows of a report of `python -m range_kernels.benchmarks.__main__`; each has `shape`, `kernel` and `value`.
-        value: key of the number to plot; `unit` is added to the titles.
+        rows: a list of the report that `python -m range_kernels.benchmarks --json FILE` writes, such as its "prefill";
+            each row has `shape`, `kernel` and the key `value`.
+        value: key of the number to plot, such as "tflops".
+        unit: its unit, which is added to the titles.
         titles: `{shape: title}` of the panels, in order.
 
     Raises:

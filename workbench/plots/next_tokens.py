@@ -1,4 +1,4 @@
-"""The likeliest next words of two runs, side by side."""
+"""The probabilities of the likeliest next tokens of two runs, without and with an injection, as bars."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .style import QUIET, SPAN, visible
 
 
 def draw_next_tokens(axes: Axes, words: Sequence[str], plain: Sequence[float], injected: Sequence[float]) -> None:
-    """Bars of the probability of each next word, without and with the injection."""
+    """Clear `axes` and draw two bars per token of `words`: its probability without (`plain`) and with the injection."""
     axes.clear()
     rows = range(len(words))
     axes.barh([row - 0.19 for row in rows], plain, height=0.36, color=QUIET, label="plain")

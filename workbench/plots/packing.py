@@ -1,4 +1,4 @@
-"""A batch plan as a figure: chunks as bars in two alternating shades, ranges in colour, and the padded batch below."""
+"""A figure of a batch plan: the packed batches, one bar per chunk of a prompt, and for comparison one padded batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ _SHADES = ("#cfd8dc", "#b0bec5")
 
 
 def plan_figure(plan: BatchPlan, prompts: Sequence[Prompt]) -> Figure:
-    """Draw the packed batches above and one padded batch of the same prompts below; widths are tokens, on the same scale."""
+    """Draw the packed batches of `plan` above, and one padded batch of the same prompts below.
+
+    Widths are numbers of tokens on one scale; embedding ranges are red. `prompts` are those that were planned, in
+    order.
+    """
     rows = len(plan.batches), len(prompts)
     figure = Figure(figsize=(11, 1.1 + 0.28 * sum(rows)), dpi=100, layout="constrained")
     packed, padded = figure.subplots(2, 1, sharex=True, height_ratios=[rows[0] + 1, rows[1] + 1])

@@ -1,4 +1,4 @@
-"""Images with their patch grids: which patch is which token, coloured by one number per patch."""
+"""Draw images with the grid of patches that the vision tower turns into tokens, coloured by a number per patch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """The patches of an image or of one of its frames, or a strip of rows if there is no image.
+    """The grid of patches of one image (or one frame of it). A patch is one feature row, and one token of the prompt.
 
     Attributes:
-        title: written above the grid.
-        lines, columns: size of the grid; rows fill it line by line, from the left.
-        values: one number per patch, `[lines, columns]`; patches with NaN are not coloured, None colours no patch.
+        title: text above the grid.
+        lines, columns: size of the grid; patches are in row-major order.
+        image: drawn below the grid; None draws the grid alone, for items without an image.
+        values: a number per patch, `[lines, columns]`; a patch with NaN is not coloured, and None colours none.
     """
 
     title: str
@@ -32,7 +33,11 @@ class PatchGrid:
 def grids_figure(
     grids: Sequence[PatchGrid], norm: Normalize, colours: Colormap, opacity: float = 0.55, caption: str = ""
 ) -> Figure:
-    """Draw images side by side with their patch grids, coloured by their values."""
+    """Draw the grids side by side over their images, with patches coloured by their values.
+
+    `norm` and `colours` map values to colours, `opacity` is that of the colours over the image, `caption` labels the
+    colour bar.
+    """
     figure = Figure(figsize=(11, 3.2 if grids else 0.6), dpi=100, layout="compressed")
     if not grids:
         figure.text(0.02, 0.3, "this prompt has no images")

@@ -15,14 +15,17 @@ warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font", cat
 
 
 def to_png(figure: Figure) -> bytes:
-    """Render without pyplot, so that nothing is displayed twice and threads share no state."""
+    """Return a figure as PNG bytes.
+
+    It is rendered without pyplot, so it is not displayed by Jupyter and threads share no state.
+    """
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return canvas_png(canvas)
 
 
 def canvas_png(canvas: FigureCanvasAgg) -> bytes:
-    """The canvas as PNG bytes. Lightly compressed, as they go to a browser on the same machine or through a tunnel."""
+    """Return a drawn canvas as PNG bytes, only lightly compressed, for speed."""
     buffer = BytesIO()
     Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "png", compress_level=2)
     return buffer.getvalue()

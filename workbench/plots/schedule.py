@@ -1,4 +1,4 @@
-"""The engine's schedule as a figure: which tokens of which request ran in which step, with ranges in colour."""
+"""A figure of the engine's schedule: which tokens of which request ran in which step, with injected rows in colour."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _CACHED = "#e4e9eb"
 
 
 def schedule_figure(steps: Sequence[Step], labels: Sequence[str] = ()) -> Figure:
-    """Draw requests as lanes and steps as columns, with the tokens and pages of each step below.
+    """Draw a lane per request and a column per step, and below them the tokens and the KV pages of each step.
 
-    A prompt's chunk fills its cell from left to right in token order, with injected rows in red; a decode step is a bar; tokens
-    from the prefix cache are hatched, before the first chunk.
+    A chunk of a prompt is a bar whose width is its number of tokens, with injected rows in red; a decode step is a
+    narrow bar; tokens taken from the prefix cache are a hatched bar before the first chunk.
 
     Args:
         steps: `engine.history`, or part of it.

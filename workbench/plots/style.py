@@ -24,17 +24,17 @@ def visible(token: str) -> str:
 
 
 def mark_spans(axes: Axes, ranges: Sequence[tuple[int, int]]) -> list[Artist]:
-    """Draw a line at both ends of each range, on a plot whose columns are tokens."""
+    """Draw a vertical line at both ends of each range, on a plot whose columns are tokens; return the lines."""
     edges = sorted({edge for pair in ranges for edge in pair})
     return [axes.axvline(edge - 0.5, color=SPAN, linewidth=1.2) for edge in edges]
 
 
 LABELLED_TOKENS = 80
-"""Up to this many tokens are written out under a map; with more, positions are shown instead."""
+"""The largest number of tokens that are written out under a map; with more, positions are shown instead."""
 
 
 def token_axis(axes: Axes, tokens: Sequence[str]) -> None:
-    """Write token labels under a plot whose columns are tokens, or positions if there are many."""
+    """Label the columns of a plot with their tokens, or with positions if there are more than `LABELLED_TOKENS`."""
     axes.set_xlim(-0.5, len(tokens) - 0.5)
     if len(tokens) > LABELLED_TOKENS:
         axes.set_xlabel("position", fontsize=8)
@@ -46,7 +46,7 @@ def token_axis(axes: Axes, tokens: Sequence[str]) -> None:
 
 
 def mark_tokens(axes: Axes, tokens: Sequence[str], ranges: Sequence[tuple[int, int]]) -> list[Artist]:
-    """Write the labels of tokens inside ranges again, in colour."""
+    """Write the labels of the tokens inside ranges again, in colour; return them, so that they can be removed."""
     if len(tokens) > LABELLED_TOKENS:
         return []
     inside = {position for start, stop in ranges for position in range(max(start, 0), min(stop, len(tokens)))}

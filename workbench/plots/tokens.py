@@ -43,7 +43,7 @@ def draw_token_strip(axes: Axes, tokens: Sequence[str]) -> None:
 
 
 def mark_strip(axes: Axes, tokens: Sequence[str], ranges: Sequence[tuple[int, int]]) -> list[Artist]:
-    """Draw the boxes inside ranges again, in colour, with the position under the first of each range."""
+    """Draw the boxes inside ranges again, in colour, with the position of each range's start; return what was drawn."""
     inside = {position for start, stop in ranges for position in range(start, stop)}
     starts = {start for start, _ in ranges}
     marks: list[Artist] = []
@@ -74,7 +74,7 @@ def _box(axes: Axes, row: int, at: int, label: str, fill: str, ink: str) -> list
 
 
 def token_strip(tokens: Sequence[str], ranges: Sequence[tuple[int, int]] = ()) -> Figure:
-    """A figure of the token strip alone."""
+    """Draw a prompt's tokens as boxes in reading order, with those inside `ranges` in colour, as a figure."""
     figure = Figure(figsize=(11, 0.32 * len(_lines(tokens)) + 0.15), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
     draw_token_strip(axes, tokens)

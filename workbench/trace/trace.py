@@ -36,19 +36,19 @@ class TracePlan:
         name = str(self.dtype).removeprefix("torch.")
         return f"{len(self.shapes)} taps x {len(self.positions)} positions in {name}: {self.nbytes / 1e6:.1f} MB"
 
-    def check_room(self, room: int, where: str, mend: str) -> None:
+    def check_room(self, room: int, where: str, other_fix: str) -> None:
         """Raise TraceError if the states take more than `room` bytes.
 
         Args:
             where: completes "they do not fit ...", such as "into half of the free memory".
-            mend: another fix, appended to the message.
+            other_fix: another fix, appended to the message.
         """
         if self.nbytes > room:
             logits = self.shapes.get("logits")
             heavy = logits and logits[0] * logits[1] * self.dtype.itemsize * 2 > self.nbytes
             raise TraceError(
                 f"{self} do not fit {where} ({room / 1e6:.1f} MB): choose fewer taps or positions"
-                f"{' (logits are more than half of the bytes)' if heavy else ''}{mend}"
+                f"{' (logits are more than half of the bytes)' if heavy else ''}{other_fix}"
             )
 
 

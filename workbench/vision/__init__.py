@@ -1,4 +1,4 @@
-"""Images and sounds: load vision towers alone, build prompts, store features."""
+"""Images and sounds as injected embeddings: load a model's vision tower alone, build prompts, store features."""
 
 from .architectures import Features
 from .feature_store import FeatureStore

@@ -1,4 +1,4 @@
-"""How each architecture takes images: what its tower returns for an image, and which tokens represent it in the prompt.
+"""How each architecture represents images: what its tower returns, and which prompt tokens stand for an image.
 
 Layouts follow the processors of Transformers 5 (`replace_image_token` there); `tests/vision/test_prompt_builder.py` compares them.
 """
@@ -23,9 +23,11 @@ class Features:
 
     Attributes:
         rows: `[rows, hidden]`, as they enter the language model.
-        grid: patch grid of the rows, (rows, columns), or (time, height, width) on M-RoPE models; None if they form no grid.
-        deepstack: `[levels, rows, hidden]`, added to hidden states after the first layers (Qwen3-VL), or None.
-        tiles: (rows, columns) of the tiles that the image was cut into (Idefics 3); (0, 0) if it was not cut.
+        grid: patch grid of the rows, (lines, columns), or (time, height, width) for M-RoPE models; None if they form no
+            grid.
+        deepstack: `[levels, rows, hidden]`; level l is added to the hidden states after decoder layer l (Qwen3-VL).
+            None for others.
+        tiles: number of (lines, columns) of tiles that the image was cut into (Idefics 3); (0, 0) if it was not cut.
     """
 
     rows: torch.Tensor
@@ -36,13 +38,16 @@ class Features:
 
 @dataclass(frozen=True)
 class Family:
-    """LLaVA and models that work like it: the marker becomes one placeholder token per row.
+    """How an architecture lays out images; this class: LLaVA and similar, with one placeholder token per row.
+
+    Subclasses override the methods in which their architecture differs. An item is one image or sound.
 
     Attributes:
         config: the whole model's configuration.
-        modality: "image" or "audio".
-        marker: what the chat template writes where an item goes.
+        marker: the text that the chat template writes for an item.
         token: the placeholder token, one per row.
+        modality: "image" or "audio".
+        attention: how the tokens of an item attend to each other.
     """
 
     config: Any
@@ -58,11 +63,15 @@ class Family:
     depends_on_other_images: ClassVar[bool] = False
 
     def run(self, network: Any, processed: dict[str, Any]) -> Any:
-        """Run processed inputs through tower and projector; return Transformers' output object."""
+        """Run the processor's output through tower and projector; return Transformers' output object."""
         return run_tower(network, self.modality, processed)
 
     def split(self, output: Any, processed: dict[str, Any], count: int) -> list[Features]:
-        """Split the tower's output into items."""
+        """Split the output of `run` into the features of `count` items.
+
+        Raises:
+            ModelError: the tower returned another number of images.
+        """
         pooled = output.pooler_output
         if len(pooled) != count:
             raise ModelError(f"{count} images went into the tower and {len(pooled)} came out")
@@ -70,7 +79,10 @@ class Family:
         return [Features(each, _square(len(each))) for each in rows]
 
     def outline(self, processed: dict[str, Any], count: int) -> list[Features] | None:
-        """Features without values (rows on the meta device), from the processor's output alone; None if the tower must run."""
+        """Return features that have shapes but no values (rows on the meta device), from the processor's output alone.
+
+        None if the number of rows is only known once the tower has run.
+        """
         height, width = processed["pixel_values"].shape[-2:]
         patch = self.config.vision_config.patch_size
         whole = getattr(self.config, "vision_feature_select_strategy", "full") == "full"
@@ -87,23 +99,23 @@ class Family:
         return Features(torch.empty((rows, hidden), device="meta"), grid or _square(rows), None, tiles)
 
     def text(self, features: Features) -> str:
-        """Return the prompt text of one item: its placeholders and what surrounds them."""
+        """Return the text that replaces an item's marker: its placeholders and the tokens around them."""
         return self.token * len(features.rows)
 
     def arrange(self, text: str) -> str:
-        """Return the final text of the whole prompt, given the text with its markers replaced."""
+        """Return the final text of the whole prompt, given the text in which the markers have been replaced."""
         return text
 
     def spans(self, features: Features, label: str) -> list[tuple[int, Span]]:
-        """Return the row count and the span of each range of one item's placeholders."""
+        """Return row count and span of each placeholder range of an item, in prompt order; `label` names the item."""
         return [(len(features.rows), Span(self.modality, features.grid, self.attention, label))]
 
     def token_types(self, places: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The token-type inputs of Transformers' whole model; `places` is 1 at placeholders, int32 `[1, seq]`."""
+        """Return the token-type inputs of Transformers' whole model; `places` int32 `[1, seq]` is 1 at placeholders."""
         return {}
 
     def position_ids(self, length: int, ranges: Sequence[tuple[int, int]], spans: Sequence[Span]) -> Any:
-        """Positions of the prompt's tokens; None if they are 0, 1, 2, ..."""
+        """Return the position ids of the prompt's `length` tokens; None if they are 0, 1, 2, ..."""
         return None
 
     def whole_prompt(self, spans: Sequence[Span], length: int) -> list[Span]:
@@ -155,7 +167,7 @@ class QwenVL(Family):
 
 
 class InternVL(Family):
-    """InternVL: an image is one to a dozen tiles with equally many rows, between `<img>` and `</img>`."""
+    """InternVL: an image is one to a dozen tiles of equally many rows, all between one `<img>` and `</img>`."""
 
     def split(self, output: Any, processed: dict[str, Any], count: int) -> list[Features]:
         tiles = [int(number) for number in processed.get("num_patches", [1] * count)]
@@ -176,7 +188,7 @@ class InternVL(Family):
 
 
 class Gemma3(Family):
-    """Gemma 3: 256 rows per image, which attend to each other bidirectionally, on separate lines."""
+    """Gemma 3: 256 rows per image, which attend to each other bidirectionally; empty lines surround an image."""
 
     def outline(self, processed: dict[str, Any], count: int) -> list[Features]:
         return [self._blank(self.config.mm_tokens_per_image)] * count
@@ -189,7 +201,7 @@ class Gemma3(Family):
 
 
 class PaliGemma(Family):
-    """PaliGemma: images, `<bos>`, the question and a line feed; the whole prompt attends bidirectionally; positions start at 1."""
+    """PaliGemma: images, `<bos>`, question, line feed; all of it attends bidirectionally; positions start at 1."""
 
     def token_types(self, places: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"token_type_ids": torch.zeros_like(places)}  # the whole prompt is prefix
@@ -261,7 +273,7 @@ class LlavaOnevision(Family):
 
 
 class Qwen2Audio(Family):
-    """Qwen2-Audio: a sound is a range of placeholders, one per 40 ms; a mask tells the encoder where the sound ends."""
+    """Qwen2-Audio: a sound has one placeholder per 40 ms; the encoder gets a mask of the padding after its end."""
 
     def run(self, network: Any, processed: dict[str, Any]) -> list[torch.Tensor]:
         whole = network.model
@@ -309,7 +321,7 @@ SUPPORTED = tuple(_KINDS)
 
 
 def image_attention(config: Any) -> Literal["causal", "bidirectional"]:
-    """How the tokens of an image attend to each other; causal if the architecture is not known here."""
+    """Return how the tokens of an image attend to each other; "causal" if the architecture is not in the table."""
     kind = _KINDS.get(config.model_type)
     return kind.attention if kind else "causal"
 
@@ -349,7 +361,13 @@ _FUNCTIONS = ("get_{}_features", "extract_feature", "encode_images", "get_vision
 
 
 def run_tower(network: Any, modality: str, processed: dict[str, Any]) -> Any:
-    """Call the method that turns processed inputs into rows: Transformers' own name, or one that remote code uses."""
+    """Call the network's method that computes features: `get_<modality>_features`, or a name that remote code uses.
+
+    Only those entries of `processed` are passed that the method has parameters for.
+
+    Raises:
+        ModelError: the network has none of the known methods.
+    """
     names = [name.format(modality) for name in _FUNCTIONS]
     holders = [holder for holder in (network, getattr(network, "model", None)) if holder is not None]
     function = next((getattr(holder, name) for holder in holders for name in names if hasattr(holder, name)), None)

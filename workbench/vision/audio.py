@@ -1,4 +1,4 @@
-"""Open sounds safely: WAV files, converted to mono, at the sampling rate that a model was trained at."""
+"""Open sounds safely: 16-bit WAV files, converted to mono, at the model's sampling rate only (no resampling)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Storage of a feature store's entries: a folder, or an fsspec file system."""
+"""The storage of a feature store: `LocalEntries` in a folder, `RemoteEntries` in an fsspec file system."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ from ..models.checkpoint import parse_header
 from .architectures import Features
 
 SUFFIX = ".safetensors"
-# Other files are never counted or removed: a store may be in a folder that also contains other things.
+# Paths of entries, and of temporary files. Others are never counted or removed: the folder of a store may contain other
+# files.
 _OURS = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}\.safetensors")
 _LEFT = re.compile(r"([0-9a-f]{2})/\.\1[0-9a-f]{62}\.\d+\.[0-9a-f]+")
 
 
 class LocalEntries:
-    """Entries in a local folder, in 256 subfolders by the first two digits of their names."""
+    """Entries in a local folder, in 256 subfolders by the first two digits of their keys (64 hexadecimal digits).
+
+    Raises:
+        ModelError: the folder cannot be created.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -37,6 +42,11 @@ class LocalEntries:
             raise ModelError(f"the feature store {folder} cannot be created: {error}") from error
 
     def read(self, key: str) -> Features:
+        """Return an entry, memory-mapped, and record that it was used now.
+
+        Raises:
+            FileNotFoundError: the entry is missing. ModelError, ValueError, KeyError and others: it is damaged.
+        """
         path = self._path(key)
         with open(path, "rb") as file:
             # A private mapping: torch requires writable memory, and writes never reach the file.
@@ -47,6 +57,11 @@ class LocalEntries:
         return features
 
     def write(self, key: str, data: bytes) -> None:
+        """Write an entry atomically, replacing one with the same key.
+
+        Raises:
+            ModelError: the folder cannot be written.
+        """
         path = Path(self._path(key))
         # A leading dot and no entry suffix: a file left by a killed writer is never read as an entry.
         temporary = path.parent / f".{key}.{os.getpid()}.{secrets.token_hex(4)}"
@@ -63,6 +78,7 @@ class LocalEntries:
             raise ModelError(f"the feature store {self.folder} cannot be written: {error}") from error
 
     def scan(self) -> Iterator[tuple[float, int, str]]:
+        """Yield time of last use (seconds since the epoch), bytes and path of every entry."""
         for path in self.folder.glob(f"*/*{SUFFIX}"):
             if not _OURS.fullmatch(f"{path.parent.name}/{path.name}"):
                 continue
@@ -71,10 +87,15 @@ class LocalEntries:
                 yield about.st_mtime, about.st_size, str(path)
 
     def remove(self, name: str) -> None:
+        """Remove the entry at a path that `scan` yielded, if it still exists."""
         Path(name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
+        """Lock the store for eviction; yields False, without waiting, if another process has the lock.
+
+        Also removes temporary files that a killed writer left an hour ago or earlier.
+        """
         lock = FileLock(self.folder / ".evicting.lock")
         try:
             lock.acquire(blocking=False)
@@ -95,7 +116,13 @@ class LocalEntries:
 
 
 class RemoteEntries:
-    """Entries in an fsspec file system. Each entry is written by one call, which is atomic on object stores."""
+    """Entries in an fsspec file system, with the methods of `LocalEntries`.
+
+    An entry is written by one call, which is atomic on object stores.
+
+    Raises:
+        ModelError: no fsspec driver for the URL is installed.
+    """
 
     def __init__(self, url: str) -> None:
         import fsspec
@@ -128,7 +155,7 @@ class RemoteEntries:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
-        yield True  # two processes that evict at once remove the same entries
+        yield True  # no lock is needed: two processes that evict at the same time remove the same entries
 
     def _path(self, key: str) -> str:
         return f"{self.root.rstrip('/')}/{key[:2]}/{key}{SUFFIX}"

@@ -1,8 +1,8 @@
-"""A content-addressed feature store: the same image through the same tower is computed once.
+"""A content-addressed feature store: the features of an image are computed once per tower.
 
-An entry's name is the SHA-256 of the image's bytes and the tower's fingerprint (weights, processor settings, dtype), so no entry
-can be stale. Entries are safetensors files, written under a temporary name and renamed: a reader finds a complete entry or
-none, even if a writer is killed.
+An entry's key is the SHA-256 of the image's content and the tower's fingerprint (weights, processor settings, dtype),
+so a changed image or tower has another key, and no entry can be stale. Entries are safetensors files, written
+atomically: a reader finds a complete entry or none, even if a writer is killed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _KEPT_AFTER_EVICTION = 0.9  # of the limit, so that not every write evicts
 
 @dataclass
 class StoreStats:
-    """Counters of a store's lookups and evictions."""
+    """Counters of one `FeatureStore` object: lookups that found an entry or not, evicted and damaged entries.
+
+    A damaged entry also counts as a miss.
+    """
 
     hits: int = 0
     misses: int = 0
@@ -44,7 +47,15 @@ class FeatureStore:
 
     Args:
         url: a folder, created if it does not exist, or any URL whose fsspec driver is installed.
-        max_bytes: limit of the store's size, kept by evicting the least recently used entries; None for no limit.
+        max_bytes: limit of the store's size; when it is exceeded, the least recently used entries are evicted. None: no
+            limit.
+
+    Attributes:
+        stats: counters of this object.
+
+    Raises:
+        ValueError: `max_bytes` is not positive.
+        ModelError: the folder cannot be created, or the URL has no driver.
     """
 
     def __init__(self, url: str | os.PathLike, max_bytes: int | None = None) -> None:
@@ -61,10 +72,11 @@ class FeatureStore:
         self._written = 0
 
     def features(self, tower: VisionTower, items: Sequence[ImageLike]) -> list[Features]:
-        """Return `tower.features(items)`, computing only what the store does not contain.
+        """Return `tower.features(items)` of one prompt's images; those not in the store are computed and stored.
 
         Raises:
-            ImageError: an image that cannot be used; then none of the new features are stored.
+            ImageError: an image cannot be used; then no new features are stored.
+            ModelError: a local store cannot be written.
         """
         keys = self.keys(tower, items)
         found = [self.get(key) for key in keys]
@@ -80,7 +92,13 @@ class FeatureStore:
         return [computed[index] if features is None else features for index, features in enumerate(found)]
 
     def keys(self, tower: VisionTower, items: Sequence[ImageLike]) -> list[str]:
-        """Return the entries' names for the images of one prompt."""
+        """Return the keys of the images of one prompt, 64 hexadecimal digits each.
+
+        A key includes the number of images if the tower's features depend on it (LLaVA-OneVision).
+
+        Raises:
+            ImageError: an image cannot be read.
+        """
         image_count = f" of {len(items)}" if _depends_on_other_images(tower) else ""
         return [
             hashlib.sha256(f"{tower.fingerprint} {content_digest(item)}{image_count}".encode()).hexdigest()
@@ -88,7 +106,7 @@ class FeatureStore:
         ]
 
     def get(self, key: str) -> Features | None:
-        """Return a stored entry, memory-mapped if the store is local; None if it is missing or damaged."""
+        """Return the features stored under a key, memory-mapped if stored locally; None if missing or damaged."""
         try:
             features = self._entries.read(key)
         except FileNotFoundError:
@@ -105,10 +123,11 @@ class FeatureStore:
     def put(self, key: str, features: Features) -> None:
         """Store the features of one image under its key (from `keys`). An existing entry is overwritten.
 
-        With `max_bytes`, the least recently used entries are evicted from time to time, not at every write.
+        Each time this object has written another 5 % of `max_bytes`, it calls `evict`, which removes the least recently
+        used entries if the store is over its limit.
 
         Raises:
-            OSError: the store cannot be written.
+            ModelError: a local store cannot be written. (A remote one raises the errors of its fsspec driver.)
         """
         tensors = {"rows": features.rows.contiguous()}
         if features.deepstack is not None:
@@ -123,7 +142,10 @@ class FeatureStore:
             self.evict()
 
     def evict(self) -> int:
-        """Remove the least recently used entries if the store is over its limit; return how many were removed."""
+        """If the store is over `max_bytes`, remove the least recently used entries until it is at 90 % of it.
+
+        Returns the number of removed entries: 0 also if another process is evicting, or without a limit.
+        """
         if self.max_bytes is None:
             return 0
         removed = 0
@@ -153,7 +175,7 @@ class FeatureStore:
 
 
 def content_digest(item: Any) -> str:
-    """SHA-256 of an image: of a file's bytes, or of the RGB pixels of an image in memory.
+    """Return the SHA-256 of an image: of a file's bytes, or, for an image in memory, of its size and RGB pixels.
 
     Raises:
         ImageError: a file that cannot be read, or a value that is not an image.

@@ -30,7 +30,7 @@ class ImageError(PromptError):
 
 
 def open_image(image: ImageLike) -> Image.Image:
-    """Return the image as RGB, rotated upright by its EXIF orientation.
+    """Return the image as RGB, rotated upright by its EXIF orientation; `image` is a PIL image or the path of a file.
 
     Raises:
         ImageError: the message names the file and what is wrong with it.

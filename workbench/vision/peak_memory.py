@@ -12,7 +12,7 @@ class PeakMemory:
     """Resident memory of this process while a `with` block runs, sampled every 2 ms.
 
     Attributes:
-        bytes: the peak, above what the process used when the block began.
+        bytes: the peak minus the memory that the process used when the block began.
     """
 
     def __init__(self) -> None:

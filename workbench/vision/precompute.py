@@ -1,6 +1,7 @@
-"""Precompute features: run a tower over folders of images into a store, in this process or in many with Ray Data.
+"""Precompute features: run a tower on many images and store the results, in this process or in several with Ray Data.
 
-An image that is already in the store costs only reading its bytes, so a stopped run continues where it stopped.
+Of an image that is already in the store only the bytes are read, so a run that was stopped can be started again and
+continues.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ class Report:
     """The outcome of one run.
 
     Attributes:
-        computed, found: images whose features were computed, and images whose features were in the store.
+        computed: number of images whose features were computed.
+        found: number of images whose features were in the store.
         failed: path and reason of each image that could not be used.
-        seconds: from the start of the first image to the end of the last one, without the loading of towers.
+        seconds: time from the start of the first image to the end of the last one; the loading of towers is not
+            included.
     """
 
     computed: int = 0
@@ -44,10 +47,10 @@ class Report:
 
 
 def find_images(names: Iterable[str | Path]) -> list[str]:
-    """Return files, and the images in folders and their subfolders, each once, in order.
+    """Return the given files and the images in the given folders and their subfolders, each once, in order.
 
     Raises:
-        PromptError: a name that is neither a file nor a folder, or no image at all.
+        PromptError: a name is neither a file nor a folder, or no image was found.
     """
     found: dict[str, None] = {}
     for name in names:
@@ -65,7 +68,13 @@ def find_images(names: Iterable[str | Path]) -> list[str]:
 
 
 class Worker:
-    """A tower and a store in one process; callable on batches of paths, as Ray Data requires."""
+    """A tower and a store in one process; callable on batches of paths, as Ray Data requires.
+
+    Args:
+        model, device: for `load_vision_tower`.
+        store, max_bytes: for `FeatureStore`.
+        threads: number of torch threads of this process, or None to leave it.
+    """
 
     def __init__(self, model: str, store: str, max_bytes: int | None, device: str, threads: int | None = None) -> None:
         import torch
@@ -76,7 +85,12 @@ class Worker:
         self.store = FeatureStore(store, max_bytes)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Return each path's outcome ("found", "computed", or the reason of failure), and when the batch began and ended."""
+        """Process the images at `batch["path"]`.
+
+        Returns:
+            lists of equal length: "path"; "outcome" ("found", "computed", or the reason of failure); "began" and
+            "ended", the times of the whole batch in seconds since the epoch.
+        """
         began = time.time()
         paths = [str(path) for path in batch["path"]]
         outcomes = [self._one(path) for path in paths]
@@ -105,14 +119,20 @@ def compute_features(
     batch: int = 16,
     progress: bool = True,
 ) -> Report:
-    """Compute the features of images and put them into a store.
+    """Compute the features of images and put them into a store. An image that cannot be used does not stop the others.
 
     Args:
-        workers: 0 for this process alone; else the number of Ray Data workers, on this machine or the cluster it is connected to.
-        batch: number of images that a worker gets at once.
+        images: paths of image files.
+        model, device: for `load_vision_tower`.
+        store, max_bytes: folder or URL, and size limit, for `FeatureStore`.
+        workers: 0 to use this process only; else the number of Ray Data workers, on this machine or the cluster it is
+            connected to.
+        batch: number of images that a worker gets at a time.
+        progress: show a progress bar.
 
     Raises:
-        ModelError: a model or store that cannot be opened, or Ray is not installed and `workers` is not 0.
+        ValueError: `workers` is negative, or `batch` below 1.
+        ModelError: the model or the store cannot be opened, or Ray is needed and not installed.
     """
     from tqdm.auto import tqdm
 

@@ -1,7 +1,7 @@
-"""A model's own preprocessing of images and sounds, loaded part by part.
+"""A model's own preprocessing: its image processor or feature extractor, tokenizer and chat template.
 
-If a model also takes videos, Transformers' combined processor cannot be built without torchvision, although images do not need
-it; image processor, tokenizer and feature extractor can each be built without it.
+They are loaded separately because Transformers' combined processor of a model that also takes videos requires
+torchvision, which images do not need.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ from .audio import AudioError, open_audio
 
 
 class Processor:
-    """Image processor or feature extractor, tokenizer and chat template of a model folder.
+    """Image processor (or, for audio models, feature extractor), tokenizer and chat template of a model folder.
+
+    Args:
+        folder: a local folder with the model's configuration files.
+        config: the whole model's configuration.
+        trusted: whether Python code that comes with the model may run.
 
     Raises:
-        ModelError: a part that is missing or damaged.
+        ModelError: a part is missing or damaged.
     """
 
     def __init__(self, folder: Path, config: Any, trusted: bool) -> None:
@@ -44,19 +49,29 @@ class Processor:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """All settings that determine how inputs are preprocessed, for cache keys."""
+        """All settings that determine how inputs are preprocessed, as plain JSON values, for cache keys."""
         return json.loads(json.dumps(self._reader.to_dict(), default=str, sort_keys=True))
 
     def images(self, images: Sequence[Image.Image], *, nested: bool = False, **options: Any) -> dict[str, Any]:
-        """Return pixel values and related inputs for the images of one prompt; `nested` passes them as one nested list."""
+        """Return the tower's inputs (`pixel_values` and others, as tensors) for the images of one prompt.
+
+        `nested` passes the images as a list of one list, which some processors require; `options` go to the processor.
+
+        Raises:
+            PromptError: the processor rejects the images.
+        """
         grouped = [list(images)] if nested else list(images)
         try:
             return dict(self._reader(images=grouped, return_tensors="pt", **options))
         except (ValueError, TypeError, RuntimeError) as error:
-            raise PromptError(f"{self.model_type}'s image processor refuses the images: {error}") from error
+            raise PromptError(f"{self.model_type}'s image processor rejects the images: {error}") from error
 
     def audio(self, waves: Sequence[Any]) -> dict[str, Any]:
-        """Return mel features `[sounds, bins, frames]` and their mask for WAV files or waveforms."""
+        """Return mel features `[sounds, bins, frames]` and their mask, of WAV files or waveforms.
+
+        Raises:
+            AudioError: a sound cannot be used, or is longer than the model takes.
+        """
         rate = self._reader.sampling_rate
         sounds = [open_audio(wave, rate) for wave in waves]
         longest = getattr(self._reader, "n_samples", None)
@@ -79,7 +94,11 @@ class Processor:
         return processed
 
     def text(self, messages: list[dict]) -> str:
-        """Return the chat as text, with markers where images and sounds go."""
+        """Return the chat as text by the model's template, with a marker at the position of each image or sound.
+
+        Raises:
+            PromptError: the model has no chat template.
+        """
         if self.chat_template is None:
             raise PromptError(
                 f"{self.model_type}: the model folder has no chat template; give build_prompt a text instead"

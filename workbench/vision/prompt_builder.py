@@ -1,4 +1,4 @@
-"""Build a Prompt from chat messages with images: ids with placeholders, items, ranges, spans, positions."""
+"""Build a `Prompt` from chat messages with images: ids with placeholders, feature rows, ranges, spans, positions."""
 
 from __future__ import annotations
 
@@ -31,18 +31,21 @@ def build_prompt(
 
     Args:
         model: from `load_model`.
-        messages: chat messages in Transformers' form, whose content may contain `{"type": "image", "image": image}` (a PIL image
-            or a path; `"audio"` with a waveform likewise); or the text of one user turn, which comes after `images`.
-        images: the images, if messages only mark their positions or are plain text.
-        tower: an open tower; it is loaded if both `tower` and `features` are missing.
-        features: precomputed features of all images in order; then no tower is needed.
-        text: the text of the whole prompt, with special tokens and a marker for each image, used instead of a chat template.
+        messages: chat messages in Transformers' format, whose content may include `{"type": "image", "image": image}`
+            (a PIL image or a path; `"audio"` with a waveform likewise). Or a string: one user turn of all `images`,
+            followed by this text.
+        images: the images for parts `{"type": "image"}` without one, in order, and for a string.
+        tower: an open tower; if both `tower` and `features` are missing, it is loaded from the model.
+        features: features of all images in order, computed before; then no tower is needed.
+        text: the text of the whole prompt, with special tokens and a marker for each image, to use instead of the chat
+            template.
 
     Returns:
         a Prompt; each range has a span that names its image and patch grid.
 
     Raises:
-        PromptError, ImageError: more or fewer images than markers, or an image that cannot be used.
+        PromptError, ImageError: more or fewer images than markers, or an image cannot be used.
+        ModelError: the architecture's layout of images is not known.
     """
     if features is None:
         tower = tower or load_vision_tower(model)
@@ -75,7 +78,12 @@ def build_multimodal(
     """Build the same prompt for an engine that runs the vision model itself: placeholders and processed images, no features.
 
     Args:
-        tower: an open tower, for its processor; its network runs only if the processor's output leaves the row counts open.
+        model, messages, images: as in `build_prompt`.
+        tower: an open tower, for its processor; loaded if it is None. Its network runs only if the numbers of rows do
+            not follow from the processor's output.
+
+    Raises:
+        PromptError, ImageError, ModelError: as in `build_prompt`.
     """
     tower = tower or load_vision_tower(model)
     family = family_of(model.config, tower.processor.tokenizer)

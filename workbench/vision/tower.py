@@ -1,6 +1,7 @@
-"""Load only the vision part of a vision-language model: its tower and projector, without the language model's weights.
+"""Load only the vision (or audio) tower and projector of a multimodal model, without its language weights.
 
-Transformers' own code computes the features; only the vision tensors of the checkpoint are read (`tower_weights.py`).
+Transformers' own code computes the features; of the checkpoint, only the tensors of that part are read
+(`tower_weights.py`).
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class LoadReport:
 
     Attributes:
         tensors, tensor_bytes: number and bytes of the vision tensors.
-        bytes_read: bytes read from weight files, with headers and index.
+        bytes_read: bytes read from weight files, including headers and index.
         bytes_skipped: bytes of weight files that were not read.
-        peak_bytes: peak memory above what the process used before.
+        peak_bytes: peak resident memory while loading, minus the process's memory before.
     """
 
     tensors: int
@@ -57,14 +58,18 @@ class LoadReport:
 
 
 class VisionTower:
-    """Tower and projector of one model: images in, rows for the language model out.
+    """Tower and projector of one model: `features` turns images (or sounds) into rows for the language model.
 
     Attributes:
         location: the folder or address that it was read from.
         config: the whole model's configuration.
-        network: Transformers' model with an empty language part.
+        network: Transformers' model, whose language part has no layers.
+        processor: the model's preprocessing and tokenizer.
         report: the cost of loading it.
-        weights_digest: SHA-256 of the vision weights' bytes as stored, for caches.
+        weights_digest: SHA-256 of the names, dtypes, shapes and bytes of the vision tensors as stored, for cache keys.
+        dtype, device: of the network's parameters.
+        family: how the architecture lays out images; None for a model with its own Python code, whose layout is not
+            known here.
     """
 
     def __init__(
@@ -74,7 +79,7 @@ class VisionTower:
         self.report, self.weights_digest = report, digest
         parameter = next(network.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
-        own_code = getattr(config, "auto_map", None) is not None  # how it lays out images is not known here
+        own_code = getattr(config, "auto_map", None) is not None
         self.family: Family | None = None if own_code else family_of(config, processor.tokenizer)
 
     @cached_property
@@ -97,13 +102,15 @@ class VisionTower:
         """Compute the features of the images (or sounds) of one prompt.
 
         Args:
-            items: images (PIL or paths); for audio models waveforms, mono float arrays at the model's sampling rate.
+            items: images (PIL or paths); for audio models WAV files or waveforms, mono float arrays at the model's
+                sampling rate.
 
         Returns:
-            one `Features` per item, rows on the CPU in the tower's dtype.
+            one `Features` per item, with rows on the CPU in the tower's dtype.
 
         Raises:
-            ImageError: an image that cannot be used, by name.
+            ImageError, AudioError: an item cannot be used; the message names it.
+            PromptError: the model's processor rejects the images.
         """
         if not items:
             return []
@@ -119,7 +126,7 @@ class VisionTower:
         ]
 
     def process(self, items: Sequence[ImageLike | Any]) -> dict[str, Any]:
-        """Run the model's own processor on the items; return pixel values and related inputs."""
+        """Return the inputs of `run`, by the model's own processor; raises the errors of `features`."""
         if self.family is None:
             return self.processor.images([open_image(item) for item in items])
         if self.family.modality == "audio":
@@ -129,7 +136,7 @@ class VisionTower:
 
     @torch.no_grad()
     def run(self, processed: dict[str, Any]) -> Any:
-        """Run processed inputs through tower and projector."""
+        """Run the inputs of `process` through tower and projector; return their output, which `Family.split` takes."""
         given = {name: self._moved(value) for name, value in processed.items()}
         return self.family.run(self.network, given) if self.family else run_tower(self.network, "image", given)
 
@@ -140,10 +147,14 @@ class VisionTower:
 
     @torch.no_grad()
     def check_parity(self, items: Sequence[ImageLike | Any], full: Any = None) -> float:
-        """Return the largest difference between these features and the full model's; 0.0 is expected.
+        """Return the largest absolute difference between these features and the full model's; 0.0 is expected.
 
         Args:
-            full: the full model's network, if it is already open; else it is loaded, with its language weights.
+            items: as in `features`.
+            full: the full model's network, if it is already open; else it is loaded here, with its language weights.
+
+        Raises:
+            ModelError: `full` is needed, because the checkpoint is not on this machine.
         """
         if full is None:
             if not Path(self.location).is_dir():
@@ -174,8 +185,9 @@ def load_vision_tower(
         trust_remote_code: run Python files that come with the model; `ModelError` names them if they are needed.
 
     Raises:
-        ValueError: a dtype that towers do not compute in.
-        ModelError: no such device; a checkpoint that is damaged or lacks vision tensors, by file and tensor; a server without range requests.
+        ValueError: `dtype` is not float32, bfloat16 or float16.
+        ModelError: the device does not exist, the checkpoint is damaged or has no vision tensors (the message names
+            file and tensor), or the server does not support range requests.
     """
     if str(model) in BUILT_IN:
         model = load_model(str(model))

@@ -35,18 +35,22 @@ _SMALL_FILES = (
 
 
 def is_language(name: str) -> bool:
-    """Whether a checkpoint's tensor belongs to the language model."""
+    """Whether the name of a checkpoint's tensor is one of the language model."""
     return bool(_LANGUAGE.search(name))
 
 
 def load_full(config: Any, folder: str | Path, dtype: torch.dtype) -> Any:
-    """Load the whole model, with its language weights."""
+    """Return Transformers' whole model from a local folder, with its language weights, in evaluation mode."""
     with silenced_transformers():
         return model_class(config).from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
 
 
 def model_class(config: Any) -> Any:
-    """Return the Transformers class that a configuration names."""
+    """Return the Transformers class that a configuration names in `architectures`.
+
+    Raises:
+        ModelError: it names none, or none that this version of Transformers has.
+    """
     import transformers
 
     names = getattr(config, "architectures", None) or []
@@ -61,7 +65,7 @@ def model_class(config: Any) -> Any:
 
 
 def plain_settings(config: Any) -> dict[str, Any]:
-    """A configuration without the fields that name its origin."""
+    """Return a configuration as a dict without private fields, the model's path and Transformers' version."""
     return {
         key: value
         for key, value in config.to_dict().items()
@@ -70,7 +74,11 @@ def plain_settings(config: Any) -> dict[str, Any]:
 
 
 def small_files(source: Source, scratch: Path) -> Path:
-    """Return a local folder with configuration, processor and tokenizer; remote files are copied into `scratch`."""
+    """Return a local folder with configuration, processor and tokenizer; remote files are copied into `scratch`.
+
+    Raises:
+        ModelError: the source has no config.json.
+    """
     if isinstance(source, FolderSource):
         return source.folder
     for name in _SMALL_FILES:
@@ -82,6 +90,11 @@ def small_files(source: Source, scratch: Path) -> Path:
 
 
 def read_configuration(folder: Path, name: str, trusted: bool) -> Any:
+    """Return the model's configuration; `name` is used in messages.
+
+    Raises:
+        ModelError: it cannot be read, needs Python code that is not `trusted`, or has no vision or audio part.
+    """
     from transformers import AutoConfig
 
     if not trusted:
@@ -96,7 +109,15 @@ def read_configuration(folder: Path, name: str, trusted: bool) -> Any:
 
 
 def vision_tensors(source: Source) -> tuple[dict[str, torch.Tensor], int, str]:
-    """Return every tensor that is not the language model's, the bytes of all weight files, and a digest of what was read."""
+    """Read all tensors of a checkpoint except those of the language model.
+
+    Returns:
+        the tensors by name; the size of all weight files in bytes; SHA-256 of the names, dtypes, shapes and bytes of
+        the tensors.
+
+    Raises:
+        ModelError: the checkpoint is damaged, or contains a language model only.
+    """
     if not source.exists(INDEX) and not source.exists(SINGLE) and source.exists(_BIN):
         tensors, total = _unpickled(source)
     else:
@@ -113,7 +134,7 @@ def vision_tensors(source: Source) -> tuple[dict[str, torch.Tensor], int, str]:
 
 
 def _unpickled(source: Source) -> tuple[dict[str, torch.Tensor], int]:
-    """Read a `.bin` checkpoint: memory-mapped, tensors only; code in the pickle is never run."""
+    """Return the vision tensors of a `.bin` checkpoint, and its size; code in the pickle is never run."""
     if isinstance(source, HttpSource):
         raise ModelError(
             f"{source.where(_BIN)} is a pickle, which cannot be read in parts: download and convert it first"
@@ -134,7 +155,12 @@ def _unpickled(source: Source) -> tuple[dict[str, torch.Tensor], int]:
 def build_network(
     config: Any, folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype, trusted: bool
 ) -> Any:
-    """Build Transformers' model around the tensors, with a language part of no layers and a vocabulary of one."""
+    """Return Transformers' model with the given vision tensors and a language part without layers.
+
+    Raises:
+        ModelError: the model cannot be built, or vision tensors are missing or have another shape than the
+            configuration requires.
+    """
     small = copy.deepcopy(config)
     text = small.get_text_config()
     empty: dict[str, Any] = {

@@ -1,4 +1,7 @@
-"""Widgets: controls and views for notebooks. They call engines and plots, and compute nothing themselves."""
+"""Widgets for notebooks: controls and views.
+
+They call engines, `analysis` and `plots`, and contain no computations of their own.
+"""
 
 from .comparison_view import ComparisonView
 from .engine_view import EngineView

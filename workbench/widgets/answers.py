@@ -1,4 +1,4 @@
-"""Answers of an engine and of the reference to a prompt: streamed, cached, shown side by side."""
+"""Answers of an engine and of the reference to a prompt: generated step by step, cached, shown as HTML."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ _Key = tuple[str, str, int]
 
 
 class Answers:
-    """Answers by prompt. If ranges have moved, the engine also answers the prompt as it was built.
+    """Generates answers and keeps up to 200 of them, by engine name, prompt and length.
+
+    If ranges have moved, the engine also answers the prompt as it was built, for comparison.
 
     Args:
-        start: text at the end of the prompt with which every answer begins.
+        start: text at the end of the prompt, shown before every answer.
     """
 
     def __init__(self, start: str = "") -> None:
@@ -28,17 +30,21 @@ class Answers:
         self._running: dict[_Key, str] = {}
 
     def get(self, name: str, prompt: Prompt, new_tokens: int) -> str | None:
-        """A complete answer, or None if there is none yet."""
+        """Return the complete answer of the engine `name` to a prompt, or None if it has not been generated."""
         return self._cached.get((name, prompt.digest, new_tokens))
 
     def stream(
         self, engines: dict[str, Engine], prompt: Prompt, home: Prompt, new_tokens: int
     ) -> Iterator[tuple[str, float]]:
-        """Generate the missing answers; yields (what is being done, fraction done) after each step. May be dropped at any step.
+        """Generate the answers that are not cached; yields (what is being done, fraction done) after each step.
+
+        The iterator may be abandoned at any step; an unfinished answer is not cached.
 
         Args:
             engines: by name, the engine under test first.
-            home: the prompt as it was built, its ranges not moved.
+            prompt: the prompt with its current ranges.
+            home: the prompt as it was built, with its ranges not moved.
+            new_tokens: maximum number of tokens in an answer.
         """
         self._running.clear()
         config = GenerationConfig(max_new_tokens=new_tokens)
@@ -54,7 +60,7 @@ class Answers:
             self._cached[key] = self._running.pop(key, "")
 
     def html(self, engines: dict[str, Engine], prompt: Prompt, home: Prompt, new_tokens: int) -> str:
-        """All answers side by side, as far as they are generated."""
+        """Return all answers as HTML, as far as they have been generated; arguments as in `stream`."""
         cells = []
         for name, asked in _questions(engines, prompt, home):
             key = (name, asked.digest, new_tokens)

@@ -1,4 +1,4 @@
-"""A view of an engine's comparison with the reference: verdict, error by layer, map, spans, next tokens."""
+"""A view of one comparison of an engine with the reference: verdict, error by layer, map and tables."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class NextTokens:
 
     @classmethod
     def of_traces(cls, model: Model, traces: Mapping[str, Trace], count: int = 5) -> NextTokens | None:
-        """Compute them from the last logits of traces, by name; None if a trace has no logits."""
+        """Return the `count` likeliest tokens after the last position of each trace; None if one has no logits."""
         if not all("logits" in trace for trace in traces.values()):
             return None
         return cls.of(model, {name: trace["logits"][-1] for name, trace in traces.items()}, count)
 
     @classmethod
     def of(cls, model: Model, logits: dict[str, torch.Tensor], count: int = 5) -> NextTokens:
-        """Compute them from each run's logits `[vocab]` after the last token."""
+        """Return the `count` likeliest tokens by each run's logits `[vocab]` at its last position."""
         runs = {}
         for name, row in logits.items():
             best = row.float().softmax(dim=-1).topk(count)
@@ -49,7 +49,10 @@ class NextTokens:
 
 
 class ComparisonView(Composite):
-    """A view of one comparison at a time, set by `show`; "not compared yet" before the first."""
+    """A view of the comparison that was last passed to `show`; before the first, it shows "not compared yet".
+
+    `height` is that of the map, in pixels.
+    """
 
     def __init__(self, height: int = 300) -> None:
         self.comparison: Comparison | None = None
@@ -66,7 +69,10 @@ class ComparisonView(Composite):
     def show(
         self, comparison: Comparison, prompt: Prompt, tokens: Sequence[str], words: NextTokens | None = None
     ) -> None:
-        """Show a comparison for `prompt`; `tokens` are its ids as text."""
+        """Show a comparison that was made for `prompt`.
+
+        `tokens` are the texts of the prompt's tokens; `words` adds a table of next tokens.
+        """
         chart = base64.b64encode(to_png(error_by_layer(comparison))).decode()
         self.comparison, self._prompt, self._tokens = comparison, prompt, tokens
         self.restate()
@@ -101,17 +107,20 @@ class ComparisonView(Composite):
         )
 
     def restate(self) -> None:
-        """Show the verdict again after `say` has replaced it."""
+        """Show the verdict of the last comparison again, after `say` has replaced it; RuntimeError if there is none."""
         comparison = self._shown()
         kind = "good" if comparison.verdict != "bug" else "bad"
         self.banner.value = components.note(kind, f"<b>{escape(str(comparison))}</b>")
 
     def say(self, kind: str, message: str) -> None:
-        """Show a message in place of the verdict; the last comparison stays below it."""
+        """Show a message (HTML) instead of the verdict; the rest of the last comparison stays.
+
+        `kind`: as in `components.note`.
+        """
         self.banner.value = components.note(kind, message)
 
     def figure(self) -> Figure:
-        """Verdict, error by layer and the map in noise floors, as a matplotlib figure.
+        """Return verdict, error by layer and the map of errors in noise floors as a matplotlib figure.
 
         Raises:
             RuntimeError: nothing has been compared.

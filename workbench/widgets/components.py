@@ -1,4 +1,4 @@
-"""The components that panels are made of."""
+"""Small widgets and HTML snippets that the panels share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def text(description: str, value: str, width: str = "auto") -> w.Text:
 
 
 def slider(description: str, value: int, least: int, most: int, tooltip: str) -> w.HBox:
-    """A slider for the mouse and a number box for the keyboard, linked in the browser; `.children[0]` is the slider."""
+    """A slider from `least` to `most` and a number box, linked in the browser; `.children[0]` is the slider."""
     bar = w.IntSlider(
         value=value, min=least, max=most, description=description, continuous_update=False, readout=False, style=_WIDE,
         tooltip=tooltip, layout={"width": "300px"},
@@ -27,13 +27,19 @@ def slider(description: str, value: int, least: int, most: int, tooltip: str) ->
 
 
 def figure_image() -> w.Image:
-    """An image of fixed width, so that the page does not jump when it is redrawn. (It has no tooltip, because a tooltip on an empty
-    ipywidgets Image breaks its view; the text next to each image describes it.)"""
+    """An empty PNG image of fixed width, so that the page does not jump when it is redrawn.
+
+    It has no tooltip, because a tooltip on an empty ipywidgets Image breaks its view; the text next to each image
+    describes it.
+    """
     return w.Image(format="png", layout={"width": WIDTH, "max_width": "100%"})
 
 
 def note(kind: str, message: str) -> str:
-    """A coloured line. Kinds: good, plain, bad."""
+    """Return a message as HTML, with a coloured edge for its `kind`: good, plain or bad.
+
+    `message` is HTML and is not escaped.
+    """
     colour = {"good": "#17936a", "plain": "#888888", "bad": "#d1495b"}[kind]
     return (
         f'<div role="status" style="color:{INK};background:{tint(colour)};border-left:4px solid {colour};padding:6px 10px;'
@@ -42,5 +48,5 @@ def note(kind: str, message: str) -> str:
 
 
 def tint(colour: str) -> str:
-    """A faint tint of a colour over the theme's background."""
+    """Return a CSS colour: a faint tint of `colour` over the background of JupyterLab's theme."""
     return f"color-mix(in srgb, {colour} 14%, var(--jp-layout-color0, #fff))"

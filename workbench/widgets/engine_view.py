@@ -1,4 +1,4 @@
-"""A live view of the Numba engine: queue, batch, cache, hits, speed, and the last steps of its schedule."""
+"""A live view of the Numba engine: requests, KV cache, prefix cache, speed, and the last steps of its schedule."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ _TEAL, _AMBER, _SLATE, _EMPTY = "#00798c", "#edae49", "#b0bec5", "#ececea"
 
 
 class EngineView(Composite):
-    """A view that polls the engine while it is open, and redraws only what has changed.
+    """A view that polls the engine in a thread while it is open, and redraws only what has changed.
 
         with EngineView(engine) as live:
             display(live)
-            ...  # requests from anywhere
+            ...  # send requests to the engine, from any thread
 
     Args:
         seconds: time between two polls.
         steps: how many of the last steps are drawn; 0 omits the figure of the schedule.
+
+    Raises:
+        TypeError: the engine is not a `NumbaEngine`. ValueError: `seconds` or `steps` is out of range.
     """
 
     def __init__(self, engine: NumbaEngine, seconds: float = 0.25, steps: int = 48) -> None:
@@ -62,7 +65,7 @@ class EngineView(Composite):
             self._thread.start()
 
     def close(self) -> None:
-        """Stop polling and show the engine's final state. The view can be opened again."""
+        """Stop polling and show the engine's current state once more. The view can be opened again."""
         if self._thread is not None:
             self._ended.set()
             self._thread.join()
@@ -80,13 +83,13 @@ class EngineView(Composite):
             self.image.value = to_png(self.figure())
 
     def figure(self) -> Figure:
-        """The last steps as a matplotlib figure, for papers.
+        """Return the last steps of the schedule as a matplotlib figure, for papers.
 
         Raises:
             RuntimeError: the engine has not run a step yet.
         """
         if not self.engine.history:
-            raise RuntimeError("the engine has not run a step yet: there is no schedule to draw")
+            raise RuntimeError("the engine has not run a step yet, so it has no schedule to draw: send it a request")
         return schedule_figure(self.engine.history[-(self.steps or 48) :])
 
     def snapshot(self) -> Figure | None:

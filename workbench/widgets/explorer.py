@@ -38,10 +38,10 @@ _PAUSE_SECONDS = 0.35  # without a change, before answers are generated
 
 
 class Explorer(Panel):
-    """Linked views of one prompt. After a range is dragged, lint is updated at once, then the map, the engine's and the reference's
-    answers, and the verdict.
+    """Linked views of one prompt. After a range is dragged, lint is updated at once; then, in a worker thread, the map,
+    the answers of engine and reference, and the verdict.
 
-    A new change stops the work for earlier ranges. Errors are shown in the view.
+    A new change stops the work for earlier ranges. Errors are shown in the view, not raised.
 
     Attributes:
         editor, patches, map, verdict: the views, for use from code.
@@ -51,11 +51,14 @@ class Explorer(Panel):
         engine: the engine whose hidden states are shown.
         prompt: the initial prompt.
         images: one image per item, in order; None for an item without an image.
-        ask: builds a prompt from another question; without it there is no question box.
-        target: an engine whose rules lint adds, such as "turbomind==0.18.0".
-        judge: compare with the reference after each change; otherwise only once its box is ticked.
-        inject: what to inject, as in the menu; "as built" means the prompt's own items. word: for "another word" and "mix".
-        fault: a fault to inject into the engine's input, as in the menu.
+        question: the initial text of the question box.
+        ask: called with another question, returns its prompt; None omits the question box.
+        target: an engine whose rules lint also applies, such as "turbomind==0.18.0".
+        judge: compare with the reference after each change; if False, not until the user ticks its box.
+        new_tokens: maximum number of tokens in an answer.
+        inject: what is injected at first, as in the menu; "as built" is the prompt's own items.
+        word: the word for "another word" and "mix".
+        fault: the name of a fault to inject into the engine's input at first, as in the menu, or "none".
         answer_start: the end of the prompt's text, shown before every answer.
         owns_engine: whether `close` closes the engine.
 
@@ -158,15 +161,15 @@ class Explorer(Panel):
         return self.verdict.comparison if self._verdict_state == self._state() else None
 
     def answer(self, which: str = "engine") -> str:
-        """The answer of the engine, or of the "reference", to the current prompt.
+        """Return the answer to the current prompt, of the "engine" (with its fault, if any) or of the "reference".
 
         Raises:
-            RuntimeError: there is no answer yet.
+            RuntimeError: it has not been generated yet.
         """
         name = next(iter(self._engines())) if which == "engine" else which
         text = self._answers.get(name, self.prompt, self.new_tokens)
         if text is None:
-            raise RuntimeError(f"there is no answer of {which!r} to these ranges yet: call wait(), or look at the view")
+            raise RuntimeError(f"no answer of {which!r} to these ranges yet: call wait(), or look at the view")
         return text
 
     def close(self) -> None:
@@ -178,7 +181,7 @@ class Explorer(Panel):
             widget.close()
 
     def figure(self) -> Figure:
-        """The map as it is coloured now, as a matplotlib figure."""
+        """Wait until everything is drawn, then return the map as it is coloured now as a matplotlib figure."""
         self.wait()
         return self.map.figure()
 
@@ -188,7 +191,7 @@ class Explorer(Panel):
 
     @property
     def faulty_engine(self) -> Engine:
-        """The engine with the selected fault, if any."""
+        """The engine with the selected fault injected into its input; the engine itself if none is selected."""
         change = self._change()
         return self.engine if change is None else FaultyEngine(self.engine, change)
 

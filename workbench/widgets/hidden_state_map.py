@@ -1,4 +1,4 @@
-"""The map of hidden states in the browser: layers by tokens, coloured by any metric, linked with the other views."""
+"""An interactive map of hidden states: a cell per tap and token, coloured by a metric; linked with other views."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ _BARS = 48
 
 
 class HiddenStateMap(View):
-    """A map of hidden states: pointing at a cell shows its number, clicking it (or Enter) opens its state.
+    """A map of hidden states: pointing at a cell shows its number; a click (or Enter) shows details of its state: a
+    histogram, and the tokens with the most similar states.
 
     Args:
         maps: from `workbench.analysis.state_maps.state_maps`; `show` replaces them later.
         metric: the metric that the colours show, a key of `maps.values`.
         height: in pixels.
 
-    Traits to link: `hovered`, the token under the pointer, or -1; `row`, the index of the tap whose numbers colour the other views;
-    `chosen`, `[row, token]` of the opened cell, or empty.
+    Traits to link: `hovered`, the token under the pointer, or -1; `row`, the index of the tap whose numbers colour the
+    other views; `chosen`, `[row, token]` of the cell whose details are shown, or empty.
+
+    Raises:
+        ValueError: `metric` is not a key of `METRICS`.
     """
 
     _esm = source("shared.js", "hidden_state_map.js")
@@ -60,9 +64,10 @@ class HiddenStateMap(View):
             self.show(maps)
 
     def show(self, maps: StateMaps, wanted: dict[str, str] | None = None) -> None:
-        """Show other maps; the metric is kept if it is in them or in `wanted`.
+        """Show other maps; the selected metric is kept if it is in `maps` or in `wanted`.
 
-        `wanted`: more metrics to offer, `{name: title}`, that are not computed yet; an observer of `metric` must compute them.
+        `wanted`: more metrics for the menu, `{name: title}`, that `maps` does not contain yet. If the user selects one,
+        an observer of `metric` must compute it, add it to `maps.values` and call `refresh`.
         """
         self.maps = maps
         if self.metric not in maps.values and self.metric not in (wanted or {}):
@@ -79,7 +84,7 @@ class HiddenStateMap(View):
             self._open()
 
     def refresh(self) -> None:
-        """Send the metric's numbers to the browser; if the maps do not contain it, clear them and explain in `message`."""
+        """Send the selected metric's numbers to the browser; if the maps do not contain it, show a message instead."""
         if self.maps is None or self.metric not in self.maps.values:
             self.clear(f"no numbers for {METRICS[self.metric].title} yet" if self.metric in METRICS else self.message)
             return
@@ -95,7 +100,7 @@ class HiddenStateMap(View):
             self.values, self.words, self.detail, self.message = b"", [], {}, message
 
     def row_values(self) -> np.ndarray:
-        """The metric's numbers at `row`, float32 `[tokens]`; empty if there are none."""
+        """Return the selected metric's numbers at tap `row`, float32 `[tokens]`; empty if they are not computed."""
         if self.maps is None or self.metric not in self.maps.values or not 0 <= self.row < len(self.maps.taps):
             return np.zeros(0, np.float32)
         return self.maps.values[self.metric][self.row]

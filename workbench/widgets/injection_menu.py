@@ -1,4 +1,4 @@
-"""The "what to inject" menu: rows for the ranges of a prompt, made from the model's embedding table."""
+"""Controls that select what is injected into a prompt: its own rows, or rows made from the embedding table."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ AS_BUILT = "as built"
 
 
 class InjectionMenu:
-    """Controls that select the rows to inject.
+    """Controls that select the rows to inject; `controls` are the widgets.
 
     Args:
-        kind: one of `KINDS`, or "as built" for the prompt's own items.
+        model: its embedding table gives the rows.
+        kind: the initial choice: one of `KINDS`, or "as built" for the prompt's own items.
         word: the word to inject, for "another word" and "mix".
+
+    Raises:
+        ValueError: an unknown kind.
     """
 
     def __init__(self, model: Model, kind: str = AS_BUILT, word: str = "") -> None:
@@ -37,7 +41,7 @@ class InjectionMenu:
         self._show_needed()
 
     def apply(self, prompt: Prompt) -> Prompt:
-        """The prompt with the chosen rows in its ranges.
+        """Return the prompt with the chosen rows in its ranges.
 
         Raises:
             PromptError: the word has no tokens.
@@ -54,7 +58,7 @@ class InjectionMenu:
         return prompt.replace(input_embeddings=rows, deepstack=())
 
     def observe(self, changed: Callable[[object], None]) -> None:
-        """Call `changed` after every change."""
+        """Call `changed` with the change of a control's value, after every change."""
         for control in self.controls:
             control.observe(changed, "value")
 

@@ -1,4 +1,4 @@
-"""Run only the newest of many jobs, because a slider requests more figures than can be drawn."""
+"""Run only the newest of many jobs in a worker thread: a dragged slider requests more than can be drawn."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from ..progress import Stopped
 
 Job = Callable[[], Iterator[None]]
+"""A function that returns a generator, which does the work in parts and yields between them."""
 
 
 class LatestJob:
-    """A worker thread that drops a job as soon as a newer one is submitted.
+    """A daemon thread that runs one job at a time and abandons it at its next `yield` once a newer one is submitted.
 
-    A job is a function that returns a generator; it may be dropped at each `yield`, and may raise `Stopped` in between. Any other
-    exception is passed to `failed`, so that it is shown in the view and not in a log.
+    `submit`, `wait` and `close` may be called from any thread. A job that yields rarely can raise `Stopped` when
+    `newer` is true. Any other exception is passed to `failed`, in the worker thread.
     """
 
     def __init__(self, failed: Callable[[Exception], None]) -> None:
@@ -26,7 +27,7 @@ class LatestJob:
         self._closed = False
 
     def submit(self, job: Job) -> None:
-        """Run `job` next, in place of the running and the waiting job."""
+        """Run `job` next, instead of the waiting job, and abandon the running one at its next `yield`."""
         with self._change:
             if self._closed:
                 return
@@ -38,7 +39,7 @@ class LatestJob:
             self._change.notify_all()
 
     def close(self) -> None:
-        """Drop the running and the waiting job; later jobs are ignored."""
+        """Abandon the running job at its next `yield`, drop the waiting one, and ignore later ones; does not wait."""
         with self._change:
             self._closed, self._busy = True, False
             self._wanted = lambda: iter(())  # makes the running job stop at its next yield
@@ -55,7 +56,7 @@ class LatestJob:
             return self._change.wait_for(lambda: not self._busy, timeout)
 
     def pause(self, seconds: float) -> None:
-        """Called by a job: wait `seconds`, or until a newer job is submitted."""
+        """Sleep for `seconds`, or until a newer job is submitted; for use inside a job."""
         with self._change:
             self._change.wait_for(lambda: self._wanted is not None, seconds)
 

@@ -19,7 +19,12 @@ from .panel import Panel
 
 
 class PackingPanel(Panel):
-    """Batch plans for one list of prompts; `panel.plan` is the plan for the current settings."""
+    """Batch plans for one list of prompts; controls set tokens per batch, splitting and attention.
+
+    Args:
+        prompts: at least one.
+        max_tokens: initial number of tokens per batch.
+    """
 
     def __init__(self, prompts: Sequence[Prompt], max_tokens: int = 128) -> None:
         super().__init__()
@@ -40,7 +45,7 @@ class PackingPanel(Panel):
 
     @property
     def laid_out(self) -> list[Prompt]:
-        """The prompts, with the attention of their spans as set in the controls."""
+        """The prompts, with the attention of all spans set to causal or bidirectional by the checkbox."""
         attention: Literal["causal", "bidirectional"] = "bidirectional" if self.bidirectional.value else "causal"
         return [
             prompt.replace(spans=[replace(span, attention=attention) for span in prompt.spans])
@@ -49,14 +54,18 @@ class PackingPanel(Panel):
 
     @property
     def plan(self) -> BatchPlan:
-        """The plan for the current settings."""
+        """The plan for the current settings; raises the errors of `plan_batch`."""
         return plan_batch(self.laid_out, self.budget.value, split=self.split.value)
 
     def figure(self) -> Figure:
-        """The plan as a matplotlib figure."""
+        """Return the plan as a matplotlib figure, after everything has been drawn.
+
+        Raises:
+            RuntimeError: no plan could be made.
+        """
         self.wait()
         if self._drawn is None:
-            raise RuntimeError("there is no plan yet: see the message above the figure")
+            raise RuntimeError("no plan yet: see the message above the figure")
         return plan_figure(*self._drawn)
 
     def _draw(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The base class of the panels: a worker thread that draws the newest state, and a status line for errors too."""
+"""The base class of panels: a worker thread redraws after each change; errors are shown in a status line."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from .latest_job import LatestJob
 from .view import Composite
 
 _SNAPSHOT_SECONDS = 5.0
-"""How long displaying a panel waits for the static image to store; after that, the widgets are shown without one."""
+"""How long displaying a panel waits until its static image can be drawn; after that, the notebook stores no image."""
 
 
 class Panel(Composite):
-    """Controls and the views that follow them. Subclasses build `view` and redraw in the generator `_draw`, which may be stopped at
-    any `yield`. `progress` and `doing` show the progress of computations that take seconds.
+    """Controls, and views that are redrawn in a worker thread whenever a control changes.
+
+    A subclass builds the widget `view` and implements the generator `_draw`, which redraws everything; it is abandoned
+    at its next `yield` if something has changed again.
+
+    Attributes:
+        status: a line for messages and errors.
+        progress, doing: a progress bar and its label, for computations that take seconds.
     """
 
     def __init__(self) -> None:
@@ -39,7 +45,7 @@ class Panel(Composite):
         raise NotImplementedError
 
     def _observe(self, *controls: w.Widget) -> None:
-        """Redraw whenever one of these changes."""
+        """Redraw whenever the value of one of these widgets changes."""
         for control in controls:
             control.observe(self._changed, "value")
 
@@ -47,7 +53,7 @@ class Panel(Composite):
         self._jobs.submit(self._draw)
 
     def _progress(self, name: str) -> Progress:
-        """A callback for a long part of a job: shows its progress, and raises `Stopped` if a newer job is waiting."""
+        """Return a progress callback for a long part of a job; it raises `Stopped` if a newer job is waiting."""
 
         def report(share: float) -> None:
             if self._jobs.newer:

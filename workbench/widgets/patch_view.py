@@ -1,4 +1,4 @@
-"""Images with their patch grids, in the browser: one patch is one feature row, and one row is one token."""
+"""A view of images with the patches that the vision tower turns into tokens, one feature row and token each."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ _MAX_SIDE = 512  # pixels; larger images are scaled down before they are sent to
 class PatchView(View):
     """Images with patch grids: pointing at a patch shows its token. Patches can be coloured by one number per token.
 
-    Grids come from the prompt's spans: any size, several images, M-RoPE's (time, height, width) with one grid per frame. An
-    item whose span has no grid that matches its number of rows, such as audio, is drawn as a strip over time.
+    The grid of an item is that of its span, with one grid per frame for M-RoPE's (time, height, width). An item whose
+    span has no grid of as many cells as it has rows, such as audio, is drawn as a strip of one line.
 
     Args:
         prompt: its embedding ranges give the positions of the rows.
         images: one image per item, in order, as the vision tower received it; None for an item without an image.
         width: width of each image, in pixels.
+
+    Traits to link: `hovered`, the token under the pointer, or -1.
     """
 
     _esm = source("shared.js", "patch_view.js")
@@ -55,7 +57,7 @@ class PatchView(View):
         self.prompt = prompt
 
     def show(self, prompt: Prompt) -> None:
-        """Update the view for a prompt whose ranges have moved."""
+        """Show another prompt with the same images, such as one whose ranges have moved."""
         self.prompt = prompt
         items = self._items(prompt)
         if _geometries(items) != _geometries(self.items):
@@ -64,9 +66,13 @@ class PatchView(View):
     def colour(
         self, values: np.ndarray, metric: str, bounds: tuple[float, float], caption: str = "", scale: str | None = None
     ) -> None:
-        """Colour the patches by `values` `[tokens]`, one number per token, as the map colours that metric.
+        """Colour the patches by `values` `[tokens]`, one number per token of the prompt, in the colours of a metric.
 
-        `scale`: "log" or "linear"; None is the metric's own scale.
+        Args:
+            metric: a key of `METRICS`, whose palette is used.
+            bounds: ends of the colour scale.
+            caption: shown while the pointer is not at a patch.
+            scale: "log" or "linear"; None is the metric's own.
         """
         kind = METRICS[metric]
         with self.hold_sync():
@@ -79,7 +85,7 @@ class PatchView(View):
             self.values, self.caption = b"", ""
 
     def figure(self) -> Figure:
-        """The images with their grids, current colours and token ranges, as a matplotlib figure."""
+        """Return the images with their grids, current colours and token ranges as a matplotlib figure."""
         values, (low, high) = np.frombuffer(self.values, np.float32), self.bounds
         logarithmic = self.scale == "log"
         if low >= high or (logarithmic and low <= 0):  # no valid colour scale: draw without colours

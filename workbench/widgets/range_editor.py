@@ -1,4 +1,4 @@
-"""The range editor: a prompt as a strip of tokens with draggable ranges, and lint findings after each change."""
+"""The range editor: shows a prompt's tokens with draggable embedding ranges, and lint findings after each change."""
 
 from __future__ import annotations
 
@@ -21,18 +21,24 @@ _MAX_DRAWN = 600  # tokens in the stored image; with thousands of tokens it woul
 
 
 class RangeEditor(View):
-    """Drag, resize, add and remove ranges; `editor.prompt` and `editor.embedding_ranges` follow, and setting them updates the view.
+    """A view in which ranges can be dragged, resized, added and removed.
+
+    `prompt` and `embedding_ranges` are always the current ones; setting them updates the view.
 
     Mouse and touch: drag a range to move it, its ends to resize it. Keyboard: Tab to a range or an end, arrow keys move it (with
     Shift, or Page Up and Down, by ten), Delete removes it, Ctrl+Z and Ctrl+Y undo and redo.
 
     Args:
         prompt: may be invalid; `findings` lists the problems.
-        model: for the tokens' texts and for lint.
-        target: an engine whose rules lint adds, such as "turbomind==0.18.0".
+        model: gives the texts of the tokens, and is used by lint.
+        target: an engine whose rules lint also applies, such as "turbomind==0.18.0".
         dtype: the engine's dtype, for lint.
         height: maximum height of the strip, in pixels; a longer prompt scrolls.
-        items: called with a prompt whose ranges have changed, returns it with its new items; None keeps the items.
+        items: called with a prompt whose ranges have changed, returns it with other items for them; None keeps the
+            items.
+
+    Raises:
+        ValueError: `target` or `dtype` is unknown.
     """
 
     _esm = source("shared.js", "token_lines.js", "range_editor.js")
@@ -70,7 +76,10 @@ class RangeEditor(View):
 
     @property
     def prompt(self) -> Prompt:
-        """The prompt with the current ranges; it keeps its spans as long as there is one range per span."""
+        """The prompt with the current ranges.
+
+        Its spans are kept while their number is that of the ranges, and dropped otherwise.
+        """
         ranges = [(start, stop) for start, stop in self.embedding_ranges]
         spans = self._prompt.spans if len(ranges) == len(self._prompt.spans) else ()
         moved = self._prompt.replace(embedding_ranges=ranges, spans=spans)
@@ -87,14 +96,14 @@ class RangeEditor(View):
         self._lint()
 
     def figure(self) -> Figure:
-        """The strip as a matplotlib figure, for papers and saved pages."""
+        """Return all tokens, with the ranges in colour, as a matplotlib figure."""
         return token_strip(self.tokens, self.prompt.embedding_ranges)
 
     def snapshot(self) -> Figure:
         return token_strip(self.tokens[:_MAX_DRAWN], self.prompt.embedding_ranges)
 
     def refresh(self) -> None:
-        """Lint again; call it when `items` would return other rows."""
+        """Run lint again. Call it after a change of what `items` returns, which the editor cannot notice."""
         self._lint()
 
     def _lint(self) -> None:

@@ -1,4 +1,7 @@
-"""Base classes of the views: their static files, an image for readers without a browser, palettes as bytes."""
+"""Base classes of the views, which also store a static image in the notebook, for programs that cannot show widgets.
+
+`source` reads the JavaScript and CSS files of a view, `palette` makes the colours for it.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +24,22 @@ _STATIC = Path(__file__).parent / "static"
 
 
 def source(*names: str) -> str:
-    """The named files of `static/`, concatenated: a view's JavaScript module or style sheet without a build step."""
+    """Return files of `static/`, concatenated: a view's JavaScript module or style sheet, without a build step."""
     return "\n".join((_STATIC / name).read_text(encoding="utf-8") for name in names)
 
 
 @cache
 def palette(name: str) -> bytes:
-    """256 colours of a matplotlib colormap, as RGB bytes."""
+    """Return 256 colours of a matplotlib colormap as 768 bytes, RGB."""
     colours = colormaps[name](np.linspace(0.0, 1.0, 256))[:, :3]
     return (colours * 255).round().astype(np.uint8).tobytes()
 
 
 class View(anywidget.AnyWidget):
-    """A view in the browser that also has a static image, for saved pages, papers and tests."""
+    """A widget with its own JavaScript that can also draw itself as a figure, for saved notebooks, papers and tests."""
 
     def figure(self) -> Figure:
-        """What the view shows now, as a matplotlib figure."""
+        """Return what the view shows now as a matplotlib figure."""
         raise NotImplementedError
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
@@ -47,25 +50,28 @@ class View(anywidget.AnyWidget):
         return _with_png(data, self.snapshot), metadata
 
     def snapshot(self) -> Figure | None:
-        """The figure that a notebook stores with the view: `figure`, or a part of it if that would be large."""
+        """Return the figure that a notebook stores with the view: `figure`, or a part of it if that would be large."""
         return self.figure()
 
 
 class Composite:
-    """Several widgets laid out as one, `view`. Display the object itself, so that the notebook also stores a static image."""
+    """Several ipywidgets in one box, `view`.
+
+    Display the object, not `view`, so that the notebook also stores a static image.
+    """
 
     view: w.Box
 
     def figure(self) -> Figure:
-        """What is shown now, as a matplotlib figure.
+        """Return what is shown now as a matplotlib figure.
 
         Raises:
-            RuntimeError: there is nothing to draw yet.
+            RuntimeError: nothing has been drawn yet.
         """
         raise NotImplementedError
 
     def snapshot(self) -> Figure | None:
-        """The figure that a notebook stores with the widgets, or None if there is none."""
+        """Return the figure that a notebook stores with the widgets, or None if nothing has been drawn yet."""
         try:
             return self.figure()
         except RuntimeError:

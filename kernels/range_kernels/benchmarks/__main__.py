@@ -9,7 +9,7 @@ import torch
 
 
 def main() -> None:
-    """Command line."""
+    """Run the CPU or the GPU benchmarks chosen on the command line; print the results and, with --json, write them."""
     parser = argparse.ArgumentParser(
         prog="python -m range_kernels.benchmarks", description=(__doc__ or "").splitlines()[0]
     )

@@ -1,7 +1,8 @@
-"""The CPU kernels and what a user would use instead, interleaved in one run (`python -m range_kernels.benchmarks --device cpu`).
+"""Time the CPU kernels and their alternatives, interleaved in one run.
 
-Splice against Transformers' `masked_scatter` and an index assignment; attention against torch SDPA, causal and
-with bidirectional spans (which SDPA needs a dense mask for).
+Run it with `python -m range_kernels.benchmarks --device cpu`. Splice is compared with Transformers' `masked_scatter`
+and an index assignment; attention with torch SDPA, causal and with bidirectional spans, for which SDPA needs a dense
+mask.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ SPLICES = [(4096, 576), (8192, 4096)]  # tokens, hidden
 
 
 def bench_attention(shape: tuple[int, int, int], rounds: int) -> list[dict]:
-    """Causal, and causal plus bidirectional spans of 256 tokens over half of the prompt; shape: heads, tokens, head_dim."""
+    """Time causal attention, and causal attention with bidirectional spans of 256 tokens over half of the prompt.
+
+    `shape` is heads, tokens, head_dim. Returns a row per kernel: its name, the shape, median seconds and GFLOP/s.
+    """
     heads, tokens, head_dim = shape
     q, k, v = (torch.randn(tokens, heads, head_dim) for _ in range(3))
     batch_q, batch_k, batch_v = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
@@ -48,7 +52,10 @@ def bench_attention(shape: tuple[int, int, int], rounds: int) -> list[dict]:
 
 
 def bench_splice(shape: tuple[int, int], rounds: int) -> list[dict]:
-    """Half of the tokens in ranges of 256; bytes count one read and one write per row; shape: tokens, hidden."""
+    """Time splice with half of the tokens in ranges of 256; `shape` is tokens, hidden.
+
+    Returns a row per method: its name, the shape, median seconds and GB/s, counting one read and one write of each row.
+    """
     tokens, hidden = shape
     table = torch.randn(32000, hidden)
     ids = torch.randint(32000, (tokens,))

@@ -1,4 +1,4 @@
-"""The CUDA kernels and what a user would use instead, interleaved in one run (`python -m range_kernels.benchmarks`).
+"""Time the CUDA kernels and their alternatives, interleaved in one run (`python -m range_kernels.benchmarks`).
 
 Prefill: torch SDPA's FlashAttention-2 and cuDNN kernels (causal), cuDNN with a dense mask and FlexAttention (spans). Paged decode:
 torch SDPA's kernels on a dense cache, and a plain copy that moves as many bytes. Splice: a fused Triton kernel, an index
@@ -29,16 +29,16 @@ PREFILLS = ((4, 4096, 128), (1, 16384, 128), (4, 4096, 64), (2, 4096, 256))  # b
 DECODES = ((1, 4096), (64, 4096), (16, 32768))  # batch, keys; head size 128
 PAGE_SIZE = 64
 SPLICES = ((512, 4096), (8192, 4096), (65536, 4096), (65536, 8192))  # tokens, hidden
-_COPIES = 3  # of every input
+_COPIES = 3  # copies of every input, which successive rounds use cyclically
 _BUSY_CYCLES = 3_000_000  # cycles, about 2 ms
 _EVICTION_BYTES = 256 << 20  # bytes read to evict the L2 cache, several times its size
 
 
 def time_interleaved(jobs: Mapping[str, Callable[[int], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each job on the GPU; each is called with the number of the input copy to use.
+    """Return the median GPU milliseconds of each job; a job is called with the number of the input copy to use.
 
-    The GPU is kept busy before each job, so that its work is timed and not the host's launch overhead, and what the previous job
-    read is evicted from the L2 cache, as between the layers of a model.
+    The GPU is kept busy before each job, so that its work is timed and not the host's launch overhead, and the L2 cache
+    is filled with other data, as it is between the layers of a model.
     """
     times: dict[str, list[float]] = {name: [] for name in jobs}
     eviction_buffer = torch.zeros(_EVICTION_BYTES // 4, device="cuda")
@@ -57,7 +57,7 @@ def time_interleaved(jobs: Mapping[str, Callable[[int], object]], rounds: int) -
 
 
 def host_microseconds(job: Callable[[int], object], calls: int = 200) -> float:
-    """Return the host time of a call until it is on the GPU's queue, median of three repetitions."""
+    """Return the host's microseconds per call, not waiting for the GPU: the median of three means of `calls` calls."""
     times = []
     for _ in range(3):
         torch.cuda.synchronize()
@@ -83,7 +83,10 @@ def bench_host() -> dict[str, float]:
 
 
 def bench_prefill(shape: tuple[int, int, int], rounds: int, flex: bool) -> dict[str, float]:
-    """Return the milliseconds of each kernel; bfloat16, adjacent spans of 256 tokens."""
+    """Return the median milliseconds of each kernel in bfloat16, causal and with adjacent spans of 256 tokens.
+
+    `shape` is batch, tokens per sequence, head_dim; `flex` includes FlexAttention.
+    """
     batch, tokens, head_dim = shape
     packed = [
         [
@@ -186,7 +189,10 @@ def _runnable(jobs: Mapping[str, Callable[[int], object]]) -> dict[str, Callable
 
 
 def bench_decode(shape: tuple[int, int], rounds: int) -> dict[str, float]:
-    """Return the milliseconds of a decode step's attention; bfloat16, pages of 64 tokens in random order, new keys written too."""
+    """Return the median milliseconds of a decode step's attention in bfloat16, including writing its new keys.
+
+    `shape` is batch, keys per sequence; pages have 64 tokens and are in random order.
+    """
     batch, keys = shape
     per_sequence = keys // PAGE_SIZE
     pages = KVPages(_COPIES, batch * per_sequence, PAGE_SIZE, KV_HEADS, 128, torch.bfloat16, "cuda")
@@ -222,7 +228,11 @@ def bench_decode(shape: tuple[int, int], rounds: int) -> dict[str, float]:
 
 
 def bench_splice(shape: tuple[int, int], rounds: int) -> dict[str, float]:
-    """Return the milliseconds of each method; bfloat16, vocabulary 128,256, half of the tokens in ranges of 576."""
+    """Return the median milliseconds of each method in bfloat16, with half of the tokens in ranges.
+
+    `shape` is tokens, hidden; the vocabulary has 128,256 ids; a range has 576 tokens, or half of all tokens if that is
+    fewer.
+    """
     tokens, hidden = shape
     table = torch.randn(128256, hidden, device="cuda", dtype=torch.bfloat16)
     size = min(576, tokens // 2)

@@ -8,7 +8,10 @@ from statistics import median
 
 
 def time_interleaved(jobs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each job, all of them run once per round; the first two rounds only warm up."""
+    """Return the median seconds of each job.
+
+    A round runs every job once; two more rounds at the start are not counted.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for round_number in range(rounds + 2):
         for name, job in jobs.items():

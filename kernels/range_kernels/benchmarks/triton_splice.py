@@ -19,9 +19,10 @@ _BLOCK = 2048  # channels per program
 def triton_jobs(
     ids: list[torch.Tensor], table: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, out: torch.Tensor
 ) -> dict[str, Callable[[int], object]]:
-    """Return the job by name, or nothing if there is no Triton. `rows` are all items concatenated, for the tokens `places`.
+    """Return `{"fused Triton": job}`, or `{}` if Triton is not installed; `job(copy)` splices `ids[copy]` into `out`.
 
-    The row of each token is computed beforehand, outside the timing.
+    `rows` are all items concatenated, `places` the positions of their tokens. Which row belongs to which token is
+    computed here, outside the timing.
     """
     if triton is None:
         return {}

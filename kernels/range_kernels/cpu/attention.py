@@ -5,9 +5,10 @@
     a task    the queries of one KV head's group of heads, up to QUERIES rows; for each block of KEYS keys:
               S = Q K^T (panels that no row of the group sees are skipped) -> mask by key_start/key_stop -> exp2 -> O += P V
 
-A token is written into its page once and read by every later step, so prefill chunks and decode steps never repack earlier keys. A
-row's interval `[key_start, key_stop)` alone decides what is skipped: bidirectional spans cost as much as their visible keys, and
-there is no dense mask. The online softmax follows Milakov and Gimelshein 2018 (arXiv:1805.02867) in FlashAttention-2's form.
+A token is written into its page once and read by every later step, so prefill chunks and decode steps never repack
+earlier keys. A row's interval `[key_start, key_stop)` alone decides which keys are read, so the cost is proportional to
+the number of visible keys, bidirectional spans included; no dense `[queries, keys]` mask is built. The online softmax
+follows Milakov and Gimelshein 2018 (arXiv:1805.02867) in FlashAttention-2's form.
 
 **A row's result does not depend on the other rows.** Blocks of keys begin at multiples of KEYS, sums run over the keys in one
 order, and masked keys add exact zeros. So a token's result is bit-identical in a prefill, in any chunk of one, in a decode step
@@ -23,8 +24,9 @@ from numba import njit, prange
 
 from .simd import COLUMNS, DIGEST, ROWS, block_product, block_product_add, row_exp2, row_maximum
 
-# Numba keys its disk cache by this file alone, but the compiled code also contains what simd.py emits. Writing simd.py's
-# digest here makes a change there a change here; until it is updated nothing is cached. A test checks that it is current.
+# Numba keys its disk cache by this file alone, but the compiled code also contains what simd.py emits. So this file
+# contains simd.py's digest: updating it after a change of simd.py invalidates the cached code, and while it is out of
+# date nothing is cached. A test checks that it is current.
 SIMD_DIGEST = "c09bf949f3808fdc"
 CACHE = DIGEST == SIMD_DIGEST
 
@@ -74,9 +76,10 @@ def _mask(row, begin, end):
 
 @njit(cache=CACHE)
 def _softmax_step(row, begin, end, largest):
-    """Mask a row of base-2 scores to columns [begin, end), replace it by exp2(score - max); return (max, sum).
+    """One step of the online softmax: replace base-2 scores by exp2(score - max), and those outside [begin, end) by 0.
 
-    `row` is contiguous and a multiple of COLUMNS long; `largest` is the maximum of the previous blocks.
+    `row` is contiguous and a multiple of COLUMNS long; `largest` is the maximum of the previous blocks. Returns the
+    maximum including this block, which is the one subtracted, and the sum of the row's weights.
     """
     if max(begin, 0) >= min(end, len(row)):
         row[:] = np.float32(0.0)

@@ -1,4 +1,7 @@
-"""Call the CPU kernels on torch tensors."""
+"""Call the CPU kernels on torch tensors.
+
+Safe to call from several threads; their parallel parts run one after the other.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class _Scratch:
         self._kept: dict[str, np.ndarray] = {}
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        size = math.math.prod(shape)
+        size = math.prod(shape)
         kept = self._kept.get(name)
         if kept is None or kept.size < size:
             kept = aligned(size)
@@ -59,7 +62,11 @@ _scratch = _Scratch()
 
 
 def splice(input_ids, table, rows, plan, out, scale) -> None:
-    """See `range_kernels.splice`; fills `out`."""
+    """`range_kernels.splice` into `out` `[tokens, hidden]`; `rows` and `plan` are from `clipping.pack_rows`.
+
+    Raises:
+        ValueError: an id of a table row is outside the vocabulary.
+    """
     source = np.empty(len(input_ids), np.int64)
     wrong = splicing.row_sources(input_ids.numpy(), plan, table.shape[0], source)
     if wrong >= 0:
@@ -75,9 +82,10 @@ def splice(input_ids, table, rows, plan, out, scale) -> None:
 
 
 def attention(q, k, v, out, key_start, key_stop, cu_seqlens_q, cu_seqlens_k, scale, softcap) -> None:
-    """See `range_kernels.attention`; fills `out`. K and V are copied into pages, one sequence after the other.
+    """`range_kernels.attention` into `out`, with all arguments given.
 
-    16-bit inputs are converted to float32 once; sums run in float32.
+    Keys and values are first copied into temporary pages, one sequence after the other, because the kernel reads pages
+    only. 16-bit inputs are converted to float32 once; sums run in float32.
     """
     wide_k, wide_v = (x.detach().float().numpy() for x in (k, v))
     seq_lens = np.diff(cu_seqlens_k).astype(np.int32)
@@ -98,7 +106,7 @@ def attention(q, k, v, out, key_start, key_stop, cu_seqlens_q, cu_seqlens_k, sca
 
 
 def page_shapes(page_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shape of one page of keys and of one page of values."""
+    """Return the shapes of one page of keys and one page of values, in the layout that `cpu/attention.py` describes."""
     return (
         (kv_heads, page_size // COLUMNS, head_dim, COLUMNS),
         (kv_heads, -(-head_dim // COLUMNS), page_size, COLUMNS),
@@ -106,7 +114,10 @@ def page_shapes(page_size: int, kv_heads: int, head_dim: int) -> tuple[tuple[int
 
 
 def empty_pages(layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return zeros for the keys and values of all layers; the system allocates memory when pages are first written."""
+    """Return float32 zeros for the keys and the values, `[layers, pages, *page_shapes(...)]`.
+
+    The operating system allocates memory only when pages are first written.
+    """
     keys, values = page_shapes(page_size, kv_heads, head_dim)
     return _unwritten_zeros((layers, pages, *keys)), _unwritten_zeros((layers, pages, *values))
 
@@ -123,7 +134,10 @@ _write_few: Any = kernels.write_few
 
 
 def write_pages(keys: np.ndarray, values: np.ndarray, slots: np.ndarray, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Write tokens into the pages of one layer."""
+    """Write `k` and `v` `[tokens, kv_heads, head_dim]` into the pages of one layer.
+
+    `slots` int64 `[tokens]` are their locations: page number times page size, plus the offset in the page.
+    """
     wide = (k.detach().float().numpy(), v.detach().float().numpy())
     if k.numel() < _SMALL_ROWS:
         _write_few(keys, values, slots, *wide)
@@ -155,10 +169,11 @@ def _attend(
 
 
 def plan_tasks(cu_seqlens_q: np.ndarray, seq_lens: np.ndarray, group: int, kv_heads: int) -> np.ndarray:
-    """Return blocks of queries as int32 `[n, 4]`: sequence, KV head, first and end query.
+    """Divide a batch into tasks, int32 `[tasks, 4]`: sequence, KV head, first query and end query (exclusive).
 
-    Numba gives each thread one contiguous share, and late blocks of a causal prompt cost more than early ones, so the blocks
-    are sorted by cost and dealt round-robin to the shares.
+    `group` is the number of query heads per KV head. Numba gives each thread one contiguous share of the tasks, and
+    late blocks of queries of a causal prompt cost more than early ones, so tasks are sorted by cost and dealt
+    round-robin to the shares.
     """
     step = max(kernels.QUERIES // group, 1)
     blocks = []
@@ -188,7 +203,7 @@ def pack_weights(weight: torch.Tensor) -> np.ndarray:
 
 
 def linear(x: torch.Tensor, panels: np.ndarray, outputs: int) -> torch.Tensor:
-    """Multiply `x` `[rows, inputs]` by packed weights: `[rows, outputs]`."""
+    """Multiply float32 `x` `[rows, inputs]` by the weights of `pack_weights`; return `[rows, outputs]`."""
     out = torch.empty((x.shape[0], panels.shape[0] * COLUMNS))
     with _PARALLEL:
         ops.linear(x.contiguous().numpy(), panels, out.numpy())
@@ -218,7 +233,7 @@ def linear_of_gate(both: torch.Tensor, gelu: bool, panels: np.ndarray, outputs: 
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """RMSNorm over the last dimension of a contiguous `x`, times `weight`."""
+    """RMSNorm over the last dimension of a contiguous float32 `x`, times `weight` `[width]`."""
     out = torch.empty_like(x)
     args = (x.view(-1, x.shape[-1]).numpy(), weight.numpy(), np.float32(epsilon), out.view(-1, x.shape[-1]).numpy())
     _by_size(x, ops.rms_norm, ops.rms_norm_few, args)
@@ -233,7 +248,7 @@ def gate(both: torch.Tensor, gelu: bool) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Rotate `x` `[tokens, heads, head_dim]` by `cosine`, `sine` `[tokens, pairs]`."""
+    """Rotary embedding of `x` `[tokens, heads, head_dim]`; arguments as in `range_kernels.ops.rotate`."""
     out = torch.empty(x.shape)
     _by_size(x, ops.rotate, ops.rotate_few, (x.numpy(), cosine.numpy(), sine.numpy(), interleaved, out.numpy()))
     return out

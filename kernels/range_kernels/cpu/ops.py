@@ -1,7 +1,8 @@
 """A decoder's operations other than attention, on the CPU in float32: linear maps, RMSNorm, rotary embedding, gated activation.
 
 As in `attention.py`, a row's result does not depend on the other rows: sums run in the same order for every batch, which
-libraries that choose a kernel by the number of rows do not guarantee. A few rows cost as much as one: both read all weights once.
+libraries that choose a kernel by the number of rows do not guarantee. A few rows take as long as one row, because
+either way all weights are read once.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _rms_row(x, weight, epsilon, out):
 
 @njit(parallel=True, cache=CACHE)
 def linear_of_norm(x, weight, epsilon, panels, out):
-    """`linear` of `rms_norm` for few rows, which one thread normalises: they are not worth a parallel loop of their own."""
+    """`linear` of `rms_norm` in one launch for few rows: one thread normalises, then all compute the product."""
     ready = np.zeros((-(-len(x) // ROWS) * ROWS, x.shape[1]), np.float32)
     for row in range(len(x)):
         _rms_row(x[row], weight, epsilon, ready[row])
@@ -80,7 +81,7 @@ def linear_of_norm(x, weight, epsilon, panels, out):
 
 @njit(parallel=True, cache=CACHE)
 def linear_of_gate(both, gelu, panels, out):
-    """`linear` of `gate` for few rows."""
+    """`linear` of `gate` in one launch for few rows: one thread computes the gate, then all the product."""
     ready = np.zeros((-(-len(both) // ROWS) * ROWS, both.shape[1] // 2), np.float32)
     for row in range(len(both)):
         _gate_row(both[row], ready.shape[1], gelu, ready[row])
@@ -136,7 +137,7 @@ def _gate_row(both, width, gelu, out):
 
 @njit(parallel=True, cache=CACHE)
 def gate(both, gelu, out):
-    """out [rows, width] = activation(both[:, :width]) * both[:, width:], with SiLU or tanh-approximated GELU."""
+    """out [rows, width] = activation(both[:, :width]) * both[:, width:]; SiLU, or tanh-approximated GELU if `gelu`."""
     for row in prange(len(both)):
         _gate_row(both[row], out.shape[1], gelu, out[row])
 

@@ -8,8 +8,11 @@ from numba import njit, prange
 
 @njit(cache=True)
 def row_sources(input_ids, plan, vocab, source):
-    """Fill `source` [tokens] with a packed row number, or -1 - id for a table row. Return the first token whose id is
-    outside `[0, vocab)`, or -1."""
+    """Fill `source` [tokens], for `copy_rows`: the index of a packed row for tokens inside a range, else -1 - id.
+
+    `plan` is that of `clipping.pack_rows`. Returns the first token outside all ranges whose id is not in `[0, vocab)`,
+    or -1 if there is none; with such a token `source` is not complete.
+    """
     for token in range(len(input_ids)):
         source[token] = -1
     for number in range(len(plan)):
@@ -26,7 +29,10 @@ def row_sources(input_ids, plan, vocab, source):
 
 @njit(parallel=True, cache=True)
 def copy_rows(source, table, rows, out):
-    """`table` [vocab, hidden], `rows` [packed, hidden], `out` [tokens, hidden]: any one element type."""
+    """Fill `out` [tokens, hidden] with rows of `table` [vocab, hidden] and `rows` [packed, hidden].
+
+    `source`, from `row_sources`, selects the row of each token. All three have the same element type.
+    """
     for token in prange(len(source)):
         if source[token] >= 0:
             out[token] = rows[source[token]]

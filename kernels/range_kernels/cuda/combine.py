@@ -75,9 +75,10 @@ def _emit_combine(
 
 @intrinsic
 def combine_partials(typing_context, four, running, part, part_step, stats, stats_step, left, factor):
-    """Combine up to `PARTS` parts in global memory, of which `left` remain.
+    """Combine the next partial results, up to `PARTS` of the `left` that remain, into `four` and `running`.
 
-    A part is four sums, `part_step` bytes from the next; its stats (maximum, total) are `stats_step` bytes from the next.
+    `part` is the global address of the first part's four sums, `stats` that of its maximum and total; the next part is
+    `part_step` and `stats_step` bytes further. `factor` is the scale times log2(e).
     """
     signature = types.void(four, running, *[types.uint64] * 4, types.int32, types.float32)
     return signature, statement(_emit_combine(ptx.load_fresh_floats, PARTS))
@@ -111,7 +112,7 @@ def init_combine(typing_context, four, running):
 
 @intrinsic
 def write_partial(typing_context, four, running, part, stats):
-    """Write the combined result to global memory as a part."""
+    """Write the combined sums and stats to global memory, as one part for a later `combine_partials`."""
 
     def emit(builder: Any, four: Any, running: Any, part: Any, stats: Any) -> None:
         ptx.store_floats(builder, part, load(builder, four, 4))
@@ -121,7 +122,7 @@ def write_partial(typing_context, four, running, part, stats):
 
 
 def make_write_row(dtype: str) -> Any:
-    """Return the intrinsic that writes four channels of a result in the dtype; zeros for a row that saw no key."""
+    """Return the intrinsic that writes four sums, divided by their total, in the dtype; zeros if no key was seen."""
 
     @intrinsic
     def write_row(typing_context, four, running, target):

@@ -44,7 +44,7 @@ class Source:
     """The Python function of a kernel and everything that is needed to compile it.
 
     Attributes:
-        name: identifies everything that `make` depends on; part of the cache key.
+        name: contains every parameter that `make` depends on; part of the cache key.
         make: builds the Python function; called only if the kernel is not in the cache.
         signature: the Numba signature, which returns void and takes only numbers.
         threads: threads per block; blocks: resident blocks per multiprocessor, which bounds the registers.
@@ -98,7 +98,14 @@ class Linkable:
 
 
 class Kernel:
-    """A kernel on one device.
+    """A kernel loaded on one device, from the cache on disk; if it is not there, it is compiled (seconds) and stored.
+
+    Args:
+        source: the kernel.
+        device: index of the GPU.
+
+    Attributes:
+        cached: whether it was read from disk.
 
     Raises:
         RuntimeError: the driver rejected the kernel; the message contains the driver's error.
@@ -140,9 +147,14 @@ class Kernel:
     def launch(
         self, grid: tuple[int, int], tensor: torch.Tensor, *arguments: float, threads: int | None = None
     ) -> None:
-        """Launch `grid` blocks on PyTorch's current stream of the tensor's device; `arguments` as in the signature.
+        """Launch `grid` (x, y) blocks on PyTorch's current stream of the tensor's device, without waiting for them.
 
-        `threads`: threads per block, if fewer than the kernel was compiled for.
+        Args:
+            arguments: numbers and addresses, as in the signature.
+            threads: threads per block, if fewer than the kernel was compiled for.
+
+        Raises:
+            RuntimeError: the driver refused the launch.
         """
         # PyTorch's default stream refers to the current device.
         if tensor.device.index not in (None, torch.cuda.current_device()):
@@ -160,7 +172,7 @@ class Kernel:
 
 
 loaded: list[Kernel] = []
-"""Every kernel of this process, in the order of first use: for benchmarks of first calls."""
+"""Every kernel that this process has loaded, in order, with the seconds that it took; the benchmarks report them."""
 
 
 def _driver() -> Any:
@@ -204,7 +216,7 @@ def _sources() -> str:
 
 
 def _read_cache(path: Path) -> bytes | None:
-    """Return the cached code, or None if it is missing or damaged, which the driver does not check."""
+    """Return the cached code, or None if it is missing or its SHA-256 is wrong (the driver does not check it)."""
     try:
         digest, code = path.read_bytes().split(b"\n", 1)
     except (OSError, ValueError):
@@ -213,7 +225,7 @@ def _read_cache(path: Path) -> bytes | None:
 
 
 def _write_cache(path: Path, code: bytes) -> None:
-    """Write a file atomically; a cache that cannot be written only costs time."""
+    """Write a file atomically. Errors are ignored: without the file, the kernel is only compiled again next time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

@@ -1,8 +1,9 @@
 """Asynchronous copies (cp.async) of rows of one head from global to shared memory, 16 bytes per thread at a time.
 
-Intrinsics for 128 threads. All integers except addresses have 32 bits: Numba's own have 64, which took a third of a kernel's
-instructions. If paged, rows are positions in a sequence whose page numbers are at the address `pages`, with `1 << shift` rows per
-page; the first row is a multiple of 16, so 16 rows from there on are in one page, since pages have at least 16 rows.
+Intrinsics for 128 threads, which call them together. All integers except addresses have 32 bits: Numba's own have 64,
+and computing with those took a third of a kernel's instructions. If paged, rows are positions in a sequence whose page
+numbers are at the global address `pages`, with `1 << shift` rows per page. The first row is then a multiple of 16 and
+pages have at least 16 rows, so each group of 16 rows is in one page.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from .warp_mma import statement
 
 THREADS = 128
 LINE = 128  # bytes of a row in a block of 64 channels
-_GROUP_ROWS = 16  # this many rows from a multiple of it are in one page
+_GROUP_ROWS = 16  # an aligned group of this many rows is in one page
 
 
 @cache
 def make_load(head_dim: int, rows: int, paged: bool = False) -> Any:
-    """Return the intrinsic that copies `rows` rows to rows padded by 16 bytes, as `warp_mma` reads them."""
+    """Return the intrinsic that copies `rows` rows to shared memory, padded by 16 bytes as `warp_mma` expects."""
     row_bytes, chunks = 2 * head_dim + 16, head_dim // 8
     whole_rows = THREADS % chunks == 0  # then a thread copies the same chunk of a row at every step
 
@@ -59,7 +60,10 @@ def make_load(head_dim: int, rows: int, paged: bool = False) -> Any:
 
 @cache
 def make_swizzled_load(head_dim: int, rows: int, paged: bool = False) -> Any:
-    """Return the intrinsic that copies `rows` rows to blocks of 64 channels, with 16-byte chunk c of a row at c ^ (row % 8)."""
+    """Return the intrinsic that copies `rows` rows to shared memory in blocks of 64 channels, swizzled as by TMA.
+
+    In each block, the 16-byte chunk c of a row is at chunk c ^ (row % 8).
+    """
 
     def emit(
         builder: Any, target: Any, source: Any, stride: Any, first: Any, limit: Any, thread: Any, pages: Any, shift: Any
@@ -88,7 +92,10 @@ def make_swizzled_load(head_dim: int, rows: int, paged: bool = False) -> Any:
 
 @cache
 def make_group_load(head_dim: int, rows: int) -> Any:
-    """Return the intrinsic that copies a head group's queries to `rows` padded rows: row i is query i // group, head i % group."""
+    """Return the intrinsic that copies the queries of one KV head's `group` query heads into `rows` padded rows.
+
+    Row i is query i // group of head i % group.
+    """
     row_bytes, chunks = 2 * head_dim + 16, head_dim // 8
 
     def emit(
@@ -111,7 +118,7 @@ def make_group_load(head_dim: int, rows: int) -> Any:
 
     @intrinsic
     def load(typing_context, target, source, token_stride, head_stride, group, count, thread):
-        """Copy `count` rows and fill the others with zeros."""
+        """Start copying `count` rows to shared memory at `target`; the others become zeros. Strides are in bytes."""
         number, address = types.int32, types.uint64
         return types.void(types.uint32, address, address, address, number, number, number), statement(emit)
 
@@ -120,9 +127,10 @@ def make_group_load(head_dim: int, rows: int) -> Any:
 
 @cache
 def make_write(head_dim: int) -> Any:
-    """Return the intrinsic that writes one 16-byte chunk of the new keys and values, number `index`, to their pages.
+    """Return the intrinsic that writes one 16-byte chunk of the new keys, and one of the new values, to their pages.
 
-    `first`: position of the first new key in its sequence.
+    `index` is the chunk's number, counted over the rows; `first` the position of the first new key in its sequence.
+    Strides are bytes between rows.
     """
     chunks = head_dim // 8
 
@@ -149,7 +157,10 @@ def make_write(head_dim: int) -> Any:
 
 
 class _RowLookup:
-    """The memory locations of rows, in units of rows; rows from `limit` on get some valid location."""
+    """The slots of a tile's rows: the row itself, or, if paged, its place in the cache.
+
+    Rows from `limit` on get any valid slot.
+    """
 
     def __init__(self, builder: Any, first: Any, limit: Any, pages: Any, shift: Any, paged: bool) -> None:
         self.builder, self.first, self.limit = builder, first, limit
@@ -157,12 +168,12 @@ class _RowLookup:
         self._groups: dict[int, Any] = {}
 
     def row_of(self, row: Any, inside: Any) -> Any:
-        """Return the location of row `first + row`."""
+        """Return the slot of row `first + row`."""
         row = self.builder.select(inside, self.builder.add(self.first, row), self.first)
         return ptx.page_row(self.builder, self.pages, self.shift, row) if self.paged else row
 
     def in_group(self, group_begin: int, row: Any, inside: Any) -> Any:
-        """Return the location of row `first + group_begin + row`; the page number is loaded once per group."""
+        """Return the slot of row `first + group_begin + row`; the page number is loaded once per group of 16 rows."""
         builder = self.builder
         if not self.paged:
             return self.row_of(builder.add(row, _number(group_begin)), inside)
@@ -180,7 +191,11 @@ def _number(value: int) -> Any:
 def _intrinsic(emit: Any) -> Any:
     @intrinsic
     def load(typing_context, target, source, stride, first, limit, thread, pages, shift):
-        """Copy rows from row `first` on, `stride` bytes apart; rows from `limit` on are filled with zeros."""
+        """Start copying rows `first`, `first + 1`, ..., `stride` bytes apart, to shared memory at `target`.
+
+        `source` is the global address of row 0 (of the cache, if paged); rows from `limit` on are filled with zeros.
+        The copies are not committed.
+        """
         number, address = types.int32, types.uint64
         return types.void(types.uint32, address, address, number, number, number, address, number), statement(emit)
 

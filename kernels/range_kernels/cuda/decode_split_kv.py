@@ -1,11 +1,12 @@
-"""Attention of few queries over many pages on tensor cores, for decode steps.
+"""Decode attention on tensor cores, sm_80 and later: few queries per sequence, its keys split between blocks.
 
     KV split: a range of one sequence's keys for one KV head       long contexts are split so that a small batch fills the GPU
     rows:     its queries times the heads of the group, up to 16   keys and values are read once for all of them
     block:    4 warps; each takes 16 keys of every tile of 64, with its own maxima and sums
               -> combine the warps' sums -> if the sequence is split, the last block to finish combines the splits
 
-Split keys: Flash-Decoding (Dao et al. 2023). The last block combines, so no second launch is needed; it also resets its counter.
+Source of split keys: Flash-Decoding (Dao et al. 2023). Blocks of a sequence count themselves when they finish, and the
+last one combines all partial results and resets the counter, so no second launch is needed.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _STAGES, _DEEP, _SHALLOW = 3, 5, 2
 
 @cache
 def make_kernel(head_dim: int, dtype: str, softcap: bool, stages: int):
-    """Return the Python function of a kernel."""
+    """Return the Python function of a kernel with `stages` pipeline stages, which `Source` compiles."""
     do = tile_operations(head_dim, 1, dtype, softcap, KEYS // _WARPS)
     init_accumulators, qk_product, apply_mask, softmax_step, pv_product, store_partial = (
         do.init,
@@ -270,30 +271,34 @@ def signature() -> Any:
 
 @cache
 def compiled(head_dim: int, dtype: str, softcap: bool, stages: int, device: int) -> Kernel:
-    """Return the kernel for a device."""
+    """Return the kernel for a device, compiled now (seconds) if it is neither in memory nor on disk."""
     return Kernel(source(head_dim, dtype, softcap, stages), device)
 
 
 def source(head_dim: int, dtype: str, softcap: bool, stages: int) -> Source:
-    """Return the source of a kernel."""
+    """Return the `Source` of a kernel: its function, its name in the cache, and its threads and shared memory."""
     make = partial(make_kernel, head_dim, dtype, softcap, stages)
     name = f"decode {head_dim} {dtype} softcap={softcap} stages={stages}"
     return Source(name, make, signature(), THREADS, blocks_of(head_dim, stages), _smem_bytes(head_dim, stages))
 
 
 def blocks_of(head_dim: int, stages: int) -> int:
-    """Return the blocks per multiprocessor."""
+    """Return how many blocks of a kernel should be resident on a multiprocessor; this bounds its registers."""
     return 2 if head_dim <= 128 and stages == _STAGES else 1
 
 
 def choose_stages(head_dim: int, blocks: int, multiprocessors: int, smem: int) -> int:
-    """Return the stages for a launch of `blocks` blocks on a GPU with `smem` bytes of shared memory per block."""
+    """Return the pipeline stages for a launch of `blocks` blocks with at most `smem` bytes of shared memory each."""
     wanted = (_DEEP, _STAGES, _SHALLOW) if blocks <= multiprocessors else (_STAGES, _SHALLOW)
     return next((stages for stages in wanted if _smem_bytes(head_dim, stages) <= smem), _SHALLOW)
 
 
 def launch(q, keys, values, out, key_start, key_stop, plan, new, scale, softcap) -> None:
-    """Launch the KV splits of a `paged_launch.DevicePlan`; `keys`, `values` `[slots, kv_heads, head_dim]`; write `new` first, if given."""
+    """Launch the KV splits of a `paged_launch.DevicePlan` into `out`, on the current stream.
+
+    `keys`, `values`: the cache of one layer, `[slots, kv_heads, head_dim]`. `new`: keys and values of the queries'
+    tokens, which the kernel also writes into the cache, or None.
+    """
     q = aligned(q)
     heads, head_dim = q.shape[1:]
     kv_heads = keys.shape[1]

@@ -1,4 +1,8 @@
-"""The choice of the attention kernel for a GPU and a call; no other file makes it."""
+"""Choose the attention kernel, called a path, for a GPU and a call; all other files use this one.
+
+"hopper" is `prefill_sm90`; "tensor-core" is `prefill_sm80`, and for decode steps `decode_split_kv`; "plain" is
+`prefill_simt`.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +36,19 @@ def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, path: 
 
 
 def prefill_kernel(path: str) -> Callable[..., Any]:
-    """Return the function that compiles the prefill kernel of a path other than "plain"."""
+    """Return the function `compiled(head_dim, dtype, softcap, paged, device)` of a path other than "plain"."""
     from . import prefill_sm80, prefill_sm90
 
     return prefill_sm90.compiled if path == "hopper" else prefill_sm80.compiled
 
 
 def choose_path(q: torch.Tensor, scale: float, path: str | None = None, max_seqlen_q: int = 1) -> str:
-    """Return the fastest path that supports a call, or `path` if it does; `max_seqlen_q`: queries of the longest sequence.
+    """Return `path`, or if it is None the fastest path that supports the call.
+
+    Args:
+        q: `[queries, q_heads, head_dim]`; its dtype, head size and device count.
+        scale: factor on scores.
+        max_seqlen_q: number of queries of the longest sequence.
 
     Raises:
         ValueError: the named path does not support this call.

@@ -24,12 +24,17 @@ class DevicePlan:
     """A batch's block table and the work of both kernels, on the device.
 
     Attributes:
-        block_table: int32 `[sequences, max_pages]`.
-        slots: int64 `[queries]`, the slots of the last keys of each sequence.
-        kv_splits: int32 `[n, 12]`: first query, queries, sequence, first key, end of keys, number of the split, splits of the sequence,
-            index of its first partial result, keys of the sequence. For sequences whose queries times `group` are at most 16.
-        partials: number of partial results; counters: int32 `[sequences * kv_heads]`, zeros before and after each launch.
-        tiles: those of the other sequences, as in `tile_plan.plan_tiles`, but the third number is the sequence.
+        block_table: int32 `[sequences, max_pages]`; `host_block_table` is the same on the host.
+        slots: int64 `[queries]`, the slot of each query's own key: page number times `page_size`, plus the offset in
+            the page.
+        cu_seqlens_q, seq_lens: cumulative numbers of queries and numbers of keys of the sequences, on the host.
+        group: query heads per KV head.
+        kv_splits: work of the decode kernel, for sequences whose queries times `group` are at most 16, or None. int32
+            `[splits, 12]`: first query, number of queries, sequence, first key, end of keys, index of the split in its
+            sequence, splits of the sequence, index of the sequence's first partial result, keys of the sequence; three
+            fields are unused.
+        partials: number of partial results.
+        counters: int32 `[sequences * kv_heads]`, finished splits; zeros before and after each launch.
     """
 
     block_table: torch.Tensor
@@ -46,7 +51,11 @@ class DevicePlan:
     _tiles: dict[int, torch.Tensor | None] = field(default_factory=dict)
 
     def tiles(self, rows: int) -> torch.Tensor | None:
-        """Return tiles of `rows` queries, or None if every sequence is short."""
+        """Return tiles of `rows` queries of the sequences that have no KV splits, or None if all have some.
+
+        They are the work of the prefill kernel: int32 `[tiles, 4]` on the device, as in `tile_plan.plan_tiles`, but the
+            third number is the sequence. Cached by `rows`.
+        """
         if rows not in self._tiles:
             tiles = [
                 (start, count, sequence, keys)
@@ -65,7 +74,10 @@ class DevicePlan:
 
     @cached_property
     def places(self) -> torch.Tensor:
-        """The slot of every key of the batch, sequence after sequence, int64: for the plain kernel, which cannot read pages."""
+        """The slots of all keys of the batch, sequence by sequence, int64, on the device.
+
+        With them, keys and values are gathered for the plain kernel, which cannot read pages.
+        """
         size = self.page_size
         places = [
             self.host_block_table[sequence][np.arange(keys) // size].astype(np.int64) * size + np.arange(keys) % size
@@ -77,7 +89,10 @@ class DevicePlan:
 def plan_device(
     block_table: np.ndarray, cu_seqlens_q: np.ndarray, seq_lens: np.ndarray, slots: np.ndarray, pages, q_heads: int
 ) -> DevicePlan:
-    """Divide a batch into work and copy the plan to the device."""
+    """Divide a batch between the decode and the prefill kernel and copy the plan to the device of `pages`.
+
+    Arguments are those of `PagedPlan`; `slots` int64 `[queries]`.
+    """
     device, group = pages.device, q_heads // pages.kv_heads
     device_table, device_slots = (torch.from_numpy(each).to(device) for each in (block_table, slots))
     plan = DevicePlan(
@@ -95,9 +110,11 @@ def plan_device(
 def plan_kv_splits(
     cu_seqlens_q: np.ndarray, seq_lens: np.ndarray, group: int, kv_heads: int, blocks: int
 ) -> tuple[np.ndarray, int]:
-    """Return the KV splits, int32 `[n, 12]`, and the number of partial results, for a GPU that runs `blocks` blocks at once.
+    """Return the KV splits, int32 `[splits, 12]`, and the number of partial results.
 
-    The split size minimises the time of all waves of blocks, counted in tiles, with an overhead of two tiles per wave.
+    `blocks` is the number of blocks that the GPU runs at once. Fields are those of `DevicePlan.kv_splits`. The split
+    size is the one that minimises the estimated time: the number of waves of blocks times the tiles (of 64 keys) of a
+    split, plus two tiles of overhead per wave.
     """
     spans = zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), seq_lens.tolist(), strict=True)
     short = [(number, *span) for number, span in enumerate(spans) if 0 < (span[1] - span[0]) * group <= 16]
@@ -124,9 +141,12 @@ def plan_kv_splits(
 
 
 def launch(q, keys, values, out, key_start, key_stop, plan, new, scale, softcap, path=None) -> None:
-    """Attention over the pages of one layer, `[pages, page_size, kv_heads, head_dim]`; fills `out`.
+    """Launch `range_kernels.paged_attention` into `out` on the current stream.
 
-    `new` keys and values are written first, by the decode kernel itself if it runs the whole batch.
+    `keys`, `values`: the pages of one layer, `[pages, page_size, kv_heads, head_dim]`.
+
+    `new` keys and values are written to their pages first; the decode kernel does that itself if it runs the whole
+    batch.
 
     Raises:
         ValueError: the named path does not support this call.

@@ -15,18 +15,21 @@ def stage_index(iteration):
 
 @cuda.jit(device=True, inline="always")
 def stage_barrier(barriers, iteration):
-    """Return the address of a stage's mbarrier; `barriers`: that of the first."""
+    """Return the address of the mbarrier of an iteration's stage; `barriers` is that of stage 0, 8 bytes each."""
     return barriers + uint32(8) * stage_index(iteration)
 
 
 @cuda.jit(device=True, inline="always")
 def wait_stage(barriers, iteration):
-    """Wait until all have arrived for an iteration: its stage's last completed one or the next, as the phase is one bit."""
+    """Wait until the mbarrier phase of an iteration is complete.
+
+    The phase is one bit, so `iteration` must be the one that its stage completed last or the next one.
+    """
     barrier_wait(stage_barrier(barriers, iteration), uint32((iteration >> 1) & 1))
 
 
 @cuda.jit(device=True, inline="always")
 def arrive_stage(barriers, iteration, lane):
-    """Arrive for an iteration, once per warp, whose lanes must have converged."""
+    """Arrive once per warp at the mbarrier of an iteration's stage. The warp's lanes must have converged."""
     if lane == 0:
         barrier_arrive(stage_barrier(barriers, iteration))

@@ -2,8 +2,8 @@
 
     each thread: score of one key -> block maximum -> exp -> each thread: some channels of sum(weight * V)
 
-The path for GPUs without a faster one, and the only one that the simulator can run. Online softmax: Milakov and Gimelshein
-2018 (arXiv:1805.02867).
+This is the path "plain": for calls that no faster path supports, and the only one that the simulator can run. Online
+softmax: Milakov and Gimelshein 2018 (arXiv:1805.02867).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _bfloat16_store(value):
 
 @cache
 def _kernel(bfloat16: bool):
-    """The kernel for float32 and float16 arrays, or for bfloat16 bits."""
+    """Return the kernel for float32 and float16 arrays or, if `bfloat16`, for bfloat16 arrays passed as int16."""
     load, store = (_bfloat16_load, _bfloat16_store) if bfloat16 else (_plain_load, _plain_store)
 
     @cuda.jit
@@ -126,7 +126,7 @@ def launch(
     scale: float,
     softcap: float,
 ) -> None:
-    """See `range_kernels.attention`; fills `out`.
+    """Launch `range_kernels.attention` into `out` on the current stream; the cumulative lengths are on the host.
 
     Raises:
         ValueError: the head size exceeds `MAX_HEAD_DIM`.

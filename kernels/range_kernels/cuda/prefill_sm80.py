@@ -1,4 +1,4 @@
-"""Prefill attention on tensor cores, sm_80 and later: mma.sync, tiles in shared memory, asynchronous copies.
+"""Prefill attention on tensor cores, sm_80 and later (the path "tensor-core"), with mma.sync and cp.async.
 
     block: 4 warps, 64 or 128 queries of one head            FlashAttention-2's tiling (Dao 2023, arXiv:2307.08691)
     bounds of the block's rows -> first and last key tile    no mask in memory: key_start and key_stop are the whole mask
@@ -32,7 +32,10 @@ DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def can_run(q: torch.Tensor, scale: float) -> bool:
-    """Whether this path supports a call: dtype, head size, a scale that keeps the order of scores, enough shared memory."""
+    """Whether this path supports a call: by the GPU, its shared memory, dtype, head size, and a scale above 0.
+
+    (The maximum of a row is taken before scaling, so the scale must keep the order of the scores.)
+    """
     capable = torch.cuda.get_device_capability(q.device) >= (8, 0)
     if not capable or q.dtype not in DTYPES or q.shape[-1] not in HEAD_DIMS or scale <= 0:
         return False
@@ -57,9 +60,10 @@ class Shape:
 
 @cache
 def make_kernel(head_dim: int, shape: Shape, dtype: str, softcap: bool, paged: bool):
-    """Return the Python function of a kernel.
+    """Return the Python function of a kernel, which `Source` compiles.
 
-    If `paged`, keys are in pages and the third number of a tile is its sequence's row in the block table.
+    If `paged`, keys and values are in pages, and the third number of a tile (see `tile_plan.plan_tiles`) is not the
+    sequence's first key but its row in the block table.
     """
     rows, double_buffered = shape.rows, shape.stages == 2
     m_tiles = rows // 64
@@ -196,7 +200,10 @@ class Compiled:
 
 
 def compiled(head_dim: int, dtype: str, softcap: bool, paged: bool, device: int) -> Compiled:
-    """Return the kernel for a device. Requires `can_run`."""
+    """Return the kernel for a device, compiled now (seconds) if it is neither in memory nor on disk.
+
+    Requires `can_run`.
+    """
     shape = choose_shape(head_dim, max_smem_per_block(device))
     assert shape is not None
     return _compiled(head_dim, shape, dtype, softcap, paged, device)
@@ -208,7 +215,7 @@ def _compiled(head_dim: int, shape: Shape, dtype: str, softcap: bool, paged: boo
 
 
 def source(head_dim: int, shape: Shape, dtype: str, softcap: bool, paged: bool) -> Source:
-    """Return the source of a kernel."""
+    """Return the `Source` of a kernel: its function, its name in the cache, and its threads and shared memory."""
     name = f"tensor-core prefill {head_dim} {shape} {dtype} softcap={softcap} paged={paged}"
     blocks = 2 if head_dim <= 128 else 1
     make = partial(make_kernel, head_dim, shape, dtype, softcap, paged)
@@ -248,7 +255,10 @@ def launch(
     scale: float,
     softcap: float,
 ) -> None:
-    """See `range_kernels.attention`; fills `out` with the kernel that `compile` returns. Requires `can_run`."""
+    """Launch `range_kernels.attention` into `out` on the current stream, with the kernel that `compile` returns.
+
+    `compile` is `compiled` of this module or of `prefill_sm90`, whose `can_run` must be true for the call.
+    """
     q, k, v = (aligned(x) for x in (q, k, v))
     kernel = compile(q.shape[2], DTYPES[q.dtype], softcap > 0, False, q.device.index or 0)
     tiles = device_tiles(cu_seqlens_q, cu_seqlens_k, kernel.rows, q.device)
@@ -256,7 +266,12 @@ def launch(
 
 
 def launch_tiles(made: Compiled, qkv, out, key_start, key_stop, tiles, table, page_size, scale, softcap) -> None:
-    """Launch a compiled prefill kernel over tiles; `k`, `v` `[slots, kv_heads, head_dim]`, with their block table if paged."""
+    """Launch a compiled prefill kernel over `tiles`, int32 `[tiles, 4]` on the device.
+
+    `qkv`: queries `[queries, q_heads, head_dim]`, keys and values `[keys, kv_heads, head_dim]`. If paged, keys and
+    values are the whole cache `[slots, kv_heads, head_dim]`, and `table` (the block table) and `page_size` are given;
+    else both are None.
+    """
     q, k = qkv[:2]
     factor, inner = softmax_factors(scale, softcap)
     size = q.element_size()
@@ -270,7 +285,7 @@ def launch_tiles(made: Compiled, qkv, out, key_start, key_stop, tiles, table, pa
 
 
 def softmax_factors(scale: float, softcap: float) -> tuple[float, float]:
-    """Return the factors on scores before exp2 and before tanh."""
+    """Return the factor on scores before exp2, and the factor before tanh (0 without softcap)."""
     return (LOG2_E, scale / softcap) if softcap > 0 else (scale * LOG2_E, 0.0)
 
 

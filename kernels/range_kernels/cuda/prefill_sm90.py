@@ -1,4 +1,4 @@
-"""Prefill attention for Hopper (sm_90): a persistent, warp-specialised kernel with wgmma and TMA.
+"""Prefill attention for Hopper (sm_90; the path "hopper"): a persistent, warp-specialised kernel with wgmma and TMA.
 
     one block per multiprocessor processes `total_work` work tiles: a tile of queries of one head each
     warpgroup 0          the producer: loads queries and tiles of keys and values, two stages of each, and writes the next work
@@ -72,14 +72,14 @@ _REGISTERS = {2: (40, 232), 3: (32, 160)}
 
 
 def can_run(q: torch.Tensor, scale: float) -> bool:
-    """Whether this path supports a call."""
+    """Whether this path supports a call: compute capability 9, a size in `HEAD_DIMS`, and `prefill_sm80.can_run`."""
     hopper = torch.cuda.get_device_capability(q.device)[0] == 9
     return hopper and q.shape[-1] in HEAD_DIMS and prefill_sm80.can_run(q, scale)
 
 
 @cache
 def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
-    """Return the Python function of a kernel."""
+    """Return the Python function of a kernel, which `Source` compiles; `paged` as in `prefill_sm80.make_kernel`."""
     keys, rows, groups = keys_of(head_dim), rows_of(head_dim), warpgroups_of(head_dim)
     release_registers, claim_registers = (
         registers(change, count) for change, count in zip(("dec", "inc"), _REGISTERS[groups], strict=True)
@@ -397,13 +397,20 @@ class PersistentKernel(prefill_sm80.Compiled):
 
 @cache
 def compiled(head_dim: int, dtype: str, softcap: bool, paged: bool, device: int) -> prefill_sm80.Compiled:
-    """Return the kernel for a device."""
+    """Return the kernel for a device, compiled now (seconds) if it is neither in memory nor on disk.
+
+    Requires `can_run`.
+    """
     kernel = Kernel(source(head_dim, dtype, softcap, paged), device)
     return PersistentKernel(kernel, rows_of(head_dim), keys_of(head_dim))
 
 
 def source(head_dim: int, dtype: str, softcap: bool, paged: bool) -> Source:
-    """Return the source of a kernel; its arguments: those of `prefill_sm80` (query strides unused) and of `PersistentKernel.launch`."""
+    """Return the `Source` of a kernel.
+
+    Its arguments are those of `prefill_sm80` (strides of the queries are unused) followed by those that
+    `PersistentKernel.launch` adds.
+    """
     # Queries and two stages of keys and of values, from an address that is a multiple of 1,024.
     smem = 2 * head_dim * (rows_of(head_dim) + 4 * keys_of(head_dim)) + 1024
     name = f"hopper prefill {head_dim} {dtype} softcap={softcap} paged={paged}"

@@ -1,4 +1,8 @@
-"""Intrinsics of the CUDA kernels in LLVM and inline PTX, with stand-ins for the simulator; `ptx_sm90` has Hopper's own."""
+"""Intrinsics of the CUDA kernels, in LLVM and inline PTX, with stand-ins for the simulator.
+
+Those of Hopper only are in `ptx_sm90`. Functions with a `builder` generate code inside other intrinsics and take LLVM
+values; the rest are called in kernels. Global addresses are uint64, shared-memory addresses uint32.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ if SIMULATED:
         return np.float32(value).view(np.int32)
 
     def copy_16_bytes(target, source, step):
-        """Addresses have no meaning in the simulator, which runs the paths without them."""
+        """Raise NotImplementedError: the simulator has no addresses, so it runs only kernels that take arrays."""
         raise NotImplementedError
 
     fill_16_bytes = copy_2_times_16_bytes = load_int = load_long = copy_16_bytes
@@ -61,7 +65,10 @@ if not SIMULATED:
     SHORT = {"bfloat16": "bf16", "float16": "f16"}
 
     def asm(builder, returns, operands, text, constraints, side_effect=True):
-        """Emit inline PTX; operands are LLVM values."""
+        """Emit inline PTX and return its result, of LLVM type `returns`; `operands` are LLVM values for `$0`, `$1`, ...
+
+        `constraints` is LLVM's constraint string. Without `side_effect` the compiler may move or remove the code.
+        """
         kind = ir.FunctionType(returns, [operand.type for operand in operands])
         return builder.call(ir.InlineAsm(kind, text, constraints, side_effect=side_effect), operands)
 
@@ -89,9 +96,11 @@ if not SIMULATED:
         return asm(builder, F32, [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f", False)
 
     def reciprocal(builder, x):
+        """1 / x in float32, approximate; denormals count as zero."""
         return asm(builder, F32, [x], "rcp.approx.ftz.f32 $0, $1;", "=f,f", False)
 
     def maximum(builder, a, b):
+        """The larger of two float32; if one is NaN, the other."""
         return asm(builder, F32, [a, b], "max.f32 $0, $1, $2;", "=f,f,f", False)
 
     def shuffle_xor(builder, x, flip):
@@ -100,13 +109,15 @@ if not SIMULATED:
         return asm(builder, x.type, [x], f"shfl.sync.bfly.b32 $0, $1, {flip}, 31, -1;", f"={kind},{kind}")
 
     def pack(builder, dtype, low, high):
-        """Round two float32 to nearest 16-bit floats and pack them into one register."""
+        """Round two float32 to 16-bit floats and pack them into one register, `low` in its lower half."""
         return asm(builder, I32, [high, low], f"cvt.rn.{SHORT[dtype]}x2.f32 $0, $1, $2;", "=r,f,f", False)
 
     def load_shared(builder, address):
+        """Load an int32 from shared memory."""
         return asm(builder, I32, [address], "ld.shared.b32 $0, [$1];", "=r,r,~{memory}")
 
     def store_global(builder, address, value):
+        """Store a 32-bit register to global memory."""
         asm(builder, VOID, [address, value], "st.global.b32 [$0], $1;", "l,r,~{memory}")
 
     def _statement(text, *kinds):
@@ -142,13 +153,17 @@ if not SIMULATED:
         return statement
 
     def copy_async(builder, target, offset, source, size):
-        """cp.async: copy 16 bytes from global to shared memory at `target + offset`; only `size` are read, the rest are zeros."""
+        """cp.async: start a copy of 16 bytes from global memory at `source` to shared memory at `target + offset`.
+
+        Only the first `size` bytes are read; the others are filled with zeros.
+        """
         text = f"cp.async.cg.shared.global.L2::128B [$0 + {offset}], [$1], 16, $2;"
         asm(builder, VOID, [target, source, size], text, "r,l,r,~{memory}")
 
     prefetch = _statement("prefetch.global.L1 [$0];", types.uint64)
     copies_commit = _statement("cp.async.commit_group;")
-    # Wait until at most `count` of the latest groups are in flight.
+    # `copies_wait_but[n]` waits until at most the `n` latest committed groups of this thread's copies are still in
+    # flight.
     copies_wait_but = {count: _statement(f"cp.async.wait_group {count};") for count in (0, 1, 3)}
     copies_wait_all = copies_wait_but[0]
 
@@ -163,7 +178,7 @@ if not SIMULATED:
         return types.uint32(array), codegen
 
     def move(builder, target, source, step, pieces=1):
-        """Copy `pieces` 16-byte chunks, `step` bytes apart; all loads are in flight before the first store."""
+        """Copy `pieces` 16-byte chunks, `step` bytes apart, between global addresses; all loads precede the stores."""
         loads, stores, names = [], [], []
         for piece in range(pieces):
             regs = ", ".join(f"{letter}{piece}" for letter in "abcd")
@@ -234,7 +249,8 @@ if not SIMULATED:
 
         return load
 
-    # Load 2 or 4 contiguous numbers; the fresh ones, written by other blocks, bypass the L1 cache.
+    # Load 2 or 4 contiguous float32. `load_fresh_floats` bypasses the L1 cache, for numbers that other blocks have just
+    # written.
     load_fresh_floats, load_shared_floats = _load("l", "global.cg"), _load("r", "shared")
 
     def _store(letter, space, kind):
@@ -246,7 +262,7 @@ if not SIMULATED:
 
         return store
 
-    # Store 2 or 4 contiguous numbers.
+    # Store 2 or 4 contiguous numbers of 32 bits.
     store_floats, store_words = _store("l", "global", "f"), _store("l", "global", "r")
     store_shared_floats = _store("r", "shared", "f")
 
@@ -254,13 +270,15 @@ if not SIMULATED:
         text = f"atom.{order}.gpu.global.add.s32 $0, [$1], $2;"
         return _function(types.int32, (types.uint64, types.int32), text, "=r,l,r,~{memory}", True)
 
-    # acq_rel: threads that see the sum also see what this thread and, before a barrier, its block wrote. relaxed: no ordering.
+    # Add to an int32 in global memory; return the old value. acq_rel: a thread that sees the new value also sees what
+    # this thread wrote before, and what its block wrote before a barrier that precedes the addition. relaxed: no
+    # ordering.
     atomic_add_acq_rel, atomic_increment = _counter("acq_rel"), _counter("relaxed")
     store_int = _statement("st.global.s32 [$0], $1;", types.uint64, types.int32)
 
     @intrinsic
     def divide(typing_context, a, b):
-        """a // b of non-negative int32; Numba's own division has 64 bits and takes a hundred instructions."""
+        """a // b of non-negative int32; Numba's own division is a 64-bit one of a hundred instructions."""
 
         def codegen(context, builder, signature, args):
             return builder.udiv(*args)
@@ -268,7 +286,10 @@ if not SIMULATED:
         return types.int32(types.int32, types.int32), codegen
 
     def page_row(builder, pages, shift, row):
-        """Return the location of a sequence's row, in rows; `pages`: address of its page numbers, `1 << shift` rows per page."""
+        """Return the slot of a sequence's row, int32: page number times `1 << shift`, plus the offset in the page.
+
+        `pages` is the global address of the sequence's page numbers; a page has `1 << shift` rows.
+        """
         page = builder.lshr(row, shift)
         at = builder.add(pages, builder.shl(builder.zext(page, I64), ir.Constant(I64, 2)))
         number = asm(builder, I32, [at], "ld.global.nc.b32 $0, [$1];", "=r,l", False)

@@ -31,6 +31,8 @@ barrier_wait = _statement(
 # Makes writes that are visible to this thread (cp.async included) visible to wgmma and TMA, which use the async proxy.
 fence_async_proxy = _statement("fence.proxy.async.shared::cta;")
 
+# A tensor map is changed in global memory (address of the tensor; dimension 2 is its number of rows). `map_release`
+# publishes the changes of this thread; `map_acquire` makes those of one map, at the given address, visible to TMA.
 set_map_address = _statement(
     "tensormap.replace.tile.global_address.global.b1024.b64 [$0], $1;", types.uint64, types.uint64
 )
@@ -41,7 +43,11 @@ map_acquire = _statement("fence.proxy.tensormap::generic.acquire.gpu [$0], 128;"
 
 @intrinsic
 def tma_load_3d(typing_context, target, map, channel, head, row, barrier):
-    """Start the TMA load of the box at (channel, head, row); its bytes are counted by the mbarrier `barrier`."""
+    """Start the TMA load of the box at (channel, head, row) to shared memory at `target`; one thread calls it per box.
+
+    `map` is the global address of the tensor map. The loaded bytes count towards the transaction of the mbarrier
+    `barrier`.
+    """
     text = "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [$0], [$1, {$2, $3, $4}], [$5];"
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -58,18 +64,20 @@ named_barrier_arrive = _statement("bar.arrive $0, $1;", types.int32, types.int32
 
 
 def registers(change: str, count: int) -> Any:
-    """setmaxnreg: a warpgroup claims ("inc") or releases ("dec") registers; `count` is what it then has per thread."""
+    """Return setmaxnreg: a warpgroup claims ("inc") or releases ("dec") registers and then has `count` per thread."""
     return _statement(f"setmaxnreg.{change}.sync.aligned.u32 {count};")
 
 
+# Return lane 0's int32 in all lanes, so that the compiler can keep it in a uniform register; all lanes of the warp must
+# call it.
 uniform = _function(types.int32, (types.int32,), "shfl.sync.idx.b32 $0, $1, 0, 31, -1;", "=r,r", True)
 
 
 def descriptor(builder: Any, address: Any, leading: int, stride: int) -> Any:
-    """Return the wgmma descriptor of a matrix in shared memory with rows of 128 swizzled bytes.
+    """Return the wgmma descriptor (64 bits) of a matrix in shared memory with rows of 128 swizzled bytes.
 
-    It stores the address without its last four bits. `leading` is the number of bytes between blocks of 64 columns if those are not
-    contiguous in k, `stride` the number of bytes between groups of eight rows.
+    The address is stored without its last four bits. `leading`: bytes between blocks of 64 columns, if these are not
+    contiguous in k. `stride`: bytes between groups of eight rows.
     """
     low = builder.zext(builder.lshr(address, ir.Constant(I32, 4)), I64)
     return builder.or_(low, ir.Constant(I64, SWIZZLE_128 | (leading >> 4) << 16 | (stride >> 4) << 32))
@@ -78,14 +86,15 @@ def descriptor(builder: Any, address: Any, leading: int, stride: int) -> Any:
 def multiply(
     builder: Any, dtype: str, columns: int, a: list[Any], b: Any, sums: list[Any] | None, steps: list[tuple[int, int]]
 ) -> list[Any]:
-    """Start `sums + a b` (`a b` if sums is None) for 64 rows and `columns` columns, 16 of k per step; return the sums in flight.
+    """Start the wgmma product `sums + a b` (`a b` if `sums` is None), 64 rows x `columns`, with 16 of k per step.
+
+    Returns the registers of the sums, which are in flight: they must not be used before `wait` has returned them.
+    The whole is one block of PTX, so that the compiler cannot insert code between the steps.
 
     Args:
         a: one descriptor, or the registers of A, four per step.
         b: descriptor. With A in registers, B is contiguous along its columns ("transposed"), else along k.
         steps: offsets added to the descriptors of a (unused with registers) and b at each step, in units of 16 bytes.
-
-    The sums must not be used before `wait` returns them. This is one block of PTX so that the compiler cannot insert code.
     """
     short, count, in_registers = SHORT[dtype], columns // 2, len(a) > 1
     results = ",".join(f"${i}" for i in range(count))
@@ -117,9 +126,10 @@ def multiply(
 
 
 def wait(builder: Any, pending: int, sums: list[Any], alive: list[Any]) -> list[Any]:
-    """Wait until at most `pending` wgmma groups are unfinished; return the sums, which can then be read.
+    """Wait until at most `pending` wgmma groups are unfinished; return `sums`, which can then be read.
 
-    `alive`: registers (A) that an unfinished group still reads, so they must not be reused before the wait.
+    `alive`: registers (operand A) that the product reads while it runs; the compiler must not reuse them before this
+    wait.
     """
     count = len(sums)
     constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + ["r"] * len(alive) + ["~{memory}"])

@@ -36,7 +36,11 @@ _ENTRY = np.dtype(_FIELDS, align=True)
 
 @cuda.jit
 def _copy_rows(input_ids, plan, table, rows, out):
-    """All rows are integer words `[n, words]`. A token whose id is outside the table gets all bits set, which is NaN."""
+    """The splice kernel for unaligned rows: one block per token copies a row word by word.
+
+    `table`, `rows` and `out` are integer words `[n, words]`; `plan` is that of `clipping.pack_rows`. A token whose id
+    is outside the table gets all bits set, which is NaN.
+    """
     token = cuda.blockIdx.x
     first, last = 0, plan.shape[0]  # the range that contains the token, if any, is the last that starts at or before it
     while first < last:
@@ -60,7 +64,10 @@ def _copy_rows(input_ids, plan, table, rows, out):
 
 @cache
 def make_kernel(dtype: str, converts: bool):
-    """Return the kernel for a table of a dtype; `converts`: whether items of other dtypes or a scale on table rows are possible."""
+    """Return the Python function of the kernel for aligned rows and a table of `dtype`, which `Source` compiles.
+
+    `converts`: whether it also casts items of other dtypes and multiplies table rows by a scale.
+    """
     entry_bytes, size = uint64(_ENTRY.itemsize), 4 if dtype == "float32" else 2
     from_float32, from_float16 = convert_16_bytes["float32", dtype], convert_16_bytes["float16", dtype]
     from_bfloat16, from_own = convert_16_bytes["bfloat16", dtype], convert_16_bytes[dtype, dtype]
@@ -124,7 +131,7 @@ def make_kernel(dtype: str, converts: bool):
 
 
 def source(dtype: str, converts: bool) -> Source:
-    """Return the source of a kernel."""
+    """Return the `Source` of a kernel: its function, its name in the cache, and its threads."""
     address, number = types.uint64, types.int32
     kinds = types.void(
         address, address, number, address, types.int64, types.uint32, address, types.float32, number
@@ -134,14 +141,19 @@ def source(dtype: str, converts: bool) -> Source:
 
 @cache
 def compiled(dtype: str, converts: bool, device: int) -> Kernel:
-    """Return the kernel for a device."""
+    """Return the kernel for a device, compiled now (seconds) if it is neither in memory nor on disk."""
     return Kernel(source(dtype, converts), device)
 
 
 class DevicePlan:
-    """The location of each range's rows, on the device: `entries`, bytes of `_ENTRY`, one per range.
+    """The addresses of all item rows, on the device.
 
-    `rows` keeps the tensors alive; `wide`: whether all rows are aligned to 16 bytes.
+    Attributes:
+        entries: uint8, one `_ENTRY` per range: start, stop, kind of conversion, address of its rows, bytes between
+            rows.
+        rows: the tensors at those addresses, kept alive by this object.
+        wide: whether all rows are aligned to 16 bytes.
+        converts: whether an item has another dtype than the table.
     """
 
     def __init__(self, clipped: Clipped, table: torch.Tensor) -> None:
@@ -160,7 +172,11 @@ class DevicePlan:
 
 
 def prepare(clipped: Clipped, table: torch.Tensor) -> tuple[DevicePlan, bool]:
-    """Return a plan that is on the device for every stream, with its kernels compiled, and whether calls with it are one launch."""
+    """Return a plan, and whether `launch` with it is one kernel launch: if table and items are aligned to 16 bytes.
+
+    The kernels are then compiled here, and the current stream is waited for, so that the plan can be used on every
+    stream.
+    """
     plan = DevicePlan(clipped, table)
     whole = plan.wide and not table.shape[1] * table.element_size() % 16 and not table.data_ptr() % 16
     if whole and not SIMULATED:
@@ -173,9 +189,10 @@ def prepare(clipped: Clipped, table: torch.Tensor) -> tuple[DevicePlan, bool]:
 def launch(
     input_ids: torch.Tensor, table: torch.Tensor, clipped: Clipped, out: torch.Tensor, scale: float, plan: Any = None
 ) -> None:
-    """See `range_kernels.splice`; fills `out` in one launch without waiting for the device, so ids are not checked.
+    """Launch `range_kernels.splice` into `out` on the current stream, without waiting for it, so ids are not checked.
 
-    `plan`: a `DevicePlan` of the same items; built here if None.
+    `plan`: the `DevicePlan` of `clipped`, built here if None. Aligned rows take one kernel launch; others are copied
+    word by word.
     """
     row_bytes = table.shape[1] * table.element_size()
     if not SIMULATED and not any(number % 16 for number in (row_bytes, table.data_ptr(), out.data_ptr())):

@@ -1,4 +1,4 @@
-"""Tiles of queries, the work of the prefill kernels' blocks: planned on the host, read on the device."""
+"""Cut sequences into tiles of queries for the blocks of a prefill kernel; planned on the host, read on the GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 
 
 def cut(begin: int, stop: int, rows: int) -> list[tuple[int, int]]:
-    """Return first query and number of queries of each tile; only the first, which sees the fewest keys, may be short."""
+    """Cut the queries `[begin, stop)` into tiles of `rows`; return first query and number of queries of each.
+
+    If `rows` does not divide their number, the first tile is the short one, because its queries see the fewest keys.
+    """
     short = (stop - begin) % rows
     starts = [*([begin] if short else []), *range(begin + short, stop + 1, rows)]
     return [(start, end - start) for start, end in pairwise(starts)]
@@ -28,7 +31,10 @@ def plan_tiles(cu_seqlens_q: Sequence[int], cu_seqlens_k: Sequence[int], rows: i
 
 
 def device_tiles(cu_seqlens_q: np.ndarray, cu_seqlens_k: np.ndarray, rows: int, device: torch.device) -> torch.Tensor:
-    """`plan_tiles` on the device, for the current stream; cached, as every layer of a step needs the same."""
+    """Return `plan_tiles` as a tensor on `device`, for use on the current stream.
+
+    Cached: all layers of a step use the same tiles.
+    """
     tiles = _planned(tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist()), rows, device)
     # The cache may free them while this stream or a captured graph still reads them.
     if torch.cuda.is_current_stream_capturing():
@@ -46,4 +52,5 @@ def _planned(
 
 
 _kept_for_graphs: dict[int, torch.Tensor] = {}
-"""Tiles whose addresses are part of a captured graph, whose end is not reported: never freed, 16 bytes per tile."""
+"""Tiles that a captured CUDA graph reads by address: never freed, as the end of a graph is not reported; 16 bytes
+per tile."""

@@ -1,7 +1,8 @@
 """The tile scheduler of a persistent kernel: work tiles, each a tile of queries of one head, and their records in shared memory.
 
     one block per multiprocessor; its first work tile is the block's number, the next ones come from a counter that all blocks share
-    the producer warpgroup writes a work tile's record while the key tiles of the previous one are loaded; the consumers release it
+    the producer warpgroup writes a work tile's record while the key tiles of the previous one are in flight; the
+    consumers read it and release its slot
 
 A record is `record_size(rows)` int32 in shared memory, in the order of the names below. `SLOTS` records form a ring.
 """
@@ -17,11 +18,13 @@ from .ptx import divide, load_int
 from .ptx_sm90 import barrier_arrive, barrier_wait, named_barrier_sync
 
 SLOTS = 4  # a power of two
-HEAD, Q_FIRST, Q_COUNT, K_FIRST, K_COUNT = range(5)  # HEAD is -1 if no work is left
+# Query head, or -1 if no work tile is left; first query and number of queries; first key (if paged, the row of the
+# block table) and number of keys of the sequence.
+HEAD, Q_FIRST, Q_COUNT, K_FIRST, K_COUNT = range(5)
 BEGIN, END = 5, 6  # half-open range of key tiles that some query sees
-OWN = 8  # the same for each warpgroup's 64 queries, begin and end alternating
-_BOUNDS = 14  # smallest key_start and largest key_stop of each warpgroup's queries, alternating
-WHOLE = 20  # keys that all queries of a warp see, first and stop alternating
+OWN = 8  # the same for each warpgroup's 64 queries: (begin, end) pairs
+_BOUNDS = 14  # (smallest key_start, largest key_stop) of each warpgroup's queries
+WHOLE = 20  # (first, stop) of the keys that all 16 queries of a warp see
 KEY_STARTS = 44  # of all queries, followed by their key_stops
 _NO_KEY = 1 << 30
 
@@ -33,15 +36,32 @@ def record_size(rows: int) -> int:
 
 @cache
 def make_write_work_tile(rows: int, tile: int, threads: int, barrier: int) -> Any:
-    """Return the device function with which `threads` threads, synchronised by the named barrier `barrier`, write a record.
+    """Return the device function `write_work_tile`, which `threads` threads call together.
 
-    `tile`: keys per tile.
+    Args:
+        rows: queries per work tile, a multiple of 64.
+        tile: keys per key tile.
+        threads: number of threads that call it.
+        barrier: number of the named barrier that synchronises them.
     """
     size, warpgroups, no_key = record_size(rows), rows // 64, _NO_KEY
 
     @cuda.jit(device=True, inline="always")
     def write_work_tile(work_tiles, full, empty, number, work, total_work, heads, tiles, key_start, key_stop, thread):
-        """`full`, `empty`: addresses of the full and empty mbarriers of the records, 8 bytes each."""
+        """Write the record of work tile `work` into its slot, `number % SLOTS`; all `threads` threads call it.
+
+        First waits until the consumers have released the slot's previous record, and at the end every thread arrives at
+        the slot's full mbarrier. If `work >= total_work`, no work tile is left: only HEAD is written, as -1.
+
+        work_tiles: the ring of records, int32 in shared memory.
+        full, empty: shared-memory addresses of the first full and the first empty mbarrier; one of 8 bytes per slot.
+        number: how many records this block has written before.
+        work: index of the work tile; consecutive ones are the heads of one tile of queries, late tiles first.
+        heads: number of query heads.
+        tiles: global address of the tile plan; see `tile_plan.plan_tiles`.
+        key_start, key_stop: global addresses of int32 `[queries]`.
+        thread: index of the calling thread, from 0.
+        """
         slot = int32(number & (SLOTS - 1))
         base = int32(slot * size)
         if number >= SLOTS:

@@ -1,8 +1,9 @@
 """TMA loads on Hopper: the hardware copies a tile of rows to shared memory as boxes of a tensor described by a tensor map.
 
-A tensor map describes the layout of a tensor. The host encodes templates, which depend only on strides and box sizes and stay on
-the device permanently; each block of a kernel copies them and sets the addresses and lengths of its call. So maps are encoded once
-per layout, and a captured graph works with the arguments of its kernels.
+A tensor map describes the layout of a tensor. The host encodes templates, which depend only on strides and box sizes
+and stay on the device permanently; each block of a kernel copies them and sets the addresses and lengths of its call.
+So maps are encoded once per layout, and a captured CUDA graph needs no work on the host: its kernels build their maps
+from their own arguments.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ CHANNELS = LINE // 2  # per box: a row of a box is a line of shared memory, its 
 
 
 def templates(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> torch.Tensor:
-    """Return tensor maps, on the device, of 16-bit `[tokens, heads, head_dim]` tensors, in boxes of `rows[i]` rows of one head."""
+    """Return tensor map templates, `MAP` bytes for each tensor, in one tensor on their device; cached by layout.
+
+    Args:
+        tensors: 16-bit, `[tokens, heads, head_dim]`.
+        rows: rows of one head that a load of `tensors[i]` copies; a box has `rows[i]` rows of `CHANNELS` channels.
+
+    Raises:
+        RuntimeError: the driver rejects a layout.
+    """
     shapes = tuple((x.shape[1], x.shape[2], *_strides(x)) for x in tensors)
     return _templates(tensors[0].dtype, shapes, tuple(rows), tensors[0].device)
 
@@ -69,7 +78,10 @@ def _encode(dtype: torch.dtype, heads: int, head_dim: int, token_stride: int, he
 
 @cuda.jit(device=True, inline="always")
 def copy_maps(maps, templates, count, thread):
-    """Copy `count` maps, one word per thread for `32 * count` threads, which the caller must synchronise afterwards."""
+    """Copy `count` tensor maps between global addresses; the first `32 * count` threads copy 4 bytes each.
+
+    All threads of the block may call it. The caller must synchronise them before a map is used.
+    """
     if thread < 32 * count:
         offset = uint64(4 * thread)
         store_int(maps + offset, load_int(templates + offset))
@@ -77,22 +89,31 @@ def copy_maps(maps, templates, count, thread):
 
 @cuda.jit(device=True, inline="always")
 def set_map(map, address, rows):
-    """Set the address and number of rows of a map's tensor; for one thread."""
+    """Set address and row count of the tensor of the map at global address `map`; call it from exactly one thread.
+
+    The change must be released and acquired (`map_release`, `map_acquire`) before TMA uses the map.
+    """
     set_map_address(map, address)
     set_map_rows(map, rows)
 
 
 def make_tma_load(head_dim: int, rows: int, paged: bool) -> Any:
-    """Return the device function with which a warpgroup loads `rows` whole rows of one head: all 128 threads arrive, few issue TMA.
+    """Return the device function with which a warpgroup loads a tile of `rows` rows of one head by TMA.
 
-    If `paged`, a box has the rows of a page that fit in a tile: the smaller of `1 << shift` and `rows`.
+    All 128 threads call it and arrive at the mbarrier; a few of them issue the loads. If `paged`, one load copies the
+    rows of one page that fit in the tile, the smaller of `1 << shift` and `rows`.
     """
     blocks, size = head_dim // CHANNELS, 2 * head_dim * rows
     max_shift = rows.bit_length() - 1  # if paged, `rows` is a power of two
 
     @cuda.jit(device=True, inline="always")
     def load(target, map, head, first, barrier, thread, pages, shift):
-        """Load to shared memory from row `first` on; `barrier`: the mbarrier to arrive at."""
+        """Load `rows` rows from row `first` on to shared memory at `target`.
+
+        map: global address of the tensor map. barrier: address of the mbarrier, whose phase then also waits for the
+            bytes.
+        pages, shift: only if paged; address of the sequence's page numbers, and `1 << shift` rows per page.
+        """
         if thread == 0:
             barrier_expect(barrier, uint32(size))
         else:

@@ -55,7 +55,11 @@ def save(builder: Any, pointer: Any, values: list[Any]) -> None:
 def online_softmax_step(
     builder: Any, scores: list[Any], maxima: list[Any], totals: list[Any], factor: Any, m_tiles: int = 1
 ) -> list[Any]:
-    """Online softmax step, in place: turn scores into weights, update row maxima and totals, return the sums' rescale factors."""
+    """One step of the online softmax, in place: replace scores by weights, update the maxima and totals of the rows.
+
+    Returns the factor of each row by which the sums of the earlier tiles must be multiplied (`rescale_rows`). `factor`
+    is the scale times log2(e).
+    """
     zero, minus_infinity = ir.Constant(F32, 0.0), ir.Constant(F32, float("-inf"))
     columns, factors = len(scores) // (4 * m_tiles), []
     for m in range(m_tiles):
@@ -82,7 +86,7 @@ def online_softmax_step(
 
 
 def rescale_rows(builder: Any, sums: list[Any], factors: list[Any], m_tiles: int = 1) -> None:
-    """Multiply each row of sums by its factor, in place."""
+    """Multiply each row of the sums by its factor of `online_softmax_step`, in place."""
     for index in range(len(sums)):
         row = index // (len(sums) // m_tiles) * 2 + index % 4 // 2
         sums[index] = builder.fmul(sums[index], factors[row])
@@ -95,7 +99,10 @@ def row_normalizer(builder: Any, row_sum: Any) -> Any:
 
 
 def transpose_across_four_lanes(builder: Any, column: Any, words: list[Any]) -> list[Any]:
-    """Transpose four words across four neighbouring lanes: lane `column` gets the `column`th word of each lane, in lane order."""
+    """Transpose four words across four neighbouring lanes, so that each can store 16 contiguous bytes.
+
+    Lane `column` (0 to 3) gets word `column` of each of the four lanes, in lane order.
+    """
     odd, late = (
         builder.icmp_unsigned("!=", builder.and_(column, ir.Constant(I32, bit)), ir.Constant(I32, 0)) for bit in (1, 2)
     )
@@ -134,7 +141,10 @@ def statement(emit: Callable[..., None]) -> Callable[[Any, Any, Any, Any], Any]:
 
 @cache
 def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys: int = KEYS) -> TileOperations:
-    """Return the operations for a head size and keys per warp (multiples of 16), rows per warp (16 times `m_tiles`) and dtype."""
+    """Return the operations of a warp on a tile of `16 * m_tiles` rows and `keys` keys.
+
+    `head_dim` and `keys` are multiples of 16; `dtype` is "bfloat16" or "float16".
+    """
     row_bytes = 2 * head_dim + 16  # 16 bytes of padding put eight rows in different banks
     columns, channels = keys // 8, head_dim // 8
     minus_infinity = ir.Constant(F32, float("-inf"))
@@ -273,13 +283,17 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys
 
     @intrinsic
     def qk_product(typing_context, s, q_address, k_address, inner, outer):
-        """s = q k^T for the tile in shared memory, with the softcap if there is one."""
+        """s = q k^T for the tile in shared memory, or, with a softcap, outer * tanh(inner * q k^T)."""
         signature = types.void(s, types.uint32, types.uint32, types.float32, types.float32)
         return signature, statement(emit_qk_product)
 
     @intrinsic
     def apply_mask(typing_context, s, key, row, key_starts, key_stops):
-        """Set scores of keys outside the row's half-open range to minus infinity; `key`: that of the thread's first column."""
+        """Set the scores of keys outside their row's half-open interval to minus infinity.
+
+        `key` is the key of the thread's first column, `row` its first row; `key_starts`, `key_stops` are shared-memory
+        addresses of int32, one per row.
+        """
         signature = types.void(s, types.int32, types.int32, types.uint32, types.uint32)
         return signature, statement(emit_apply_mask)
 
@@ -295,15 +309,19 @@ def tile_operations(head_dim: int, m_tiles: int, dtype: str, softcap: bool, keys
 
     @intrinsic
     def store(typing_context, o, row_sum, target, stride, row, rows, lane):
-        """Write o / row_sum to rows below `rows`, `stride` bytes apart; zeros for rows that saw no key."""
+        """Write o / row_sum in the dtype to global memory, for rows below `rows`; zeros for rows that saw no key.
+
+        `target` is the address of row 0, `stride` the bytes between rows, `row` the thread's first row.
+        """
         signature = types.void(o, row_sum, types.uint64, types.uint64, types.int32, types.int32, types.int32)
         return signature, statement(emit_store)
 
     @intrinsic
     def store_partial(typing_context, o, row_max, row_sum, sums, stats, rows, lane):
-        """Write 16 unnormalised rows to shared memory: sums, `sums_row` bytes per row, and stats (maximum, row_sum), all float32.
+        """Write 16 rows to shared memory, float32: sums, not yet divided by row_sum, and stats (maximum, row_sum).
 
-        With fewer than 9 `rows`, only the first 8 are written.
+        `sums` and `stats` are the addresses of row 0; a row of sums takes `sums_row(head_dim)` bytes. If `rows` is at
+        most 8, only the first 8 rows are written.
         """
         address, number = types.uint32, types.int32
         return types.void(o, row_max, row_sum, address, address, number, number), statement(emit_store_partial)

@@ -97,7 +97,7 @@ def warpgroup_operations(head_dim: int, dtype: str, softcap: bool) -> WarpgroupO
 
     @intrinsic
     def start_qk_product(typing_context, s, q_address, k_address):
-        """Start s = q k^T for the warpgroup's rows of q."""
+        """Start s = q k^T for the warpgroup's 64 rows of q; s must not be read before a wait."""
         return types.void(s, types.uint32, types.uint32), statement(emit_start_qk_product)
 
     def waiting(pending: int) -> Any:
@@ -111,17 +111,17 @@ def warpgroup_operations(head_dim: int, dtype: str, softcap: bool) -> WarpgroupO
 
     @intrinsic
     def softmax_step(typing_context, s, factors, row_max, row_sum, factor):
-        """Online softmax step: turn scores into weights 2 ** (factor (s - maximum)); `factors` receives what `rescale` needs."""
+        """Online softmax step: replace scores by weights 2 ** (factor (s - maximum)), set `factors` for `rescale`."""
         return types.void(s, factors, row_max, row_sum, types.float32), statement(emit_softmax_step)
 
     @intrinsic
     def start_pv_product(typing_context, o, p, v_address):
-        """Start o += p v."""
+        """Start o += p v; before `wait_pv_product`, o must not be read nor p overwritten."""
         return types.void(o, p, types.uint32), statement(emit_start_pv_product)
 
     @intrinsic
     def wait_pv_product(typing_context, o, p):
-        """Wait for o; then p may be overwritten."""
+        """Wait until o is complete; then p may be overwritten."""
         return types.void(o, p), statement(emit_wait_pv_product)
 
     @intrinsic

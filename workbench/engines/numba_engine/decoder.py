@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from range_kernels import KVPages, paged_attention
@@ -21,9 +21,6 @@ from .architectures import read_decoder_config
 from .batch import DecoderInputs
 from .ops import Linear, operations
 from .weights import TensorReader
-
-if TYPE_CHECKING:
-    pass
 
 Tap = Callable[[str, torch.Tensor], None]
 """Called as `tap(name, state)` with each named hidden state, `[tokens, width]`; names as in `trace.taps`."""

@@ -176,12 +176,13 @@ class NumbaEngine(Engine):
         self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
     ) -> Generator[EngineOutput, None, None]:
         channel: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        loop = self._loop  # `close` drops the attribute while this generator may still be suspended
         request = self.make_request(prompt, config, channel.put)
         cancelled.add_callback(lambda: channel.put(_CANCELLED))
-        self._loop.submit(request, alone=True)
+        loop.submit(request, alone=True)
         try:
             while True:
-                while channel.empty() and self._loop.step_alone():
+                while channel.empty() and loop.step_alone():
                     pass
                 output = _unwrap(channel.get())
                 if output is None:
@@ -190,7 +191,7 @@ class NumbaEngine(Engine):
                 if output.status is not ResponseType.SUCCESS:
                     return
         finally:
-            self._loop.abort(request)
+            loop.abort(request)
 
     async def run_generation_async(
         self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
@@ -201,16 +202,17 @@ class NumbaEngine(Engine):
         def deliver(output: Any) -> None:
             events.call_soon_threadsafe(channel.put_nowait, output)
 
+        loop = self._loop  # as in `run_generation`
         request = self.make_request(prompt, config, deliver)
         cancelled.add_callback(lambda: deliver(_CANCELLED))
-        self._loop.submit(request)
+        loop.submit(request)
         try:
             while (output := _unwrap(await channel.get())) is not None:
                 yield output
                 if output.status is not ResponseType.SUCCESS:
                     return
         finally:
-            self._loop.abort(request)
+            loop.abort(request)
 
     def logit_lens(self, states: torch.Tensor, *, normed: bool = False) -> torch.Tensor:
         states = states.to(self.device, self.dtype)

@@ -48,8 +48,13 @@ class Loop:
 
         Args:
             alone: the consumer calls `step_alone` while it waits for outputs, so no thread is started unless other requests exist.
+
+        Raises:
+            ModelError: the loop was stopped.
         """
         with self._lock:
+            if self._stopping:
+                raise ModelError("this numba engine was closed: open it again")
             request.number = self._numbers
             self._numbers += 1
             has_others = bool(self.scheduler.running or self.scheduler.waiting)
@@ -64,12 +69,16 @@ class Loop:
     def stop(self) -> None:
         """End the loop's thread after its current step, and wait for it. It is not started again.
 
-        Requests that have not finished receive neither further outputs nor an error: end or cancel them first.
+        Requests that have not finished end with a ModelError.
         """
-        self._stopping = True
-        thread = self._thread
+        with self._lock:
+            self._stopping = True
+            thread = self._thread
         if thread is not None:
             thread.join()
+        with self._step_lock:
+            left = [*self.scheduler.running, *self.scheduler.waiting]
+            self._fail(left, ModelError("the engine was closed before this request finished"))
 
     def step_alone(self) -> bool:
         """Run one step in the calling thread; return False if the loop's own thread runs the steps, or if nothing is left to run.

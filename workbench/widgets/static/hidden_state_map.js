@@ -1,5 +1,5 @@
-// A map of hidden states: taps from the bottom up, tokens from left to right. The cells are one small image that is scaled up;
-// the cross at the pointer and the marks of row and chosen cell are on a second canvas, so that pointer moves do not redraw the map.
+// A map of hidden states: taps from bottom to top, tokens from left to right. The cells are one small image that is scaled up; the
+// cross at the pointer and the marks of row and chosen cell are drawn on a second canvas, so that pointer moves do not redraw the map.
 
 const LEFT = 82, TOP = 16, RIGHT = 8, LABELS = 74, WRITTEN = 11; // WRITTEN: least column width for token labels, in CSS pixels
 
@@ -36,7 +36,7 @@ function render({ model, el }) {
     paint();
   }
 
-  // Cells as pixels: one per cell or, if there are more tokens than pixels, the largest of the cells that share a pixel.
+  // Draw the cells as an image of one pixel per cell; if there are more tokens than pixels, a pixel shows the largest of its cells.
   function paint() {
     const started = performance.now();
     const [taps, tokens] = shape;
@@ -239,7 +239,7 @@ function render({ model, el }) {
     log.disabled = model.get("bounds")[0] <= 0; // zero has no logarithm
   }
 
-  // The state that a click opened: a histogram of its numbers, and the tokens with the nearest states.
+  // Show details of the chosen cell's state: a histogram of its numbers, and the tokens with the most similar states.
   function open() {
     detail.replaceChildren();
     const found = model.get("detail");

@@ -1,4 +1,4 @@
-// Images with their patch grids (audio as strips): one patch is one row, one row one token, one token one column of the map.
+// Images with their patch grids (audio as a strip). A patch is one feature row, which is one token, which is one column of the map.
 
 function render({ model, el }) {
   const root = piece("div", "wb-patches", el);

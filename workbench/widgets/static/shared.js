@@ -1,7 +1,9 @@
-// Helpers that the views share: numbers from bytes, colours, page elements. Concatenated before each view's own file.
+// Helpers that all views share: numbers from bytes, colours, page elements. Concatenated before each view's own file.
 
+// Arrow keys as [rows up, columns right].
 const MOVES = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [1, 0], ArrowDown: [-1, 0] };
 
+// Create an element with a class and perhaps a text, append it to `parent`, and return it.
 function piece(tag, className, parent, text) {
   const node = document.createElement(tag);
   node.className = className;
@@ -36,6 +38,7 @@ function pixels(palette) {
 const css = (pixel) => `rgb(${pixel & 255} ${(pixel >> 8) & 255} ${(pixel >> 16) & 255})`;
 const PAPER = 0xffffffff;
 
+// A number as a short text; "none" for NaN.
 function readable(value) {
   if (Number.isNaN(value)) return "none";
   if (value === 0) return "0";
@@ -43,6 +46,7 @@ function readable(value) {
   return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
 }
 
+// A token with its line breaks, tabs and leading space made visible, and "∅" for an empty one.
 function shownToken(token) {
   const text = token.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ /, "·");
   return text === "" ? "∅" : text;
