@@ -1,4 +1,4 @@
-"""What tests share: the real model, fetched once, engines on it, small models of every family, and sample images."""
+"""Shared fixtures: the real model, loaded once, engines on it, small models of every family, and sample images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.processing_utils import ProcessorMixin
 
 import workbench
-from tests.small_vlms import SOUND, VLMS, reader, save_vlm
+from tests.small_vlms import SOUND, VLMS, preprocessor, save_vlm
 
 IMAGES = Path(__file__).resolve().parents[1] / "data" / "images"
 
@@ -33,7 +33,7 @@ def reference(model):
 
 @pytest.fixture(scope="session")
 def japan(model):
-    """The prompt that asks for France's capital with the row of ` Japan` over ` France`, and its plain twin."""
+    """A question about France with the row of ` Japan` injected over ` France`, and the same without injection."""
     ids = model.chat_ids("What is the capital of France?")
     france, japan = (model.tokenizer.encode(word, add_special_tokens=False)[0] for word in (" France", " Japan"))
     at = ids.index(france)
@@ -55,7 +55,7 @@ def small_vlm(tmp_path_factory):
 
 @pytest.fixture
 def own_processor(monkeypatch):
-    """Transformers' combined processor of a family, built without the video part that needs torchvision."""
+    """A family's own Transformers processor, built without the video part, which needs torchvision."""
     monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *args: None)
 
     def get(model, vlm):
@@ -66,7 +66,7 @@ def own_processor(monkeypatch):
         for name, token in vlm.attributes.items():
             setattr(own, name, token)
             setattr(own, f"{name}_id", own.convert_tokens_to_ids(token))
-        source = reader(vlm)
+        source = preprocessor(vlm)
         if vlm.processor == "PaliGemmaProcessor":
             source.image_seq_length = 16
         return built(**{part: source, "tokenizer": own}, **videos, **vlm.processor_settings)

@@ -1,4 +1,4 @@
-"""Small random vision-language and audio models of every family, saved as a user would find them."""
+"""Small random vision-language and audio models of every family, saved in the layout of a downloaded checkpoint."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def idefics_settings(vision):
 
 @dataclass
 class Vlm:
-    """How to make one model: classes of Transformers by name, and their settings."""
+    """How to build one model: names of Transformers classes and their settings."""
 
     config: str
     model: str
     settings: dict[str, Any]
-    reader: str
-    reader_settings: dict[str, Any]
+    preprocessor: str
+    preprocessor_settings: dict[str, Any]
     token: str
     processor: str
     marker: str = ""
@@ -304,7 +304,7 @@ SOUND = Vlm(
 
 
 def save_vlm(folder: Path, vlm: Vlm) -> workbench.Model:
-    """A model of random weights with tokenizer, processor and chat template."""
+    """Save and load a model with random weights, with its tokenizer, processor and chat template."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(workbench.load_model("smollm2-135m").path)
     tokenizer.add_special_tokens({"additional_special_tokens": [vlm.token, *vlm.tokens]})
@@ -328,10 +328,10 @@ def save_vlm(folder: Path, vlm: Vlm) -> workbench.Model:
         center = 1.0 if "norm" in name and name.endswith("weight") and "gemma" not in vlm.config.lower() else 0.0
         torch.nn.init.normal_(parameter, center, 0.1)
     network.save_pretrained(folder)
-    reader(vlm).save_pretrained(folder)
+    preprocessor(vlm).save_pretrained(folder)
     return workbench.load_model(folder)
 
 
-def reader(vlm: Vlm) -> Any:
+def preprocessor(vlm: Vlm) -> Any:
     """The image processor or feature extractor."""
-    return getattr(transformers, vlm.reader)(**vlm.reader_settings)
+    return getattr(transformers, vlm.preprocessor)(**vlm.preprocessor_settings)

@@ -1,4 +1,4 @@
-"""Run notebooks and store them as the repository keeps them: `python -m tests.store_notebooks notebooks/04*.ipynb`."""
+"""Execute notebooks and clean their outputs: `python -m tests.store_notebooks notebooks/04*.ipynb`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Drop what belongs to one run: times, states of widgets, views without a kernel (they open as "model not found") beside their images."""
+    """Remove data of a single run: execution times, widget state, and widget views that have an image.
+
+    Without a kernel such a view shows "model not found" instead of its image.
+    """
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
@@ -26,7 +29,7 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
                 and output.output_type == before.output_type == "stream"
                 and output.name == before.name
             ):
-                before.text += output.text  # how a stream was cut is chance
+                before.text += output.text  # how a stream is split into outputs is arbitrary
             else:
                 outputs.append(output)
         if cell.cell_type == "code":
@@ -39,7 +42,7 @@ def main() -> None:
         notebook = nbformat.read(path, as_version=4)
         NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
         nbformat.write(tidy(notebook), path)
-        print(f"{path} is stored: look at it")
+        print(f"{path} is saved: review its outputs")
 
 
 if __name__ == "__main__":

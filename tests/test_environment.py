@@ -1,4 +1,4 @@
-"""The three places that state versions agree, and what is installed is what they state."""
+"""pyproject.toml, constraints.txt and environment.yml agree on versions, and the installed packages match them."""
 
 import re
 import tomllib
@@ -21,14 +21,14 @@ REQUIREMENTS = [Requirement(text) for text in [*PROJECT["dependencies"], *PROJEC
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
-def test_every_requirement_is_pinned_within_its_bounds_and_installed_so(requirement):
+def test_every_requirement_is_pinned_within_bounds_and_installed(requirement):
     name = canonicalize_name(requirement.name)
     assert name in PINS, f"{name} is not in constraints.txt: run `make update-pins`"
     assert requirement.specifier.contains(PINS[name], prereleases=True)
     assert Version(version(name)).public == PINS[name]
 
 
-def test_the_pins_the_kernels_need():
+def test_kernel_dependencies_have_the_required_pins():
     assert PINS["torch"] == "2.13.0"
     assert Version(PINS["numpy"]) < Version("2.5")
     assert {r.name: str(r.specifier) for r in REQUIREMENTS if r.name == "numpy"} == {"numpy": "<2.5"}
@@ -36,7 +36,7 @@ def test_the_pins_the_kernels_need():
     assert str(toolkit.specifier) == "==13.0.*"
 
 
-def test_conda_installs_the_same():
+def test_conda_environment_installs_the_pinned_project():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     python = next(
         entry for entry in environment["dependencies"] if isinstance(entry, str) and entry.startswith("python=")
@@ -47,7 +47,7 @@ def test_conda_installs_the_same():
     assert not [entry for entry in environment["dependencies"] if isinstance(entry, str) and "==" in entry]
 
 
-def test_make_accepts_the_pythons_that_the_project_names():
+def test_makefile_python_bounds_match_requires_python():
     bounds = re.search(r"\((\d), (\d+)\) <= sys.version_info\[:2\] <= \((\d), (\d+)\)", (ROOT / "Makefile").read_text())
     low, high = ".".join(bounds.groups()[:2]), ".".join(bounds.groups()[2:])
     specifier = Requirement(f"python{PROJECT['requires-python']}").specifier
@@ -57,7 +57,7 @@ def test_make_accepts_the_pythons_that_the_project_names():
     assert not specifier.contains(f"3.{minor + 1}")
 
 
-def test_kernels_is_no_package_that_transformers_could_take_for_its_own():
+def test_transformers_does_not_detect_kernels_folder_as_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     from transformers.utils import is_kernels_available
 

@@ -1,4 +1,4 @@
-"""The wheel, installed into an environment of its own outside the checkout, has all that the product needs."""
+"""The wheel contains everything the product needs: it is installed into a separate environment outside the checkout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-TRY_IT = """
+SMOKE_TEST = """
 import sys
 from pathlib import Path
 import workbench
@@ -33,7 +33,7 @@ print(Recording.load(data_folder("data/runs") / "digit-cards-turbomind-h100").co
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory, model):
-    """The Python of a new environment with the wheel in it; dependencies are those of this environment, without its checkout."""
+    """Python of a new environment with the wheel; dependencies come from this environment, without its checkout."""
     folder = tmp_path_factory.mktemp("installed")
     source = folder / "source"
     for part in ("workbench", "kernels", "data", "notebooks"):
@@ -47,7 +47,7 @@ def python(tmp_path_factory, model):
     (wheel,) = folder.glob("*.whl")
     run([*pip, "--python", python, "install", "--no-deps", "--no-index", wheel], folder)
     site = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], folder).strip())
-    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])  # its own .pth files are not read
+    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])  # nested .pth files are not processed
     return python
 
 
@@ -57,19 +57,19 @@ def run(command: list, folder: Path) -> str:
     return done.stdout
 
 
-def test_two_cards_are_read_and_an_engine_is_judged(python, tmp_path):
-    assert run([python, "-c", TRY_IT], tmp_path).splitlines() == ["blue 7, green 5", "noise", "noise"]
+def test_installed_package_reads_cards_and_checks_engines(python, tmp_path):
+    assert run([python, "-c", SMOKE_TEST], tmp_path).splitlines() == ["blue 7, green 5", "noise", "noise"]
 
 
-def test_lab_copies_the_notebooks_and_what_they_open(python, tmp_path):
+def test_lab_copies_the_notebooks_and_their_data(python, tmp_path):
     run([python.parent / "workbench", "lab", "bench", "--no-open"], tmp_path)
     assert len(list((tmp_path / "bench" / "notebooks").glob("*.ipynb"))) == 10
     assert (tmp_path / "bench" / "data" / "images" / "blue_7.png").is_file()
     assert (tmp_path / "bench" / "data" / "bench" / "h100.json").is_file()
 
 
-def test_help_imports_nothing_large(python, tmp_path):
-    """The 0.5 s that `workbench --help` may take are spent at once if torch is imported."""
+def test_help_imports_no_large_packages(python, tmp_path):
+    """`workbench --help` may take 0.5 s; importing torch alone takes longer."""
     code = (
         "import sys\nfrom workbench.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "print('LARGE', sorted({'torch', 'transformers', 'numba', 'numpy', 'matplotlib', 'ipywidgets'} & set(sys.modules)))"

@@ -1,4 +1,4 @@
-"""Peak memory of a process that runs a notebook, and what an engine leaves after `close()`, each measured in a child process."""
+"""Peak memory of running a notebook, and memory left after `engine.close()`, each measured in a child process."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def measure(code: str, *arguments: str) -> dict:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", ["02_compare_engines", "09_turbomind_vs_transformers"])
-def test_a_notebook_stays_below_the_peak(model, name):
+def test_notebook_peak_memory_is_below_the_limit(model, name):
     measured = measure(RUN_NOTEBOOK, f"{name}.ipynb")
     assert measured["peak"] < PEAK, f"{measured['peak'] / GIB:.2f} GiB"
 
 
-def test_a_closed_engine_leaves_nothing(model):
+def test_closing_an_engine_frees_its_weights_and_memory(model):
     measured = measure(CLOSE_ENGINES)
     assert not any(measured["left"]), measured
     assert max(measured["grown"]) < 100 << 20, [f"{grown >> 20} MiB" for grown in measured["grown"]]

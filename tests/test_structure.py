@@ -1,4 +1,4 @@
-"""The structure of the project: imports run one way, there are no import circles, and few files are at the root of the package."""
+"""Project structure: imports go only from higher to lower layers, no import cycles, few files at the package root."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def type_checking_only(tree: ast.Module) -> set[ast.AST]:
 
 
 def imports(module: str) -> set[str]:
-    """Modules of the project that a module imports, also inside functions; imports for type checkers alone do not count."""
+    """Project modules that a module imports, including inside functions but not under `if TYPE_CHECKING:`."""
     path = MODULES[module]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
@@ -96,13 +96,15 @@ def test_no_module_imports_from_a_higher_layer():
     assert not wrong, wrong
 
 
-def test_there_are_no_import_circles():
-    """Strongly connected components by Tarjan (1972); a package's `__init__` counts as imported with each of its modules' names only
-    where it is named."""
+def test_imports_are_acyclic():
+    """Finds strongly connected components with Tarjan's algorithm (1972).
+
+    `from package import module` counts as an import of the module, not of the package's `__init__`.
+    """
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
-    circles: list[list[str]] = []
+    cycles: list[list[str]] = []
 
     def visit(module: str) -> None:
         index[module] = low[module] = len(index)
@@ -118,15 +120,15 @@ def test_there_are_no_import_circles():
             while not component or component[-1] != module:
                 component.append(stack.pop())
             if len(component) > 1:
-                circles.append(sorted(component))
+                cycles.append(sorted(component))
 
     for module in MODULES:
         if module not in index:
             visit(module)
-    assert not circles, circles
+    assert not cycles, cycles
 
 
-def test_benchmarks_are_not_imported_by_the_product():
+def test_product_does_not_import_benchmarks():
     users = [
         module
         for module, found in IMPORTS.items()
@@ -140,8 +142,8 @@ def test_at_most_ten_files_are_at_the_root_of_the_package():
     assert len(list((ROOT / "workbench").glob("*.py"))) <= 10
 
 
-def test_ptx_is_in_its_own_files():
-    """Inline assembly is emitted in cuda/ptx.py and cuda/ptx_sm90.py alone, so that a change of compiler has one place."""
+def test_inline_assembly_is_only_in_the_ptx_modules():
+    """Only cuda/ptx.py and cuda/ptx_sm90.py emit inline assembly, so a compiler change affects only these files."""
     users = [
         module
         for module, path in MODULES.items()

@@ -1,4 +1,4 @@
-"""A real JupyterLab on localhost and a real Chromium in front of it."""
+"""A real JupyterLab on localhost and a real Chromium that opens it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REQUIRED = os.environ.get("WORKBENCH_REQUIRE_BROWSER") == "1"
 
 def pytest_report_header(config):
     if CHROMIUM is None and not REQUIRED:
-        return "no Chromium found: the browser tests are LEFT OUT (Debian and Ubuntu: apt-get install chromium)"
+        return "no Chromium found: the browser tests are SKIPPED (Debian and Ubuntu: apt-get install chromium)"
     return f"browser: {CHROMIUM}"
 
 
@@ -62,16 +62,16 @@ def lab_server(tmp_path_factory):
 
 @pytest.fixture
 def lab(lab_server):
-    """The address of a JupyterLab that serves a fresh copy of the notebooks beside the data, started as `make lab` starts it."""
+    """The address of a JupyterLab with a fresh copy of the notebooks and the data, started like `make lab`."""
     address, home = lab_server
-    copy_notebooks(home)  # JupyterLab saves what it has open, with views of kernels that are gone
+    copy_notebooks(home)  # JupyterLab saves open notebooks, with widget views whose kernels have ended
     yield address
     end_kernels(address)
 
 
 @pytest.fixture
 def notebook7(tmp_path_factory):
-    """The same of a Jupyter Notebook 7."""
+    """The address of a Jupyter Notebook 7 with the same files."""
     yield from serve("notebook", tmp_path_factory.mktemp("notebook"))
 
 
@@ -84,7 +84,7 @@ def copy_notebooks(home):
 
 
 def kernels_of(address, seconds=30):
-    """The server's kernels; it answers 500 as long as one of them is just being started and has no last activity yet."""
+    """The server's kernels. Retries on status 500, which it returns while a kernel is starting."""
     until = time.monotonic() + seconds
     while True:
         try:
@@ -97,13 +97,13 @@ def kernels_of(address, seconds=30):
 
 
 def end_kernels(address):
-    """A closed page leaves its kernel running, with models and threads in it."""
+    """End all kernels: a closed page leaves its kernel running, with models and threads."""
     for kernel in kernels_of(address):
         request = urllib.request.Request(f"{address}/api/kernels/{kernel['id']}", method="DELETE")
         try:
             urllib.request.urlopen(request, timeout=60).close()
         except urllib.error.HTTPError as error:
-            if error.code != 404:  # gone meanwhile
+            if error.code != 404:  # it has ended meanwhile
                 raise
 
 
@@ -117,7 +117,7 @@ def serve(application, home):
     command = [
         sys.executable, "-m", "jupyter", application, *OFFLINE, f"--port={port}", "--ip=127.0.0.1",
         "--no-browser", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--allow-root",
-        f"--ServerApp.root_dir={home}", "--ServerApp.disable_check_xsrf=True",  # for end_kernels, which is no page
+        f"--ServerApp.root_dir={home}", "--ServerApp.disable_check_xsrf=True",  # end_kernels sends no XSRF token
     ]  # fmt: skip
     environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
                    "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}  # fmt: skip
@@ -141,7 +141,7 @@ def serve(application, home):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """An image of the page where a test fails, before its kernel is ended."""
+    """Save a screenshot of the page if a test fails, before its kernel is ended."""
     report = yield
     if report.failed and report.when == "call" and "page" in item.funcargs:
         item.funcargs["page"].screenshot(path=ARTIFACTS / f"failed_{item.name}.png")
@@ -150,7 +150,7 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def page(chromium):
-    """A page that notes every console error and every request that leaves this machine."""
+    """A page that records every console error and every request to another machine."""
     context = chromium.new_context(viewport={"width": 1440, "height": 1000}, reduced_motion="reduce")
     page = context.new_page()
     page.console_errors, page.outside = [], []

@@ -1,4 +1,4 @@
-"""The explorer in a browser: linked views, dragged ranges, the map and the verdict that follow, errors in the view."""
+"""The explorer in a browser: linked views, moved ranges, updates of map and verdict, errors shown in the view."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.browser.conftest import ARTIFACTS
-from tests.browser.test_notebooks import SECOND, check_quiet, find, go_dark, open_and_run, wait_idle
+from tests.browser.test_notebooks import SECOND, assert_no_errors, find, go_dark, open_and_run, wait_idle
 
 pytestmark = pytest.mark.browser
 NOTEBOOK = "explorer.ipynb"
@@ -26,7 +26,7 @@ def paints(view):
 
 
 def settle(page, view):
-    """Wait until the map is painted no more and the verdict stands."""
+    """Wait until the map is no longer repainted and the verdict is shown."""
     seen = -1
     while seen != paints(view):
         seen = paints(view)
@@ -35,14 +35,14 @@ def settle(page, view):
 
 
 def hold_mouse_over(page, node, x, y):
-    """The pointer at a share of a node's width and height."""
+    """Move the mouse to (x, y), given as fractions of the node's width and height."""
     node.scroll_into_view_if_needed()
     box = node.bounding_box()
     page.mouse.move(box["x"] + box["width"] * x, box["y"] + box["height"] * y)
 
 
 def luminance_of_names(explorer):
-    """How light the map's layer names are, 0 to 255: they are painted, so no style sheet follows a change of theme."""
+    """Mean luminance of the map's layer names, 0 to 255; they are drawn on a canvas, so no style sheet adapts them."""
     return explorer.locator(".wb-map .wb-cells").first.evaluate(
         """canvas => {
             const { data } = canvas.getContext('2d').getImageData(0, 0, 76, canvas.height);
@@ -57,7 +57,7 @@ def read(view, which=".wb-map"):
     return view.locator(f"{which} .wb-read").first
 
 
-def test_views_are_linked_and_a_dragged_range_gives_a_new_map(page, lab, capsys):
+def test_views_are_linked_and_a_moved_range_gives_a_new_map(page, lab, capsys):
     explorer = open_explorer(page, lab)
     explorer.locator("text=blue 7, green 5").first.wait_for(timeout=20 * SECOND)
     page.screenshot(path=ARTIFACTS / "explorer.png")
@@ -87,7 +87,7 @@ def test_views_are_linked_and_a_dragged_range_gives_a_new_map(page, lab, capsys)
     page.screenshot(path=ARTIFACTS / "explorer_linked.png")
     explorer.locator(".wb-detail button").first.click()
 
-    # By keyboard, as fast as the map follows.
+    # Move the range by keyboard and time each new map.
     seconds = []
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowLeft"):
         settle(page, explorer)
@@ -105,7 +105,7 @@ def test_views_are_linked_and_a_dragged_range_gives_a_new_map(page, lab, capsys)
     with capsys.disabled():
         print(f"\nkey to new map, 113 tokens: {sorted(seconds)[1] * 1000:.0f} ms (median of {len(seconds)})")
 
-    # An overlap does not run: the view says so and stays; ranges back, and all is well.
+    # Overlapping ranges are refused: the view shows the error and keeps the comparison until the ranges are reset.
     explorer.locator("[data-key='0-both']").press("ArrowRight")
     explorer.locator("text=EmbeddingRangeError").wait_for(timeout=20 * SECOND)
     explorer.locator("text=the last comparison is shown below").wait_for(timeout=20 * SECOND)
@@ -114,10 +114,10 @@ def test_views_are_linked_and_a_dragged_range_gives_a_new_map(page, lab, capsys)
     explorer.locator("text=Ranges unchanged").wait_for(timeout=30 * SECOND)
     settle(page, explorer)
 
-    # Other colours: what is missing is computed.
+    # Other metrics: missing values are computed.
     colours = explorer.locator(".wb-map select").first
     colours.select_option("lens")
-    explorer.locator(".wb-map").first.locator("text=0 to 1").wait_for(timeout=60 * SECOND)  # the ends of its colours
+    explorer.locator(".wb-map").first.locator("text=0 to 1").wait_for(timeout=60 * SECOND)  # limits of its colour scale
     hold_mouse_over(page, cells, 1 - 12 / width, 0.06)
     read(explorer).locator('text=reads as "blue"').wait_for(timeout=60 * SECOND)
     page.screenshot(path=ARTIFACTS / "explorer_lens.png")
@@ -131,10 +131,10 @@ def test_views_are_linked_and_a_dragged_range_gives_a_new_map(page, lab, capsys)
     verdict.locator("text=Next token").wait_for(timeout=20 * SECOND)
     assert verdict.locator("text=image").count() >= 2  # spans by kind
     page.screenshot(path=ARTIFACTS / "explorer_verdict.png")
-    check_quiet(page)
+    assert_no_errors(page)
 
 
-def test_a_large_map_and_a_bench_without_images(page, lab, capsys):
+def test_large_map_repaints_and_explorer_works_without_images(page, lab, capsys):
     open_and_run(page, lab, "large_map.ipynb")
     wait_idle(page)
     large = find(page, ".large-map .wb-map")
@@ -159,11 +159,11 @@ def test_a_large_map_and_a_bench_without_images(page, lab, capsys):
     text.locator("text=0 input_embeddings but 1 embedding_ranges").first.wait_for(timeout=20 * SECOND)
     text.locator("button", has_text="Undo").click()
     text.locator("text=No range").wait_for(timeout=60 * SECOND)
-    check_quiet(page)
+    assert_no_errors(page)
 
 
-def test_axe_finds_nothing_serious_in_light_and_dark(page, lab):
-    """Roles, names, contrast: what a screen reader or weak eyes need."""
+def test_axe_finds_no_serious_violation_in_light_or_dark_theme(page, lab):
+    """Roles, names and contrast, for screen readers and users with low vision."""
     from axe_playwright_python.sync_playwright import Axe
 
     def serious():
@@ -185,8 +185,8 @@ def test_axe_finds_nothing_serious_in_light_and_dark(page, lab):
     assert serious() == []
 
 
-def test_saved_reopened_and_restarted(page, lab):
-    """A saved notebook opens as it was left, without its kernel; running it again brings the explorer back, in a new kernel."""
+def test_saved_explorer_reopens_and_restarts(page, lab):
+    """A saved notebook shows its last state without a kernel; a restart creates the explorer in a new kernel."""
     explorer = open_explorer(page, lab)
     page.get_by_role("menuitem", name="Settings", exact=True).click()
     page.get_by_text("Save Widget State Automatically", exact=True).click()
@@ -215,15 +215,15 @@ def test_saved_reopened_and_restarted(page, lab):
     wait_idle(page)
     explorer = find(page, ".workbench-explorer")
     explorer.locator("text=Ranges unchanged").wait_for(timeout=90 * SECOND)
-    check_quiet(page)
+    assert_no_errors(page)
 
 
-def test_in_notebook_7(page, notebook7):
+def test_explorer_follows_keys_in_notebook_7(page, notebook7):
     page.goto(f"{notebook7}/notebooks/notebooks/{NOTEBOOK}")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=120 * SECOND)
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=120 * SECOND)
     page.wait_for_timeout(2000)
-    own = list(page.console_errors)  # Notebook 7.6 complains about a setting's schema while it starts
+    own = list(page.console_errors)  # Notebook 7.6 logs an error about a setting's schema at startup
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     explorer = page.locator(".workbench-explorer").first
@@ -233,7 +233,7 @@ def test_in_notebook_7(page, notebook7):
     explorer.locator(".wb-editor").scroll_into_view_if_needed()
     handle = explorer.locator("[data-key='1-both']")
     handle.focus()
-    handle.press("ArrowRight")  # a shortcut of the notebook's own, where the view does not keep it from there
+    handle.press("ArrowRight")  # would trigger a shortcut of the notebook if the view did not stop the event
     page.screenshot(path=ARTIFACTS / "explorer_notebook7.png")
     explorer.locator("text=Ranges moved").wait_for(timeout=30 * SECOND)
     assert page.console_errors == own

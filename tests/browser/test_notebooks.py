@@ -1,4 +1,4 @@
-"""Notebooks that have a view of their own, in a browser: open, run all, use the controls, see the view change."""
+"""Notebooks with interactive views, in a browser: open, run all cells, use the controls, check the view."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SECOND = 1000
 
 
 def open_and_run(page, lab, notebook):
-    # A workspace of its own: `?reset` would start a kernel, shut it down and start another, losing what was sent to the first.
+    # A separate workspace: `?reset` would replace the first kernel by another and lose what was sent to the first.
     page.goto(f"{lab}/lab/workspaces/{notebook[:2]}/tree/notebooks/{notebook}")
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=120 * SECOND)
-    # a kernel that is not there yet would swallow the command
+    # without a running kernel the command would be lost
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=120 * SECOND)
     wait_connected(page, lab)
     for attempt in range(6):
         answer_dialogs(page)
-        try:  # JupyterLab may still be settling: it drops the command, or asks for a kernel over the menu
+        try:  # while it starts, JupyterLab may drop the command or open its kernel dialog
             page.get_by_role("menuitem", name="Run", exact=True).click(timeout=15 * SECOND)
             page.locator("[data-command='runmenu:run-all']").click(timeout=15 * SECOND)
             page.wait_for_function(
@@ -39,7 +39,7 @@ def open_and_run(page, lab, notebook):
 
 
 def wait_connected(page, lab, seconds=30):
-    """Until the server knows a kernel that the page listens to: a command that comes sooner makes JupyterLab ask for a kernel."""
+    """Wait until the page is connected to an idle kernel; before that a command opens the kernel dialog."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if any(kernel["connections"] and kernel["execution_state"] == "idle" for kernel in kernels_of(lab)):
@@ -48,9 +48,9 @@ def wait_connected(page, lab, seconds=30):
 
 
 def cells_run(page, lab, seconds=20):
-    """Whether the kernel works: JupyterLab at times marks cells as running that no kernel ever got.
+    """Whether the kernel runs the cells: JupyterLab sometimes marks cells as running that no kernel received.
 
-    A kernel that only says who it is is busy for a moment, too.
+    A kernel that only answers an info request is busy for a moment, too, hence the two seconds.
     """
     busy_since, until = None, time.monotonic() + seconds
     while time.monotonic() < until:
@@ -69,7 +69,7 @@ def cells_run(page, lab, seconds=20):
 
 
 def answer_dialogs(page):
-    """ "Select Kernel", which comes where the session was not there yet when a command came: take what is offered."""
+    """Accept the default of "Select Kernel", which opens if a command came before the session was ready."""
     accept = page.locator(".jp-Dialog .jp-mod-accept")
     while accept.count():
         accept.first.click()
@@ -98,7 +98,7 @@ def wait_idle(page, seconds=240):
 
 
 def find(page, selector, seconds=240):
-    """Scroll through the notebook until something is there: JupyterLab draws only the cells in sight."""
+    """Scroll through the notebook until the selector is visible: JupyterLab renders only the cells in view."""
     until = time.monotonic() + seconds
     panel = page.locator(".jp-NotebookPanel:visible .jp-WindowedPanel-outer").first.bounding_box()
     page.mouse.move(panel["x"] + panel["width"] / 2, panel["y"] + panel["height"] / 2)
@@ -115,7 +115,7 @@ def find(page, selector, seconds=240):
             " return e.scrollTop + e.clientHeight < e.scrollHeight - 5; }"
         )
     page.screenshot(path=ARTIFACTS / "not_found.png")
-    pytest.fail(f"{selector} did not come within {seconds} s; see not_found.png in test-artifacts")
+    pytest.fail(f"{selector} did not appear within {seconds} s; see not_found.png in test-artifacts")
 
 
 def image(view):
@@ -123,7 +123,7 @@ def image(view):
 
 
 def move(page, view, slider, key, image=0):
-    """Press a key on a slider; return seconds until the image is another one."""
+    """Press a key on a slider; return the seconds until the image changes."""
     handle = view.locator(".widget-slider", has_text=slider).locator(".noUi-handle")
     handle.focus()
     source = view.locator("img").nth(image).get_attribute("src")
@@ -142,14 +142,14 @@ def errors_in(page):
     )
 
 
-def check_quiet(page):
+def assert_no_errors(page):
     assert page.console_errors == []
     assert page.outside == []
     assert errors_in(page).count() == 0
 
 
-def test_01_where_embeddings_land(page, lab):
-    """The menu "what to inject", a question typed by hand, and a range moved with the keyboard."""
+def test_01_explorer_follows_menu_question_and_keys(page, lab):
+    """The menu *Inject*, a typed question, and a range moved with the keyboard."""
     open_and_run(page, lab, "01_where_embeddings_land.ipynb")
     wait_idle(page)
     view = find(page, ".workbench-explorer")
@@ -171,11 +171,11 @@ def test_01_where_embeddings_land(page, lab):
     view.locator("text=Ranges unchanged: [40, 41)").wait_for(timeout=60 * SECOND)
     view.locator("[data-key='0-both']").press("ArrowLeft")
     view.locator("text=Ranges moved: [39, 40)").wait_for(timeout=60 * SECOND)
-    check_quiet(page)
+    assert_no_errors(page)
 
 
-def test_02_compare_engines(page, lab):
-    """A fault chosen from the menu changes the verdict, and back."""
+def test_02_fault_menu_changes_the_verdict(page, lab):
+    """The injected fault gives the verdict *bug*; choosing *none* in the menu gives *noise*."""
     open_and_run(page, lab, "02_compare_engines.ipynb")
     wait_idle(page)
     view = find(page, ".workbench-verdict")
@@ -188,10 +188,10 @@ def test_02_compare_engines(page, lab):
     explorer.locator(".widget-dropdown", has_text="Fault").locator("select").select_option("none")
     explorer.locator("text=noise: at most").first.wait_for(timeout=60 * SECOND)
     page.screenshot(path=ARTIFACTS / "02_clean.png")
-    check_quiet(page)
+    assert_no_errors(page)
 
 
-def test_05_batches_of_ranges(page, lab):
+def test_05_packing_plan_follows_its_controls(page, lab):
     open_and_run(page, lab, "05_batches_of_ranges.ipynb")
     wait_idle(page)
     view = find(page, ".workbench-plan")
@@ -200,10 +200,10 @@ def test_05_batches_of_ranges(page, lab):
     view.locator("text=9 batches, 97% full").wait_for(timeout=60 * SECOND)
     move(page, view, "Tokens per batch", "ArrowRight")
     page.screenshot(path=ARTIFACTS / "05_plan.png")
-    check_quiet(page)
+    assert_no_errors(page)
 
 
-def test_06_inside_the_engine(page, lab):
+def test_06_engine_view_shows_finished_requests(page, lab):
     open_and_run(page, lab, "06_inside_the_engine.ipynb")
     wait_idle(page)
     find(page, "text=ten of ten")
@@ -212,4 +212,4 @@ def test_06_inside_the_engine(page, lab):
     view.locator("text=63 finished").wait_for(timeout=60 * SECOND)
     assert image(view).startswith("blob:")
     page.screenshot(path=ARTIFACTS / "06_live.png")
-    check_quiet(page)
+    assert_no_errors(page)

@@ -1,4 +1,4 @@
-"""The range editor under a hand: mouse, keyboard, undo, code from Python, a long prompt, light and dark."""
+"""The range editor in a browser: mouse, keyboard, touch, undo, updates from Python, a long prompt, both themes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Error as PlaywrightError
 
 from tests.browser.conftest import ARTIFACTS
-from tests.browser.test_notebooks import SECOND, check_quiet, find, go_dark, open_and_run, wait_idle
+from tests.browser.test_notebooks import SECOND, assert_no_errors, find, go_dark, open_and_run, wait_idle
 
 pytestmark = pytest.mark.browser
 NOTEBOOK = "range_editor.ipynb"
@@ -29,7 +29,7 @@ def wait_ranges(page, wanted):
 
 
 def drag(page, node, dx, dy=0, steps=8):
-    for _ in range(20):  # the strip may just be drawn anew, by lint's answer to the move before
+    for _ in range(20):  # lint's result for the previous move may be redrawing the strip
         try:
             node.scroll_into_view_if_needed(timeout=SECOND)
             break
@@ -44,7 +44,7 @@ def drag(page, node, dx, dy=0, steps=8):
 
 
 def swipe(page, node, dx, dy, steps=8):
-    """A finger down on the node, along, and up: what a touch screen sends."""
+    """Drag the node with a finger: the events that a touch screen sends."""
     node.scroll_into_view_if_needed(timeout=5 * SECOND)
     box = node.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -67,7 +67,7 @@ SCROLLED = """node => {
 }"""
 
 
-def test_a_hand_moves_ranges_and_python_follows(page, lab, capsys):
+def test_moving_ranges_by_key_mouse_and_touch_updates_python(page, lab, capsys):
     open_and_run(page, lab, NOTEBOOK)
     wait_idle(page)
     editor = find(page, ".short-editor")
@@ -75,7 +75,7 @@ def test_a_hand_moves_ranges_and_python_follows(page, lab, capsys):
     assert editor.locator(".wb-finding.wb-error").count() == 0
     page.screenshot(path=ARTIFACTS / "editor_light.png")
 
-    # By keyboard: the first range one token to the right lies over the second.
+    # By keyboard: moved one token to the right, the first range overlaps the second.
     first = editor.locator("[data-key='0-both']")
     first.focus()
     start = time.perf_counter()
@@ -93,7 +93,7 @@ def test_a_hand_moves_ranges_and_python_follows(page, lab, capsys):
     editor.locator("button", has_text="Undo").click()
     wait_ranges(page, [[3, 52], [52, 101]])
 
-    # By mouse: an end, then the whole range; neither leaves the prompt or becomes empty.
+    # By mouse: drag the ends; no range leaves the prompt or becomes empty.
     drag(page, editor.locator("[data-key='1-stop']"), -150)
     page.wait_for_function(
         "() => !document.querySelector('.seen').textContent.includes('52, 101')", timeout=20 * SECOND
@@ -107,7 +107,7 @@ def test_a_hand_moves_ranges_and_python_follows(page, lab, capsys):
     drag(page, editor.locator("[data-key='0-start']"), 300, 200)
     wait_ranges(page, [[51, 52], [52, 101]])
 
-    # By a finger on a touch screen, which must not scroll the page instead.
+    # By touch, which must not scroll the page instead.
     page.locator("button", has_text="back from python").click()
     wait_ranges(page, [[3, 52], [52, 101]])
     stop = editor.locator("[data-key='1-stop']")
@@ -124,7 +124,7 @@ def test_a_hand_moves_ranges_and_python_follows(page, lab, capsys):
     page.locator("button", has_text="back from python").click()
     wait_ranges(page, [[3, 52], [52, 101]])
 
-    # Added, removed, put back from Python.
+    # Add and remove a range, then restore both from Python.
     editor.locator("button", has_text="Add range").click()
     page.wait_for_function(
         "() => (document.querySelector('.seen').textContent.match(/\\[\\d/g) || []).length === 3", timeout=20 * SECOND
@@ -137,12 +137,12 @@ def test_a_hand_moves_ranges_and_python_follows(page, lab, capsys):
     editor.locator("text=input_embedding_ranges=[[3, 52], [52, 101]]").wait_for(timeout=20 * SECOND)
     with capsys.disabled():
         print(
-            f"\nkey to lint feedback: {within:.0f} ms in the page, {feedback * 1000:.0f} ms with the test's own way there"
+            f"\nkey to lint feedback: {within:.0f} ms in the page, {feedback * 1000:.0f} ms with the test's round trip"
         )
-    check_quiet(page)
+    assert_no_errors(page)
 
 
-def test_a_long_prompt_scrolls_with_few_nodes(page, lab, capsys):
+def test_long_prompt_renders_few_nodes_and_scrolls(page, lab, capsys):
     open_and_run(page, lab, NOTEBOOK)
     wait_idle(page)
     editor = find(page, ".long-editor")
@@ -170,15 +170,15 @@ def test_a_long_prompt_scrolls_with_few_nodes(page, lab, capsys):
     page.screenshot(path=ARTIFACTS / "editor_long.png")
     with capsys.disabled():
         print(f"\nscrolling 8,192 tokens: median frame {frames[60]:.1f} ms, 95 % within {frames[114]:.1f} ms")
-    check_quiet(page)
+    assert_no_errors(page)
 
 
-def test_dark(page, lab):
+def test_text_contrast_in_dark_theme_meets_wcag(page, lab):
     open_and_run(page, lab, NOTEBOOK)
     wait_idle(page)
     go_dark(page)
     editor = find(page, ".short-editor")
-    # Text and what lies behind it are as far apart as WCAG asks for (4.5).
+    # The contrast of text and background meets the WCAG minimum (4.5).
     contrast = (
         editor.locator(".wb-token")
         .nth(1)
@@ -197,4 +197,4 @@ def test_dark(page, lab):
     )
     assert contrast > 4.5
     page.screenshot(path=ARTIFACTS / "editor_dark.png")
-    check_quiet(page)
+    assert_no_errors(page)

@@ -1,4 +1,4 @@
-"""Random attention cases and how they are judged."""
+"""Random attention cases and the error bound that results must meet."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from range_kernels import visible_keys
-from range_kernels.reference import attention as oracle
+from range_kernels.reference import attention as reference_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -29,8 +29,8 @@ class Case:
         return self.q, self.k, self.v, self.cu_seqlens_q, self.cu_seqlens_k
 
     def expected(self) -> np.ndarray:
-        """The oracle on the same, already rounded inputs: float64."""
-        return oracle(
+        """The float64 reference on the same inputs, which are already rounded to the dtype."""
+        return reference_attention(
             *(x.double().cpu().numpy() for x in self.args[:3]),
             self.cu_seqlens_q,
             self.cu_seqlens_k,
@@ -81,10 +81,11 @@ def make_case(
 
 
 def plain_torch(case: Case, channels: torch.Tensor | None = None) -> torch.Tensor:
-    """What a user would write instead: float32 scores, a dense mask, softmax, rounded to the dtype at the end.
+    """The plain torch code a user would write: float32 scores, dense mask, softmax, rounded to the dtype at the end.
 
-    With `channels` (an order of them) a score's products are added one after another in that order, as matrix products add
-    them. torch itself does so for many queries; a few it gives several sums each, which round far less.
+    If `channels` (a permutation of the head dimension) is given, the products of a score are added sequentially in that
+    order. torch's matrix product does this for many queries; for few queries it keeps several partial sums, which round
+    far less.
     """
     q, k, v = (x.float().cpu() for x in case.args[:3])
     key_start, key_stop = case.key_start.cpu(), case.key_stop.cpu()
@@ -109,10 +110,10 @@ def plain_torch(case: Case, channels: torch.Tensor | None = None) -> torch.Tenso
 
 
 def assert_close(out: torch.Tensor, case: Case, factor: float = 4.0) -> None:
-    """No row's error against float64 is above `factor` times the worst that plain torch makes, or a rounding of the dtype.
+    """Each row's relative error against float64 is at most `factor` times plain torch's largest (or the dtype's eps).
 
-    One or two rows have one or two errors each way, and either may be lucky: where the first look fails, plain torch's worst is
-    taken over several orders of adding a score's products.
+    With only one or two rows, plain torch's largest error can be small by chance. If the first comparison fails, it is
+    therefore taken over several summation orders.
     """
     expected = case.expected()
 

@@ -1,8 +1,8 @@
-"""Random attention calls on a GPU against float64, packed and paged, by every path that can run them.
+"""Fuzz test of packed and paged attention on a GPU: random calls on every supported path, compared with float64.
 
     python -m tests.range_kernels.fuzz --cases 10000
 
-A call passes where its error is at most twice that of torch's own attention in the same dtype (float32: a few roundoffs).
+A call passes if its error is at most twice that of torch's attention in the same dtype (in float32: a few roundoffs).
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from range_kernels import attention
 from range_kernels.cuda import prefill_sm90
 from range_kernels.kv_cache import PAGE_SIZES
 
-from tests.range_kernels.gpu_calls import assert_errs_at_most_twice, random_call
+from tests.range_kernels.gpu_calls import assert_error_at_most_twice_torch, random_call
 from tests.range_kernels.paging import last_keys, put_in_pages, run_paged
 
 HEAD_DIMS = (64, 80, 96, 128, 256, 8, 72, 192)
 
 
 def one(generator: np.random.Generator, head_dims: Sequence[int]) -> str:
-    """Run one random call; returns what it was, raises AssertionError where it is wrong."""
+    """Run one random call. Returns a label of the case; raises AssertionError if the error is too large."""
     dtype = [torch.bfloat16, torch.float16, torch.float32][int(generator.choice(3, p=[0.45, 0.45, 0.1]))]
     head_dim = int(generator.choice(head_dims))
     softcap = 20.0 if generator.random() < 0.25 else 0.0
     paged = bool(generator.random() < 0.5)
     case = random_call(generator, head_dim, dtype, decoding=paged)
     q, k, v, cu_q, cu_k, key_start, key_stop = case
-    torch.empty_like(q).fill_(torch.nan)  # freed at once: the output is likely to lie here
-    # As if the GPU were smaller: a block then has many tiles of queries to work through.
+    torch.empty_like(q).fill_(torch.nan)  # freed immediately: the output probably reuses this memory
+    # Pretend that the GPU has fewer multiprocessors, so that a persistent block processes many work tiles.
     blocks = int(generator.choice([1, 3, 20, 132]))
     prefill_sm90.multiprocessors = lambda device: blocks
     if paged:
         page_size = int(generator.choice(PAGE_SIZES))
         new = None
-        if generator.random() < 0.5:  # the queries' own keys are written by the call, over NaN
+        if generator.random() < 0.5:  # the call writes the new keys and values itself; before, their slots contain NaN
             last = torch.from_numpy(last_keys(cu_q, cu_k)).cuda()
             new = k[last], v[last]
             k, v = k.clone(), v.clone()
@@ -48,20 +48,20 @@ def one(generator: np.random.Generator, head_dims: Sequence[int]) -> str:
         pages, table = put_in_pages(generator, k, v, cu_k, page_size)
         out = run_paged(pages, table, q, cu_q, cu_k, key_start, key_stop, new=new, softcap=softcap)
     else:
-        # By itself it takes the fastest path; half of the time the portable one is asked for.
+        # Without `path` the fastest path is chosen; half of the supported cases request the portable path instead.
         portable = dtype is not torch.float32 and head_dim in HEAD_DIMS[:5] and generator.random() < 0.5
         path = "tensor-core" if portable else None
         out = attention(q, k, v, cu_q, cu_k, key_start=key_start, key_stop=key_stop, softcap=softcap, path=path)
     what = f"{'paged' if paged else 'packed'} {dtype} {head_dim}"
     try:
-        assert_errs_at_most_twice(out, case, softcap)
+        assert_error_at_most_twice_torch(out, case, softcap)
     except AssertionError as error:
         raise AssertionError(f"{what}: {error}; {cu_q}, {cu_k}, softcap {softcap}") from None
     return what
 
 
 def many(arguments: tuple[int, int, Sequence[int], float | None]) -> Counter[str]:
-    """Run cases of some head sizes; SystemExit names the first that is wrong."""
+    """Run cases with the given head sizes and count them by label; RuntimeError reports the first failing case."""
     cases, seed, head_dims, seconds = arguments
     began, done = time.monotonic(), Counter[str]()
     for number in range(cases):
@@ -75,11 +75,11 @@ def many(arguments: tuple[int, int, Sequence[int], float | None]) -> Counter[str
 
 
 def main() -> None:
-    """Command line."""
+    """Command-line entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, help="stop after so long")
+    parser.add_argument("--seconds", type=float, help="stop after this many seconds")
     parser.add_argument(
         "--workers", type=int, default=len(HEAD_DIMS), help="processes; each compiles the kernels of its head sizes"
     )

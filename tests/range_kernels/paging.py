@@ -1,4 +1,4 @@
-"""Keys and values of packed sequences, scattered over pages."""
+"""Stores the keys and values of packed sequences in KV cache pages."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import numpy as np
 import torch
 from range_kernels import KVPages, PagedPlan, paged_attention
 
-LAYER = 1  # of two, so that a kernel that ignores the layer is seen
+LAYER = 1  # of two layers, so that a kernel that ignores the layer fails
 
 
 def put_in_pages(generator, k, v, cu_k, page_size, spare=3):
-    """Pages in random order, and the block table; places that hold no key are NaN, table entries past the keys name no page."""
+    """Returns pages in random order and the block table.
+
+    On a GPU unused slots contain NaN; unused table entries contain an invalid page number.
+    """
     lengths = np.diff(cu_k)
     counts = -(-lengths // page_size)
     numbers = generator.permutation(int(counts.sum()) + spare)
@@ -25,16 +28,16 @@ def put_in_pages(generator, k, v, cu_k, page_size, spare=3):
         pages.values.fill_(torch.nan)
     plan = PagedPlan(table, cu_k, lengths, pages, k.shape[1])
     query = torch.zeros_like(k)
-    paged_attention(query, pages, LAYER, plan, new=(k, v))  # a prefill of everything writes everything
+    paged_attention(query, pages, LAYER, plan, new=(k, v))  # a prefill of all tokens writes all keys and values
     return pages, table
 
 
 def run_paged(pages, table, q, cu_q, cu_k, key_start, key_stop, new=None, **options):
-    """`paged_attention` of packed queries."""
+    """Run `paged_attention` on packed queries."""
     plan = PagedPlan(table, cu_q, np.diff(cu_k), pages, q.shape[1])
     return paged_attention(q, pages, LAYER, plan, new=new, key_start=key_start, key_stop=key_stop, **options)
 
 
 def last_keys(cu_q, cu_k):
-    """Rows of the keys that belong to the queries, the last of each sequence."""
+    """Row indices of the queries' own keys: the last rows of each sequence."""
     return np.concatenate([np.arange(stop - count, stop) for stop, count in zip(cu_k[1:], np.diff(cu_q), strict=True)])

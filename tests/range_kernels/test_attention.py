@@ -1,4 +1,4 @@
-"""CPU attention against the float64 oracle, torch, and itself under changes that must not matter."""
+"""CPU attention against the float64 reference and torch, and its invariance to packing, chunks and threads."""
 
 import os
 import platform
@@ -42,41 +42,41 @@ def cases(draw):
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
-def test_matches_the_oracle(case):
+def test_matches_the_float64_reference(case):
     out = attention(*case.args, key_start=case.key_start, key_stop=case.key_stop, softcap=case.softcap)
     assert_close(out, case)
 
 
-def test_causal_is_the_default_and_agrees_with_torch():
+def test_default_mask_is_causal_and_matches_torch():
     case = make_case(1, [(200, 200)], heads=(4, 4))
     q, k, v = (x.transpose(0, 1)[None] for x in case.args[:3])
     torch_out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
     assert torch.allclose(attention(*case.args), torch_out, atol=2e-6)
 
 
-def test_a_window_equals_its_low():
+def test_window_equals_its_key_start():
     case = make_case(2, [(50, 90), (40, 40)], window=7)
     assert torch.equal(attention(*case.args, window=7), attention(*case.args, key_start=case.key_start))
 
 
-def test_strided_views_are_read_in_place():
+def test_strided_views_equal_contiguous_tensors():
     stacked = torch.randn(70, 8, 64)
     q, k, v = stacked[:, :4], stacked[:, 4:6], stacked[:, 6:]
     expected = attention(q.contiguous(), k.contiguous(), v.contiguous(), [0, 70], [0, 70])
     assert torch.equal(attention(q, k, v, [0, 70], [0, 70]), expected)
 
 
-def test_packed_neighbours_do_not_matter():
-    """Bit for bit: what a sequence gets does not depend on what is packed beside it."""
+def test_packing_is_bit_identical():
+    """A sequence's output does not depend on the other sequences in the pack."""
     alone = make_case(3, [(150, 150)])
-    beside = make_case(4, [(33, 70), (150, 150), (1, 260)])
+    packed = make_case(4, [(33, 70), (150, 150), (1, 260)])
     for name in ("q", "k", "v"):
         start = 33 if name == "q" else 70
-        getattr(beside, name)[start : start + 150] = getattr(alone, name)
-    assert torch.equal(attention(*beside.args)[33:183], attention(*alone.args))
+        getattr(packed, name)[start : start + 150] = getattr(alone, name)
+    assert torch.equal(attention(*packed.args)[33:183], attention(*alone.args))
 
 
-def test_chunks_of_a_prefill_equal_the_whole():
+def test_chunked_prefill_equals_a_single_prefill():
     whole = make_case(5, [(300, 300)])
     expected = attention(*whole.args)
     for first, end in ((0, 100), (100, 299), (299, 300)):
@@ -84,7 +84,7 @@ def test_chunks_of_a_prefill_equal_the_whole():
         assert torch.allclose(part, expected[first:end], atol=2e-6)
 
 
-def test_a_query_that_sees_nothing_gets_zeros():
+def test_query_without_visible_keys_returns_zeros():
     case = make_case(6, [(40, 40)])
     case.key_stop[[0, 7]] = 0
     out = attention(*case.args, key_stop=case.key_stop)
@@ -93,7 +93,7 @@ def test_a_query_that_sees_nothing_gets_zeros():
 
 
 @pytest.mark.parametrize("queries", [1, 40])
-def test_nan_is_not_hidden(queries):
+def test_nan_query_gives_nan_in_its_own_row_only(queries):
     case = make_case(7, [(queries, 40)])
     case.q[-1] = torch.nan
     out = attention(*case.args)
@@ -101,7 +101,7 @@ def test_nan_is_not_hidden(queries):
     assert not out[:-1].isnan().any()
 
 
-def test_large_scores_do_not_overflow():
+def test_large_scores_give_finite_output():
     case = make_case(8, [(40, 40)])
     out = attention(case.q * 100, case.k * 100, case.v, [0, 40], [0, 40])
     assert out.isfinite().all()
@@ -126,7 +126,7 @@ def test_large_scores_do_not_overflow():
         (lambda c: {"softcap": -1.0}, "softcap"),
     ],
 )
-def test_bad_arguments_are_named(change, words):
+def test_invalid_arguments_are_refused_by_name(change, words):
     case = make_case(9, [(10, 20)], head_dim=16)
     names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
     given_args = dict(zip(names, case.args, strict=True))
@@ -140,7 +140,7 @@ def test_more_queries_than_keys_is_refused():
         attention(case.q, case.k, case.v, [0, 3, 10], [0, 5, 10])
 
 
-def test_threads_may_call_at_once():
+def test_concurrent_calls_give_equal_results():
     from concurrent.futures import ThreadPoolExecutor
 
     case = make_case(11, [(130, 130)])
@@ -150,7 +150,7 @@ def test_threads_may_call_at_once():
     assert all(torch.equal(result, expected) for result in results)
 
 
-def test_bidirectional_span_sees_its_end():
+def test_bidirectional_span_attends_to_its_last_key():
     key_start, key_stop = visible_keys(6, [(1, 4)])
     q = torch.zeros(6, 1, 8)
     v = torch.eye(6)[:, None, :].repeat(1, 1, 2)[..., :8].contiguous()
@@ -160,7 +160,7 @@ def test_bidirectional_span_sees_its_end():
     assert np.array_equal(seen.sum(axis=1), key_stop)
 
 
-def test_compiled_code_is_cached_under_what_it_is_made_of():
+def test_simd_digest_matches_the_source():
     from range_kernels.cpu import attention as kernels
     from range_kernels.cpu.simd import DIGEST
 
@@ -168,8 +168,8 @@ def test_compiled_code_is_cached_under_what_it_is_made_of():
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compiles for x86-64 processors")
-def test_other_vector_widths_compute_the_same(tmp_path):
-    """What runs on processors without AVX-512 or AVX2, compiled for them here."""
+def test_other_vector_widths_match_the_reference(tmp_path):
+    """Compiles the code for processors without AVX-512 or AVX2 and runs it here."""
     code = """
 import sys
 from tests.range_kernels.cases import assert_close, make_case
@@ -190,7 +190,7 @@ print(WIDTH)
         assert done.stdout.strip() == width, done.stderr
 
 
-def test_any_number_of_threads_computes_the_same():
+def test_output_is_bit_identical_for_any_number_of_threads():
     code = """
 import hashlib
 import torch
@@ -206,13 +206,13 @@ product = launch.linear(x, launch.pack_weights(weight), 700)
 torch.testing.assert_close(product.double(), x.double() @ weight.double().T, rtol=1e-4, atol=1e-3)
 print(*(hashlib.sha256(each.numpy().tobytes()).hexdigest() for each in (out, product)))
 """
-    said = set()
+    digests = set()
     for threads in ("1", "3"):
         environment = {**os.environ, "NUMBA_NUM_THREADS": threads}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
         assert done.stdout, done.stderr
-        said.add(done.stdout)
-    assert len(said) == 1
+        digests.add(done.stdout)
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize(
@@ -225,19 +225,19 @@ print(*(hashlib.sha256(each.numpy().tobytes()).hexdigest() for each in (out, pro
         ({"window": 2.5}, "window"),
     ],
 )
-def test_numbers_that_would_compute_something_else(arguments, words):
+def test_invalid_numbers_are_refused(arguments, words):
     case = make_case(12, [(10, 20)], head_dim=16)
     with pytest.raises(ValueError, match=words):
         attention(*case.args, **arguments)
 
 
-def test_lengths_must_be_integers_and_a_huge_window_is_none():
+def test_float_lengths_are_refused_and_a_huge_window_has_no_effect():
     case = make_case(13, [(10, 20)], head_dim=16)
     with pytest.raises(ValueError, match="must contain integers"):
         attention(*case.args[:3], [0, 10.0], [0, 20])
     assert torch.equal(attention(*case.args, window=2**40), attention(*case.args))
 
 
-def test_a_standing_plan_is_for_a_gpu():
+def test_cuda_graph_plan_on_the_cpu_is_refused():
     with pytest.raises(ValueError, match="float32 with 4 query and 2 KV heads of 64 on cpu: a CUDAGraphPlan needs"):
         CUDAGraphPlan(1, 1, 1, KVPages(1, 1, 32, 2, 64), 4)

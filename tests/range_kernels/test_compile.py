@@ -1,4 +1,4 @@
-"""Every kernel made of PTX compiles without a GPU, for sm_80 or sm_90a or both, and keeps its sums in registers."""
+"""Every PTX kernel compiles without a GPU, for sm_80, sm_90a or both, and keeps its accumulators in registers."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ def compiler():
 
     try:
         Source("nothing", lambda: nothing, types.void(types.uint64), 32).compile(AMPERE).machine_code()
-    except Exception as error:  # the CUDA packages raise many kinds where a part is missing
+    except Exception as error:  # the CUDA packages raise different exceptions if a part is missing
         pytest.skip(f"no NVVM and nvJitLink to compile with: {type(error).__name__}")
 
 
 def check(source, capabilities=(AMPERE, HOPPER), spills=0):
-    """Compile and link for each capability; the PTX of the last."""
-    assert source.smem_bytes < 227 * 1024  # what an SM of sm_90 gives a block
+    """Compile and link for each capability; returns the PTX of the last one."""
+    assert source.smem_bytes < 227 * 1024  # shared memory limit of a block on sm_90
     for capability in capabilities:
         compiled = source.compile(capability)
-        (code, said), ptx = compiled.machine_code(), compiled.ptx()
-        assert ".f64" not in ptx  # addresses of mixed signs become float64 in Numba
+        (code, log), ptx = compiled.machine_code(), compiled.ptx()
+        assert ".f64" not in ptx  # Numba turns address arithmetic of mixed signedness into float64
         assert code.startswith(b"\x7fELF")
-        assert "wgmma" not in said, said  # "serialized": a register is touched while a product is under way
-        assert int(re.search(r"Used (\d+) registers", said)[1]) <= 255
-        spilled = int(re.search(r"(\d+) bytes spill stores", said)[1])
-        assert spilled <= spills, f"{spilled} bytes spilled: some sums lie in memory"
+        assert "wgmma" not in log, log  # "serialized": a register is accessed during an asynchronous product
+        assert int(re.search(r"Used (\d+) registers", log)[1]) <= 255
+        spilled = int(re.search(r"(\d+) bytes spill stores", log)[1])
+        assert spilled <= spills, f"{spilled} bytes spilled: some accumulators are in local memory"
     return ptx
 
 
 KINDS = [("bfloat16", False, False), ("bfloat16", True, True), ("float16", False, True)]
 
 
-GEFORCE, AMPERE_100, HOPPER_100 = 99 << 10, 163 << 10, 227 << 10  # bytes of shared memory that a block may have
+GEFORCE, AMPERE_100, HOPPER_100 = 99 << 10, 163 << 10, 227 << 10  # shared memory limits of a block, in bytes
 
 
 @pytest.mark.parametrize(("dtype", "softcap", "paged"), KINDS)
 @pytest.mark.parametrize("head_dim", prefill_sm80.HEAD_DIMS)
-def test_prefill(head_dim, dtype, softcap, paged):
+def test_prefill_compiles_to_tensor_core_instructions(head_dim, dtype, softcap, paged):
     capabilities = [AMPERE, HOPPER] if dtype == "bfloat16" else [AMPERE]
     for capability in capabilities:
         shape = prefill_sm80.choose_shape(head_dim, AMPERE_100 if capability == AMPERE else HOPPER_100)
@@ -58,7 +58,7 @@ def test_prefill(head_dim, dtype, softcap, paged):
     assert "mma.sync.aligned.m16n8k16" in ptx
 
 
-def test_what_fits_a_gpu_s_shared_memory():
+def test_tile_shapes_and_stages_fit_the_shared_memory():
     shapes = {
         room: [prefill_sm80.choose_shape(dim, room) for dim in (64, 96, 128, 256)]
         for room in (GEFORCE, AMPERE_100, HOPPER_100)
@@ -78,8 +78,8 @@ def test_what_fits_a_gpu_s_shared_memory():
 
 @pytest.mark.parametrize(("dtype", "softcap", "paged"), KINDS)
 @pytest.mark.parametrize("head_dim", prefill_sm90.HEAD_DIMS)
-def test_prefill_for_hopper(head_dim, dtype, softcap, paged):
-    # Three computing warpgroups leave the one that copies 32 registers a thread: some of what it needs once a work is spilled.
+def test_hopper_prefill_compiles_to_the_expected_wgmma_instructions(head_dim, dtype, softcap, paged):
+    # Three consumer warpgroups leave the producer 32 registers per thread: values needed once per work tile spill.
     ptx = check(prefill_sm90.source(head_dim, dtype, softcap, paged), [HOPPER], spills=64)
     keys = keys_of(head_dim)
     products = [f"m64n{keys}k16"] * (2 * head_dim // 16) + [f"m64n{head_dim}k16"] * (2 * keys // 16)
@@ -88,7 +88,7 @@ def test_prefill_for_hopper(head_dim, dtype, softcap, paged):
 
 @pytest.mark.parametrize(("dtype", "softcap", "capability"), [("bfloat16", False, HOPPER), ("float16", True, AMPERE)])
 @pytest.mark.parametrize("head_dim", prefill_sm80.HEAD_DIMS)
-def test_decode(head_dim, dtype, softcap, capability):
+def test_decode_compiles_to_tensor_core_instructions(head_dim, dtype, softcap, capability):
     alone = decode_split_kv.choose_stages(head_dim, 1, 1, HOPPER_100 if capability == HOPPER else AMPERE_100)
     ptx = check(decode_split_kv.source(head_dim, dtype, softcap, alone), [capability])
     assert "mma.sync.aligned.m16n8k16" in ptx
@@ -96,14 +96,14 @@ def test_decode(head_dim, dtype, softcap, capability):
 
 @pytest.mark.parametrize("converts", [False, True])
 @pytest.mark.parametrize("dtype", splice.DTYPES.values())
-def test_wide_splice(dtype, converts):
+def test_wide_splice_compiles_to_16_byte_loads(dtype, converts):
     ptx = check(splice.source(dtype, converts))
-    # Two pieces at once, and one alone.
+    # Two loads in flight in the main loop, and a single load for the remainder.
     assert ptx.count("ld.global.nc.L1::no_allocate.v4.b32") >= 3
 
 
-def test_a_source_says_all_that_its_kernel_depends_on():
-    """Its name is the key of the cache on disk: two kernels of one name would be taken for each other."""
+def test_source_names_are_unique_per_kernel_variant():
+    """The name is the key of the disk cache: two kernels with the same name would be confused with each other."""
     both = [("bfloat16", "float16"), (False, True)]
     shapes = [prefill_sm80.Shape(128, 2), prefill_sm80.Shape(64, 2), prefill_sm80.Shape(64, 1)]
     sources = [

@@ -1,4 +1,4 @@
-"""Packed attention by every CUDA path, on a GPU: `make test-gpu`."""
+"""Packed attention on every CUDA path; needs a GPU: `make test-gpu`."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,13 @@ from range_kernels import attention
 from range_kernels.cuda import prefill_sm80
 
 from tests.range_kernels.cases import DTYPES, assert_close, make_case
-from tests.range_kernels.gpu_calls import NEEDS_GPU, PATHS, assert_errs_at_most_twice, random_call, runs
+from tests.range_kernels.gpu_calls import (
+    NEEDS_GPU,
+    PATHS,
+    assert_error_at_most_twice_torch,
+    random_call,
+    skip_unless_supported,
+)
 from tests.range_kernels.test_attention import cases
 
 pytestmark = NEEDS_GPU
@@ -16,7 +22,7 @@ pytestmark = NEEDS_GPU
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
-def test_attention_matches_the_oracle(case):
+def test_attention_matches_the_float64_reference(case):
     there = case.to("cuda")
     out = attention(*there.args, key_start=there.key_start, key_stop=there.key_stop, softcap=case.softcap)
     assert out.is_cuda
@@ -25,7 +31,7 @@ def test_attention_matches_the_oracle(case):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keys", [1, 63, 65, 127, 128, 129, 1000])
-def test_attention_at_odd_sizes(keys, dtype):
+def test_attention_matches_the_reference_at_odd_sizes(keys, dtype):
     for queries in {1, min(keys, 64), keys}:
         case = make_case(keys, [(queries, keys)], head_dim=256 if keys == 129 else 64, dtype=dtype)
         assert_close(attention(*case.to("cuda").args), case)
@@ -35,21 +41,21 @@ def test_attention_at_odd_sizes(keys, dtype):
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_tensor_cores_err_at_most_twice_as_much_as_torch(head_dim, dtype, softcap, path):
-    """Error against float64, beside that of torch's attention in the same dtype; outputs are poisoned before."""
-    runs(path, head_dim)
+def test_tensor_core_error_is_at_most_twice_torch_error(head_dim, dtype, softcap, path):
+    """Errors are against float64; torch runs in the same dtype; output memory is filled with NaN beforehand."""
+    skip_unless_supported(path, head_dim)
     generator = np.random.default_rng(head_dim + int(softcap))
     for _ in range(25):
         case = random_call(generator, head_dim, dtype)
         key_start, key_stop = case[5:]
-        torch.empty_like(case[0]).fill_(torch.nan)  # freed at once: the output is likely to lie here
+        torch.empty_like(case[0]).fill_(torch.nan)  # freed immediately: the output probably reuses this memory
         out = attention(*case[:5], key_start=key_start, key_stop=key_stop, softcap=softcap, path=path)
-        assert_errs_at_most_twice(out, case, softcap)
+        assert_error_at_most_twice_torch(out, case, softcap)
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_tensor_cores_take_views_and_queries_that_see_nothing(path):
-    runs(path, 64)
+def test_tensor_cores_accept_views_and_queries_without_visible_keys(path):
+    skip_unless_supported(path, 64)
     make = torch.Generator("cuda").manual_seed(0)
     packed = torch.randn(300, 12, 64, generator=make, device="cuda").bfloat16()
     q, k, v = packed[:, :8], packed[:, 8:10], packed[:, 10:]
@@ -59,13 +65,13 @@ def test_tensor_cores_take_views_and_queries_that_see_nothing(path):
     out = attention(q, k, v, [0, 300], [0, 300], key_start=key_start, key_stop=key_stop, path=path)
     plain = attention(q, k, v, [0, 300], [0, 300], key_start=key_start, key_stop=key_stop, path="plain")
     assert (out[[0, 70, 299]] == 0).all()
-    # Weights are rounded to bfloat16 (2 ** -9) before they meet the values, outputs after.
+    # Softmax weights are rounded to bfloat16 (2 ** -9) before the product with the values, outputs after it.
     assert (out.float() - plain.float()).norm() <= 2**-7 * plain.float().norm()
 
 
 @pytest.mark.parametrize("path", [*PATHS, "plain"])
-def test_nan_is_not_hidden(path):
-    runs(path, 64)
+def test_nan_query_gives_nan_in_its_own_row_only(path):
+    skip_unless_supported(path, 64)
     q, k, v = (torch.randn(300, heads, 64, device="cuda").bfloat16() for heads in (8, 2, 2))
     q[77] = torch.nan
     out = attention(q, k, v, [0, 300], [0, 300], path=path)
@@ -73,7 +79,7 @@ def test_nan_is_not_hidden(path):
     assert not out[torch.arange(300) != 77].isnan().any()
 
 
-def test_a_gpu_without_room_for_a_head_size_takes_the_plain_kernel(monkeypatch):
+def test_plain_kernel_is_used_if_shared_memory_is_too_small(monkeypatch):
     monkeypatch.setattr(prefill_sm80, "max_smem_per_block", lambda device: 99 << 10)
     q = torch.randn(3, 1, 256, device="cuda").half()
     with pytest.raises(ValueError, match="101904 bytes of shared memory"):
@@ -82,9 +88,9 @@ def test_a_gpu_without_room_for_a_head_size_takes_the_plain_kernel(monkeypatch):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_tensors_may_lie_in_any_way(path):
-    """Heads first, heads that share memory, one token or head with an odd stride, a beginning between 16-byte pieces."""
-    runs(path, 64)
+def test_any_memory_layout_is_bit_identical_to_contiguous(path):
+    """Heads first, heads that share memory, one token or head with an odd stride, an unaligned start."""
+    skip_unless_supported(path, 64)
     flat = torch.randn(400 * 8 * 64 + 1, device="cuda").half()
     ways = {
         "heads first": flat[:-1].view(8, 400, 64).transpose(0, 1),
@@ -100,7 +106,7 @@ def test_tensors_may_lie_in_any_way(path):
         assert torch.equal(out, attention(plain, plain, plain, cu, cu, path=path)), name
 
 
-def test_a_path_that_cannot_is_refused_by_name():
+def test_unsupported_path_is_refused_by_name():
     case = make_case(0, [(3, 3)], head_dim=72, dtype=torch.float32).to("cuda")
     with pytest.raises(ValueError, match=r"path='tensor-core' does not compute torch.float32, head_dim=72"):
         attention(*case.args, path="tensor-core")
@@ -110,9 +116,9 @@ def test_a_path_that_cannot_is_refused_by_name():
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_another_sequences_nan_stays_there(head_dim, path):
-    """Tiles key_stop past the end of a sequence, where the next one's keys lie."""
-    runs(path, head_dim)
+def test_nan_of_one_sequence_does_not_reach_its_neighbours(head_dim, path):
+    """The last tile of a sequence extends past its end into the next sequence's keys."""
+    skip_unless_supported(path, head_dim)
     lengths = [0, 70, 200, 450]
     q, k, v = (torch.randn(450, 2, head_dim, device="cuda").half() for _ in range(3))
     clean = attention(q, k, v, lengths, lengths, path=path)
@@ -124,7 +130,7 @@ def test_another_sequences_nan_stays_there(head_dim, path):
     assert spoilt[70:200].isnan().all()
 
 
-def test_a_head_too_large_is_refused():
+def test_too_large_head_dim_is_refused():
     case = make_case(0, [(3, 3)], head_dim=320).to("cuda")
     with pytest.raises(ValueError, match="head_dim=320"):
         attention(*case.args)

@@ -1,4 +1,4 @@
-"""What the Hopper prefill has and the others have not, on a GPU: `make test-gpu`."""
+"""Features that only the Hopper prefill has; needs a GPU: `make test-gpu`."""
 
 from itertools import accumulate
 
@@ -9,7 +9,7 @@ from range_kernels import attention, visible_keys
 from range_kernels.cuda import prefill_sm90
 from range_kernels.kv_cache import PAGE_SIZES
 
-from tests.range_kernels.gpu_calls import NEEDS_GPU, runs
+from tests.range_kernels.gpu_calls import NEEDS_GPU, skip_unless_supported
 from tests.range_kernels.paging import put_in_pages, run_paged
 
 pytestmark = NEEDS_GPU
@@ -17,9 +17,9 @@ pytestmark = NEEDS_GPU
 
 @pytest.mark.parametrize("blocks", [1, 3, 132])
 @pytest.mark.parametrize("head_dim", prefill_sm90.HEAD_DIMS)
-def test_hopper_blocks_work_through_many_tiles(head_dim, blocks, monkeypatch):
-    """Long and short sequences, spans, windows, and stretches whose queries see nothing, in hundreds of works."""
-    runs("hopper", head_dim)
+def test_hopper_persistent_blocks_match_the_tensor_core_path(head_dim, blocks, monkeypatch):
+    """Long and short sequences, spans, windows, and queries without visible keys, in hundreds of work tiles."""
+    skip_unless_supported("hopper", head_dim)
     monkeypatch.setattr(prefill_sm90, "multiprocessors", lambda device: blocks)
     generator = np.random.default_rng(blocks)
     lengths = [1, 900, 130, 2000, 64, 1, 1777, 128]
@@ -44,23 +44,23 @@ def test_hopper_blocks_work_through_many_tiles(head_dim, blocks, monkeypatch):
         assert not out[key_stop == 0].any()
 
 
-def test_launches_on_two_streams_do_not_share_their_work():
-    runs("hopper", 64)
+def test_launches_on_two_streams_give_equal_results():
+    skip_unless_supported("hopper", 64)
     q, k, v = (torch.randn(6000, heads, 64, device="cuda").bfloat16() for heads in (16, 4, 4))
     wanted = attention(q, k, v, [0, 6000], [0, 6000], path="hopper")
     streams = [torch.cuda.Stream() for _ in range(2)]
     torch.cuda.synchronize()
     outs = []
-    for turn in range(20):
-        with torch.cuda.stream(streams[turn % 2]):
+    for launch in range(20):
+        with torch.cuda.stream(streams[launch % 2]):
             outs.append(attention(q, k, v, [0, 6000], [0, 6000], path="hopper"))
     torch.cuda.synchronize()
     assert all(torch.equal(out, wanted) for out in outs)
 
 
-def test_hopper_repeats_itself_bit_for_bit():
-    """Warps wait for each other at barriers: a place where one does not would show as another result now and then."""
-    runs("hopper", 128)
+def test_hopper_output_is_bit_identical_across_runs():
+    """Warps synchronize at barriers; a missing barrier would occasionally change the result."""
+    skip_unless_supported("hopper", 128)
     generator = np.random.default_rng(0)
     for head_dim in prefill_sm90.HEAD_DIMS:
         q, k, v = (torch.randn(3000, heads, head_dim, device="cuda").bfloat16() for heads in (8, 2, 2))

@@ -1,4 +1,4 @@
-"""Graphs, streams and the cache of compiled kernels, on a GPU: `make test-gpu`."""
+"""CUDA graphs, streams and the cache of compiled kernels; needs a GPU: `make test-gpu`."""
 
 import numpy as np
 import pytest
@@ -24,8 +24,8 @@ from tests.range_kernels.paging import LAYER, put_in_pages
 pytestmark = NEEDS_GPU
 
 
-def test_calls_are_captured_in_a_graph():
-    """Splice with a plan, a decode step and a prefill: replayed, they see what has been written into their inputs since."""
+def test_replayed_calls_read_updated_inputs():
+    """A captured splice, decode step and prefill read the current contents of their input tensors on each replay."""
     table = torch.randn(100, 256, device="cuda").bfloat16()
     items = [torch.randn(5, 256, device="cuda").bfloat16(), torch.randn(3, 256, device="cuda")]
     ranges = [(2, 7), (9, 12)]
@@ -40,7 +40,7 @@ def test_calls_are_captured_in_a_graph():
     key_start = torch.zeros(2, dtype=torch.int32, device="cuda")
     key_stop = torch.tensor([300, 40], dtype=torch.int32, device="cuda")
 
-    prompt = torch.randn(3000, 24, 64, device="cuda").bfloat16()  # queries, keys and values side by side
+    prompt = torch.randn(3000, 24, 64, device="cuda").bfloat16()  # queries, keys and values in one tensor
     causal = dict(
         zip(("key_start", "key_stop"), (torch.from_numpy(each).cuda() for each in visible_keys(3000)), strict=True)
     )
@@ -59,8 +59,8 @@ def test_calls_are_captured_in_a_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         state, seen, read = all_three()
-    tile_plan._planned.cache_clear()  # as many other shapes would; what the graph reads must stay
-    spoilt = [torch.full((64,), -1, dtype=torch.int32, device="cuda") for _ in range(20)]  # would take its place
+    tile_plan._planned.cache_clear()  # as many other shapes would do; what the graph reads must stay allocated
+    spoilt = [torch.full((64,), -1, dtype=torch.int32, device="cuda") for _ in range(20)]  # would reuse its memory
     for seed in range(3):
         torch.manual_seed(seed)
         ids.copy_(torch.randint(100, (20,)))
@@ -77,8 +77,8 @@ def test_calls_are_captured_in_a_graph():
     del spoilt
 
 
-def test_a_captured_call_computes_whichever_step_its_plan_holds():
-    """Sequences that grow over bounds of pages and of items, fewer of them and more again: as plans of their own compute them."""
+def test_captured_decode_step_follows_its_graph_plan():
+    """Results equal those of separate plans while lengths cross page and split boundaries and batch sizes vary."""
     generator = np.random.default_rng(3)
     pages = KVPages(2, 256, 16, 2, 64, torch.bfloat16, "cuda")
     pages.keys.normal_()
@@ -118,7 +118,7 @@ def test_a_captured_call_computes_whichever_step_its_plan_holds():
         assert torch.equal(pages.values, after[1])
 
 
-def test_a_standing_plan_refuses_what_it_has_no_room_for():
+def test_graph_plan_refuses_steps_beyond_its_capacity():
     pages = KVPages(1, 64, 16, 2, 64, torch.bfloat16, "cuda")
     graph_plan = CUDAGraphPlan(2, 8, 2, pages, 4)
     table = np.arange(64, dtype=np.int32).reshape(4, 16)
@@ -152,7 +152,7 @@ def test_a_standing_plan_refuses_what_it_has_no_room_for():
         CUDAGraphPlan(2, 8, 2, pages, 34)
 
 
-def test_kernels_come_from_disk_the_second_time(tmp_path, monkeypatch):
+def test_compiled_kernels_are_loaded_from_the_disk_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RANGE_KERNELS_CACHE", str(tmp_path))
     source = cuda_splice.source("float16", False)
     first = Kernel(source, 0)
@@ -161,17 +161,17 @@ def test_kernels_come_from_disk_the_second_time(tmp_path, monkeypatch):
     assert again.cached
     (kept,) = tmp_path.iterdir()
     whole = kept.read_bytes()
-    kept.write_bytes(whole[:-100])  # cut short
-    mended = Kernel(source, 0)
-    assert not mended.cached
+    kept.write_bytes(whole[:-100])  # truncated
+    recompiled = Kernel(source, 0)
+    assert not recompiled.cached
     assert Kernel(source, 0).cached
     (tmp_path / "file").touch()
     monkeypatch.setenv("RANGE_KERNELS_CACHE", str(tmp_path / "file" / "below"))
-    assert not Kernel(source, 0).cached  # nowhere to keep it
+    assert not Kernel(source, 0).cached  # the cache folder cannot be created
 
 
-def test_kernels_follow_pytorchs_stream():
-    """The same result when a slow producer is still running on the current stream."""
+def test_kernels_run_on_the_current_pytorch_stream():
+    """The result is the same if a slow producer is still running on the current stream."""
     case = make_case(1, [(200, 200)]).to("cuda")
     expected = attention(*case.args)
     stream = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""Paged attention on a GPU, prefills and decode steps: `make test-gpu`."""
+"""Paged attention, prefills and decode steps; needs a GPU: `make test-gpu`."""
 
 from itertools import accumulate
 
@@ -10,7 +10,13 @@ from range_kernels.cuda import decode_split_kv, prefill_sm80
 from range_kernels.kv_cache import PAGE_SIZES
 
 from tests.range_kernels.cases import DTYPES
-from tests.range_kernels.gpu_calls import NEEDS_GPU, PATHS, assert_errs_at_most_twice, random_call, runs
+from tests.range_kernels.gpu_calls import (
+    NEEDS_GPU,
+    PATHS,
+    assert_error_at_most_twice_torch,
+    random_call,
+    skip_unless_supported,
+)
 from tests.range_kernels.paging import last_keys, put_in_pages, run_paged
 
 pytestmark = NEEDS_GPU
@@ -20,9 +26,9 @@ pytestmark = NEEDS_GPU
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_paged_attention_errs_at_most_twice_as_much_as_torch(head_dim, dtype, softcap, path):
-    """Decode steps, chunks and whole prompts in one batch, over pages in any order whose free places hold NaN."""
-    runs(path, head_dim)
+def test_paged_attention_error_is_at_most_twice_torch_error(head_dim, dtype, softcap, path):
+    """Decode steps, chunks and whole prompts in one batch; pages in random order, with NaN in unused slots."""
+    skip_unless_supported(path, head_dim)
     generator = np.random.default_rng(head_dim + int(softcap))
     for _ in range(25):
         case = random_call(generator, head_dim, dtype, decoding=True)
@@ -30,17 +36,17 @@ def test_paged_attention_errs_at_most_twice_as_much_as_torch(head_dim, dtype, so
         pages, table = put_in_pages(generator, k, v, cu_k, int(generator.choice(PAGE_SIZES)))
         torch.empty_like(q).fill_(torch.nan)
         out = run_paged(pages, table, q, cu_q, cu_k, key_start, key_stop, softcap=softcap, path=path)
-        assert_errs_at_most_twice(out, case, softcap)
+        assert_error_at_most_twice_torch(out, case, softcap)
         again = run_paged(pages, table, q, cu_q, cu_k, key_start, key_stop, softcap=softcap, path=path)
-        assert torch.equal(out, again)  # splits are joined in one order, and counters are back at zero
+        assert torch.equal(out, again)  # splits are combined in a fixed order, and counters are reset to zero
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("queries", [1, 3, 40])
 def test_new_keys_are_written_before_they_are_read(queries, page_size):
-    """By the decode kernel itself (1 and 3 queries of a group of 4), or before a prefill."""
+    """Written by the decode kernel itself (1 and 3 queries with groups of 4 heads) or before a prefill."""
     generator = np.random.default_rng(page_size + queries)
-    lengths = np.array([queries, 130, 700, 770, 5000])  # of 770, three new keys lie on both sides of an item's border
+    lengths = np.array([queries, 130, 700, 770, 5000])  # with 770, three new keys cross a split boundary
     cu_k = np.concatenate([[0], np.cumsum(lengths)])
     cu_q = np.arange(len(lengths) + 1) * queries
     k, v = (torch.randn(int(cu_k[-1]), 2, 64, device="cuda").bfloat16() for _ in range(2))
@@ -49,7 +55,7 @@ def test_new_keys_are_written_before_they_are_read(queries, page_size):
     last = last_keys(cu_q, cu_k)
     key_start = torch.zeros(len(q), dtype=torch.int32, device="cuda")
     key_stop = torch.from_numpy((last + 1 - np.repeat(cu_k[:-1], queries)).astype(np.int32)).cuda()
-    key_stop[2 * queries : 3 * queries] = 0  # a sequence that sees nothing has keys to write, too
+    key_stop[2 * queries : 3 * queries] = 0  # a sequence without visible keys still writes its new keys
     pages, table = put_in_pages(generator, k, v, cu_k, page_size)
     new = packed[:, 8:10], packed[:, 10:]
     out = run_paged(pages, table, q, cu_q, cu_k, key_start, key_stop, new=new)
@@ -63,7 +69,7 @@ def test_new_keys_are_written_before_they_are_read(queries, page_size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_paged_attention_by_the_plain_kernel(dtype):
+def test_plain_paged_attention_equals_plain_packed_attention(dtype):
     generator = np.random.default_rng(5)
     for _ in range(10):
         case = random_call(generator, 72, dtype, decoding=True)
@@ -73,8 +79,8 @@ def test_paged_attention_by_the_plain_kernel(dtype):
         assert torch.equal(out, attention(q, k, v, cu_q, cu_k, key_start=key_start, key_stop=key_stop, path="plain"))
 
 
-def test_decode_does_not_hide_nan():
-    """In a sequence of one item, and in one that is split: a query, and a key in one of the parts."""
+def test_decode_shows_nan_in_the_affected_sequence_only():
+    """NaN in a query of a sequence with one split and with several, and in a key and a value of one split."""
     lengths = [40, 5000, 5000]
     cu_k = [0, *accumulate(lengths)]
     q, k, v = (
@@ -96,8 +102,8 @@ def test_decode_does_not_hide_nan():
     ("head_dim", "room", "shape", "stages"),
     [(96, 99 << 10, (128, 2), 3), (128, 99 << 10, (64, 2), 2), (256, 163 << 10, (64, 1), 2)],
 )
-def test_gpus_with_less_shared_memory(head_dim, room, shape, stages, monkeypatch):
-    """The shapes that a GeForce and an A100 take, on this GPU."""
+def test_shapes_for_less_shared_memory_err_at_most_twice_as_torch(head_dim, room, shape, stages, monkeypatch):
+    """Runs the tile shapes of a GeForce and an A100 on this GPU."""
     for module in (prefill_sm80, decode_split_kv):
         monkeypatch.setattr(module, "max_smem_per_block", lambda device: room)
     assert prefill_sm80.choose_shape(head_dim, room) == prefill_sm80.Shape(*shape)
@@ -111,4 +117,4 @@ def test_gpus_with_less_shared_memory(head_dim, room, shape, stages, monkeypatch
             attention(*case[:5], key_start=key_start, key_stop=key_stop, path="tensor-core"),
             run_paged(pages, table, q, cu_q, cu_k, key_start, key_stop, path="tensor-core"),
         ):
-            assert_errs_at_most_twice(out, case)
+            assert_error_at_most_twice_torch(out, case)

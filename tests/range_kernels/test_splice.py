@@ -1,4 +1,4 @@
-"""CPU splice against the oracle; what it refuses."""
+"""CPU splice against the reference, and the arguments it refuses."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from range_kernels import SplicePlan, splice
-from range_kernels.reference import splice as oracle
+from range_kernels.reference import splice as reference_splice
 
 from tests.range_kernels.cases import DTYPES
 
@@ -26,9 +26,11 @@ def prompts(draw):
 
 @settings(deadline=None)
 @given(prompts(), st.sampled_from([1.0, 4.0]))
-def test_matches_the_oracle_whole_and_in_chunks(prompt, scale):
+def test_matches_the_reference_whole_and_in_chunks(prompt, scale):
     ids, table, items, ranges, (begin, end) = prompt
-    expected = oracle(ids.numpy(), table.float().numpy(), [item.float().numpy() for item in items], ranges, scale=scale)
+    expected = reference_splice(
+        ids.numpy(), table.float().numpy(), [item.float().numpy() for item in items], ranges, scale=scale
+    )
     assert np.array_equal(splice(ids, table, items, ranges, scale=scale).float().numpy(), expected)
     chunk = splice(ids[begin:end], table, items, ranges, offset=begin, scale=scale)
     assert np.array_equal(chunk.float().numpy(), expected[begin:end])
@@ -60,7 +62,7 @@ def test_items_of_another_dtype_are_cast():
         (([[0, 1]], torch.zeros(5, 4), [], []), "one packed"),
     ],
 )
-def test_bad_arguments_are_named(arguments, words):
+def test_invalid_arguments_are_refused_by_name(arguments, words):
     with pytest.raises(ValueError, match=words):
         splice(*arguments)
 
@@ -75,16 +77,16 @@ def test_bad_arguments_are_named(arguments, words):
         (torch.tensor([True, False]), "token ids are integers"),
     ],
 )
-def test_ids_that_would_read_elsewhere(ids, words):
+def test_ids_outside_the_table_or_not_integers_are_refused(ids, words):
     with pytest.raises(ValueError, match=words):
         splice(ids, torch.randn(5, 4), [torch.zeros(0, 4)][:0], [])
 
 
-def test_a_plan_is_what_its_items_and_ranges_are():
+def test_plan_equals_its_items_and_ranges_and_refuses_others():
     table, item = torch.randn(5, 4), torch.ones(2, 4)
     plan = SplicePlan([item], [(4, 6)], table, 3, offset=3)
     assert torch.equal(splice([1, 2, 3], table, plan=plan), splice([1, 2, 3], table, [item], [(4, 6)], offset=3))
-    item.fill_(7.0)  # rows are read at the call
+    item.fill_(7.0)  # rows are read when splice is called
     assert (splice([1, 2, 3], table, plan=plan)[1:] == 7.0).all()
     with pytest.raises(ValueError, match="leave them out"):
         splice([1, 2, 3], table, [item], [(4, 6)], plan=plan)

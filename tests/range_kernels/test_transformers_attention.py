@@ -1,4 +1,4 @@
-"""`attn_implementation="range_kernels"` in Transformers' own models: the same logits and tokens as with its dense masks."""
+"""`attn_implementation="range_kernels"` in Transformers models: same logits and tokens as with their dense masks."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ register_with_transformers()
 TEXT = [name for name in FAMILIES if name not in WITH_IMAGES and not name.startswith("internlm3")]
 
 
-def both(path, kind="AutoModelForCausalLM", theirs="sdpa", **options):
+def load_both(path, kind="AutoModelForCausalLM", theirs="sdpa", **options):
     load = getattr(transformers, kind).from_pretrained
     return [load(path, attn_implementation=name, **options).eval() for name in ("range_kernels", theirs)]
 
 
-def close(mine, theirs):
+def assert_close(mine, theirs):
     error = (mine.double() - theirs.double()).norm() / theirs.double().norm()
     assert error < 2e-5, f"relative difference {error:.2e}"
 
 
 @pytest.mark.parametrize("name", TEXT)
 @torch.no_grad()
-def test_every_decoder(name, tmp_path):
+def test_decoder_logits_and_tokens_equal_dense_masks(name, tmp_path):
     """Plain, left-padded and right-padded batches; greedy tokens with a growing cache."""
-    ours, theirs = both(save(name, tmp_path).path, theirs="eager" if name.startswith("gemma2") else "sdpa")
+    ours, theirs = load_both(save(name, tmp_path).path, theirs="eager" if name.startswith("gemma2") else "sdpa")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 97, (2, 40), generator=generator)
-    close(ours(ids).logits, theirs(ids).logits)
+    assert_close(ours(ids).logits, theirs(ids).logits)
     for padded in (slice(0, 7), slice(33, 40)):
         mask = torch.ones_like(ids)
         mask[0, padded] = 0
         seen = mask.bool()
-        close(ours(ids, attention_mask=mask).logits[seen], theirs(ids, attention_mask=mask).logits[seen])
+        assert_close(ours(ids, attention_mask=mask).logits[seen], theirs(ids, attention_mask=mask).logits[seen])
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask, "pad_token_id": 0}
@@ -56,14 +56,14 @@ def test_every_decoder(name, tmp_path):
 
 @pytest.mark.parametrize("name", VLMS)
 @torch.no_grad()
-def test_every_vision_language_model(name, small_vlm, own_processor, images):
-    """Gemma 3's and PaliGemma's images, whose tokens see each other both ways, among them; vision towers run it as well."""
+def test_vision_language_logits_and_tokens_equal_dense_masks(name, small_vlm, own_processor, images):
+    """Includes Gemma 3 and PaliGemma, whose image tokens attend bidirectionally; vision towers use it as well."""
     vlm, model = VLMS[name], small_vlm(name)
-    ours, theirs = both(model.path, model.config.architectures[0])
+    ours, theirs = load_both(model.path, model.config.architectures[0])
     text = (vlm.marker or vlm.token) * 2 + "What is shown?"
     inputs = own_processor(model, vlm)(text=[text], images=[images], return_tensors="pt")
     inputs.pop("labels", None)
-    close(ours(**inputs).logits, theirs(**inputs).logits)
+    assert_close(ours(**inputs).logits, theirs(**inputs).logits)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(**inputs, **options), theirs.generate(**inputs, **options))
 
@@ -87,7 +87,7 @@ def dense(key_start, key_stop, keys):
     ("queries", "keys", "q_offset", "kv_offset"), [(20, 20, 0, 0), (4, 20, 16, 0), (1, 9, 19, 11), (7, 20, 5, 0)]
 )
 @pytest.mark.parametrize("padded", [False, True])
-def test_intervals_are_the_dense_mask(function, queries, keys, q_offset, kv_offset, padded):
+def test_intervals_equal_the_dense_mask(function, queries, keys, q_offset, kv_offset, padded):
     padding = torch.ones(2, 20, dtype=torch.bool)
     padding[0, :4] = not padded
     common = {
@@ -102,25 +102,25 @@ def test_intervals_are_the_dense_mask(function, queries, keys, q_offset, kv_offs
     assert torch.equal(found & ~blind[..., None], expected & ~blind[..., None])
 
 
-def test_plain_causal_needs_no_mask():
+def test_plain_causal_attention_has_no_mask():
     assert interval_mask(2, 8, 8) is None
     assert interval_mask(2, 1, 8, q_offset=7) is None
-    assert interval_mask(2, 8, 12) is not None  # a static cache longer than what is there
+    assert interval_mask(2, 8, 12) is not None  # a static cache with more slots than tokens
 
 
-def test_one_hidden_key_in_the_middle_is_refused_in_a_decode_step():
+def test_decode_step_with_a_gap_in_its_keys_is_refused():
     padding = torch.ones(1, 2048, dtype=torch.bool)
     padding[0, 700] = False
     with pytest.raises(ValueError, match="are not one interval"):
         interval_mask(1, 1, 2048, q_offset=2047, attention_mask=padding)
 
 
-def test_what_is_no_interval_is_refused():
+def test_masks_that_are_not_intervals_are_refused():
     with pytest.raises(ValueError, match="are not one interval"):
         interval_mask(1, 30, 30, mask_function=lambda b, h, q, k: (k <= q) & ((k % 2 == 0) | (k == q)))
 
 
-def test_what_it_cannot_do_is_named():
+def test_unsupported_arguments_are_refused_by_name():
     module = torch.nn.Module()
     q = torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match=r"dropout=0.1"):

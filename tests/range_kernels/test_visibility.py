@@ -39,12 +39,12 @@ def test_intervals_equal_the_dense_mask(sequence, rule):
         ([(2, 2)], "start < stop"),
     ],
 )
-def test_bad_spans_are_named(spans, words):
+def test_invalid_spans_are_refused_by_name(spans, words):
     with pytest.raises(ValueError, match=words.replace("[", r"\[").replace(")", r"\)")):
         visible_keys(10, spans)
 
 
 @pytest.mark.parametrize("arguments", [{"window": 0}, {"first": 11}, {"first": -1}, {"window_rule": "both"}])
-def test_bad_numbers_are_refused(arguments):
+def test_invalid_numbers_are_refused_by_name(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         visible_keys(10, **arguments)

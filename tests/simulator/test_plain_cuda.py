@@ -1,4 +1,4 @@
-"""The CUDA kernels made of plain Numba, run in Numba's simulator: `NUMBA_ENABLE_CUDASIM=1 pytest tests/simulator`."""
+"""CUDA kernels written in plain Numba, run in Numba's simulator: `NUMBA_ENABLE_CUDASIM=1 pytest tests/simulator`."""
 
 import numpy as np
 import pytest
@@ -12,11 +12,11 @@ if not config.ENABLE_CUDASIM:
 
 from range_kernels.clipping import clip_items
 from range_kernels.cuda import prefill_simt, splice
-from range_kernels.reference import splice as splice_oracle
+from range_kernels.reference import splice as reference_splice
 
 from tests.range_kernels.cases import DTYPES, assert_close, make_case
 
-CASES = {  # few queries: the simulator runs a Python thread for each of a block's 128
+CASES = {  # few queries: the simulator runs a Python thread per CUDA thread, 128 per block
     "two sequences": {"lengths": [(2, 2), (1, 140)], "heads": (2, 1)},
     "spans and window": {"lengths": [(5, 9)], "spans": [[(3, 6), (7, 8)]], "window": 4},
     "union window": {"lengths": [(4, 9)], "spans": [[(3, 8)]], "window": 2, "window_rule": "union"},
@@ -27,7 +27,7 @@ CASES = {  # few queries: the simulator runs a Python thread for each of a block
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_matches_the_oracle(name, dtype):
+def test_attention_matches_the_float64_reference(name, dtype):
     case = make_case(0, **{"heads": (1, 1), "head_dim": 16, "dtype": dtype, **CASES[name]})
     out = torch.full_like(case.q, torch.nan)
     lengths = [np.array(x, np.int32) for x in (case.cu_seqlens_q, case.cu_seqlens_k)]
@@ -37,7 +37,7 @@ def test_attention_matches_the_oracle(name, dtype):
     assert_close(out, case)
 
 
-def test_a_query_that_sees_nothing_gets_zeros():
+def test_query_without_visible_keys_returns_zeros():
     case = make_case(1, [(4, 4)], head_dim=8)
     case.key_stop[2] = 0
     out = torch.full_like(case.q, torch.nan)
@@ -48,7 +48,7 @@ def test_a_query_that_sees_nothing_gets_zeros():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [3, 8, 130])
-def test_splice_matches_the_oracle(dtype, hidden):
+def test_splice_matches_the_reference(dtype, hidden):
     table = torch.randn(9, hidden).to(dtype)
     items, ranges = [torch.randn(3, hidden).to(dtype), torch.randn(2, hidden).to(dtype)], [(1, 4), (6, 8)]
     ids = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8], dtype=torch.int64)
@@ -56,7 +56,7 @@ def test_splice_matches_the_oracle(dtype, hidden):
         clipped = clip_items(items, ranges, table, begin, end)
         out = torch.full((end - begin, hidden), torch.nan, dtype=dtype)
         splice.launch(ids[begin:end], table, clipped, out, 2.0)
-        expected = splice_oracle(
+        expected = reference_splice(
             ids[begin:end].numpy(),
             table.float().numpy(),
             [item.float().numpy() for item in items],
@@ -67,7 +67,7 @@ def test_splice_matches_the_oracle(dtype, hidden):
         assert np.array_equal(out.float().numpy(), expected)
 
 
-def test_a_view_that_begins_between_words():
+def test_splice_reads_unaligned_views():
     table = torch.randn(4 * 5 + 1)[1:].view(5, 4)
     item = torch.randn(4 + 1)[1:].view(1, 4)
     clipped = clip_items([item], [(0, 1)], table, 0, 2)
@@ -76,7 +76,7 @@ def test_a_view_that_begins_between_words():
     assert torch.equal(out, torch.stack([item[0], table[3]]))
 
 
-def test_an_id_outside_the_table_shows_as_nan():
+def test_id_outside_the_table_gives_nan():
     table = torch.randn(5, 4)
     out = torch.zeros(2, 4)
     splice.launch(torch.tensor([1, 7], dtype=torch.int32), table, [], out, 1.0)

@@ -1,4 +1,4 @@
-"""A real HTTP server over a folder, which answers range requests, or misbehaves as told."""
+"""A real HTTP server for a folder that answers range requests, or fails as configured."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def serve(folder: Path, *, ranges: bool = True, fail_first: int = 0, cut: int | 
 
     Args:
         ranges: False answers every request with the whole file, as a plain server does.
-        fail_first: so many requests are answered 503 before the server works.
-        cut: bodies end after so many bytes.
+        fail_first: number of requests answered with status 503 before the server works.
+        cut: number of bytes after which a response body is cut off.
     """
     log = {"bytes": {}, "requests": 0, "failures": fail_first}
 

@@ -1,4 +1,4 @@
-"""The trained model reads real handwriting it never saw, in every engine; its images and questions are what they say."""
+"""The trained model reads held-out real handwriting in every engine; scenes and the data split are correct."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ def test_sample_images_are_read_by_every_engine(question, names, wanted, cards, 
     assert {kind: answer(cards, engine, prompt) for kind, engine in engines.items()} == dict.fromkeys(engines, wanted)
 
 
-def test_the_engine_with_vision_inside_reads_them_too(cards, tower):
+def test_multimodal_engine_reads_a_sample_image(cards, tower):
     engine = workbench.open_engine("transformers-multimodal", cards)
     prompt = build_multimodal(cards, QUESTIONS["digit"].text, [IMAGES / "blue_7.png"], tower=tower)
     assert answer(cards, engine, prompt) == "7"
 
 
-def test_the_numba_engine_computes_what_transformers_does(cards, tower, engines):
+def test_numba_engine_matches_transformers(cards, tower, engines):
     prompt = build_prompt(cards, QUESTIONS["order"].text, [IMAGES / "blue_7.png", IMAGES / "green_5.png"], tower=tower)
     assert workbench.check_engine(engines["numba"], prompt).verdict in ("same", "noise")
     swapped = prompt.replace(input_embeddings=prompt.input_embeddings[::-1])
     assert answer(cards, engines["numba"], swapped) == "green 5, blue 7"
 
 
-def test_held_out_handwriting_is_read(cards, tower, engines):
-    """Thirty fresh scenes a kind of the three that the model is for; the recorded run has 360 of each."""
+def test_held_out_handwriting_is_read_in_26_of_30_scenes(cards, tower, engines):
+    """Thirty new scenes for each of the model's three main questions; the recorded run has 360 of each."""
     generator = np.random.default_rng(99)
     for kind in ("digit", "colour", "order"):
         posed = [QUESTIONS[kind].pose(generator, split(held_out=True)) for _ in range(30)]
@@ -83,18 +83,18 @@ def test_held_out_handwriting_is_read(cards, tower, engines):
         ]
         with ThreadPoolExecutor(len(prompts)) as pool:  # the engine runs them in one batch
             answers = list(pool.map(lambda prompt: answer(cards, engines["numba"], prompt), prompts))
-        right = sum(said == wanted for said, (_, wanted) in zip(answers, posed, strict=True))
+        right = sum(given == wanted for given, (_, wanted) in zip(answers, posed, strict=True))
         assert right >= 26, f"{kind}: {right} of 30"
 
 
-def test_the_recorded_run_meets_the_bar():
+def test_recorded_accuracy_is_at_least_95_percent():
     record = json.loads((data_folder("data/digit_cards") / "evaluation.json").read_text())
     shares = {kind: record["right"][kind] / record["questions"] for kind in QUESTIONS}
     assert min(shares.values()) >= 0.95, shares
     assert sum(map(sum, record["confusion"])) == record["questions"]
 
 
-def test_the_split_keeps_handwriting_apart():
+def test_training_and_held_out_handwriting_are_disjoint():
     training, held_out = set(split(False).tolist()), set(split(True).tolist())
     assert not training & held_out
     assert len(training | held_out) == 1797
@@ -104,7 +104,7 @@ def test_the_split_keeps_handwriting_apart():
         assert {card.index for card in scene.cards} <= held_out
 
 
-def test_a_scene_always_gives_the_same_image():
+def test_rendering_a_scene_is_deterministic():
     scene = draw_scene(np.random.default_rng(3), split(True), 3)
     first, again = render(scene), render(scene)
     assert first.size == (SIZE, SIZE)
@@ -112,7 +112,7 @@ def test_a_scene_always_gives_the_same_image():
     assert [card.centre[0] for card in scene.cards] == sorted(card.centre[0] for card in scene.cards)
 
 
-def test_both_flows_answer_alike_and_say_what_they_cost(cards):
+def test_both_pipelines_give_equal_answers_and_report_their_cost(cards):
     two, one = compare_pipelines(cards, QUESTIONS["order"].text, [IMAGES / "blue_7.png", IMAGES / "green_5.png"])
     assert two.answer == one.answer == "blue 7, green 5"
     assert two.features_seconds > 0

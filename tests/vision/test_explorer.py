@@ -1,4 +1,4 @@
-"""The whole explorer without a browser: what it shows follows the ranges, errors appear in it, nothing old is shown as new."""
+"""The whole explorer without a browser: it follows the ranges, shows errors, and never shows outdated values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def explorer():
     return explorer
 
 
-def test_it_follows_the_ranges(explorer):
+def test_all_views_follow_the_ranges(explorer):
     home = [list(pair) for pair in explorer.prompt.embedding_ranges]
     assert explorer.answer() == explorer.answer("reference") == "blue 7, green 5"
     assert explorer.comparison.verdict == "noise"
@@ -50,7 +50,7 @@ def test_it_follows_the_ranges(explorer):
         b"",
         b"",
         "",
-    )  # nothing old stands for these ranges
+    )  # no outdated values are shown
     assert "do not run" in explorer.map.message
     with pytest.raises(RuntimeError, match="no answer of 'engine' to these ranges yet"):
         explorer.answer()
@@ -78,7 +78,7 @@ def test_it_follows_the_ranges(explorer):
     assert explorer.wait()
 
 
-def test_colours_that_are_not_there_yet_are_computed(explorer):
+def test_missing_metrics_are_computed_when_selected(explorer):
     explorer.map.metric = "lens"
     assert explorer.wait()
     assert explorer.map.words[-1][-1] == "blue"
@@ -93,7 +93,7 @@ def test_colours_that_are_not_there_yet_are_computed(explorer):
     explorer.map.metric = "change"
 
 
-def test_another_question(explorer):
+def test_new_question_rebuilds_the_prompt(explorer):
     explorer.question.value = QUESTIONS["order"].text + " Please."
     assert explorer.wait()
     assert len(explorer.map.tokens) == len(explorer.prompt)
@@ -102,13 +102,13 @@ def test_another_question(explorer):
     assert explorer.wait()
 
 
-def test_without_a_browser_it_is_a_image(explorer):
+def test_mime_bundle_contains_an_image(explorer):
     data, _ = explorer._repr_mimebundle_()
     assert data["image/png"]
     assert explorer.figure().axes
 
 
-def test_messages_prompts_and_text(explorer):
+def test_messages_prompts_and_text_are_accepted_and_bad_input_refused(explorer):
     model = explorer.engine.model
     content = [{"type": "image", "image": str(CARDS[0])}, {"type": "text", "text": QUESTIONS["digit"].text}]
     asked = workbench.explore(model, [{"role": "user", "content": content}], engine=explorer.engine, judge=False)
@@ -147,7 +147,7 @@ def test_messages_prompts_and_text(explorer):
         workbench.explore(model, "no/such/image.png", "What?", engine=explorer.engine)
 
 
-def test_an_engine_that_fails_says_so_in_the_view(explorer):
+def test_engine_error_is_shown_in_the_view(explorer):
     class Failing(type(explorer.engine)):
         def __init__(self, inner):
             self.__dict__ = dict(inner.__dict__)
@@ -166,7 +166,7 @@ def test_an_engine_that_fails_says_so_in_the_view(explorer):
     assert "Ranges moved" in failing.status.value
 
 
-def test_a_prompt_of_random_rows_has_no_images(explorer):
+def test_rows_without_an_image_are_shown_in_one_line(explorer):
     prompt = Prompt(range(3, 23), [torch.randn(4, 576)], [(2, 6)])
     shown = workbench.explore(explorer.engine.model, prompt, engine=explorer.engine, judge=False)
     assert shown.wait()

@@ -1,4 +1,4 @@
-"""The store gives back what the tower made, for exactly the same image and tower, whoever else uses it and whatever dies."""
+"""The feature store returns the tower's features for the same image and tower only, despite killed writers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tower():
 
 
 def counted(tower, monkeypatch):
-    """How often the tower runs."""
+    """A list that grows by one entry whenever the tower runs."""
     runs = []
     original = type(tower).run
     monkeypatch.setattr(type(tower), "run", lambda self, processed: runs.append(1) or original(self, processed))
@@ -34,7 +34,7 @@ def counted(tower, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "memory"])
-def test_a_hit_skips_the_tower_and_gives_the_same(kind, tower, shown, tmp_path, monkeypatch):
+def test_hit_skips_the_tower_and_returns_equal_features(kind, tower, shown, tmp_path, monkeypatch):
     url = {"folder": str(tmp_path), "file": f"file://{tmp_path}/x", "memory": f"memory://{uuid.uuid4()}"}[kind]
     runs, store = counted(tower, monkeypatch), FeatureStore(url)
     first = store.features(tower, shown)
@@ -56,7 +56,7 @@ def test_only_missing_images_are_computed(tower, shown, tmp_path, monkeypatch):
     assert (store.stats.hits, store.stats.misses) == (1, 2)
 
 
-def test_every_part_of_the_key_counts(tower, shown, tmp_path, small_vlm):
+def test_key_depends_on_image_dtype_tower_and_settings(tower, shown, tmp_path, small_vlm):
     store = FeatureStore(tmp_path)
     (key,) = store.keys(tower, shown[:1])
     image = Image.open(shown[0])
@@ -73,7 +73,7 @@ def test_every_part_of_the_key_counts(tower, shown, tmp_path, small_vlm):
     assert store.keys(tower, shown[:1]) == [key]
 
 
-def test_deepstack_and_tiles_are_kept(small_vlm, images, tmp_path):
+def test_deepstack_and_tiles_round_trip(small_vlm, images, tmp_path):
     for name in ("qwen3_vl", "idefics3"):
         own = load_vision_tower(small_vlm(name))
         store = FeatureStore(tmp_path)
@@ -85,7 +85,7 @@ def test_deepstack_and_tiles_are_kept(small_vlm, images, tmp_path):
             assert a.deepstack is None or torch.equal(a.deepstack, b.deepstack)
 
 
-def test_onevision_knows_a_image_in_company(small_vlm, images, tmp_path):
+def test_onevision_stores_single_and_multi_image_features_separately(small_vlm, images, tmp_path):
     own, store = load_vision_tower(small_vlm("llava_onevision")), FeatureStore(tmp_path)
     alone = store.features(own, images[:1])[0].rows
     together = store.features(own, images)
@@ -94,7 +94,7 @@ def test_onevision_knows_a_image_in_company(small_vlm, images, tmp_path):
         assert torch.equal(kept.rows, made.rows)
 
 
-def test_damaged_entries_are_computed_anew(tower, shown, tmp_path):
+def test_damaged_entries_are_recomputed(tower, shown, tmp_path):
     store = FeatureStore(tmp_path)
     (made,) = store.features(tower, shown[:1])
     (path,) = tmp_path.glob("*/*.safetensors")
@@ -105,7 +105,7 @@ def test_damaged_entries_are_computed_anew(tower, shown, tmp_path):
     assert store.get(path.stem) is not None
 
 
-def test_eviction_drops_what_was_used_longest_ago(tower, shown, tmp_path):
+def test_eviction_drops_the_least_recently_used_entries(tower, shown, tmp_path):
     images = [Image.new("RGB", (8, 8), (number * 20, 0, 0)) for number in range(8)]
     size = 49 * 576 * 4
     store = FeatureStore(tmp_path, max_bytes=5 * (size + 1000))
@@ -114,7 +114,7 @@ def test_eviction_drops_what_was_used_longest_ago(tower, shown, tmp_path):
         store.features(tower, [image])
         os.utime(next(tmp_path.glob(f"*/{store.keys(tower, [image])[0]}*")), (1000 + number, 1000 + number))
         if number == 3:
-            assert store.get(first) is not None  # used: now the youngest
+            assert store.get(first) is not None  # used: now the most recent
     store.evict()
     assert store.bytes <= store.max_bytes
     assert store.get(first) is not None
@@ -137,8 +137,8 @@ while True:
 """
 
 
-def test_a_killed_writer_leaves_whole_entries_or_none(tmp_path):
-    """Writers are killed at random moments; a reader meanwhile and afterwards finds only whole, right entries."""
+def test_killed_writers_leave_no_partial_entries(tmp_path):
+    """Writers are killed at random times; meanwhile and afterwards a reader finds only complete, correct entries."""
     store = FeatureStore(tmp_path)
 
     def whole():
@@ -169,7 +169,7 @@ def test_a_killed_writer_leaves_whole_entries_or_none(tmp_path):
     assert store.stats.damaged == 0
 
 
-def test_left_overs_of_killed_writers_are_swept(tower, shown, tmp_path):
+def test_old_temporary_files_of_killed_writers_are_deleted(tower, shown, tmp_path):
     store = FeatureStore(tmp_path, max_bytes=10**9)
     store.features(tower, shown[:1])
     folder = next(path for path in tmp_path.iterdir() if path.is_dir())
@@ -183,7 +183,7 @@ def test_left_overs_of_killed_writers_are_swept(tower, shown, tmp_path):
     assert len(store) == 1
 
 
-def test_bad_stores_and_images(tower, tmp_path):
+def test_invalid_stores_and_images_are_refused(tower, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(workbench.ModelError, match="cannot be created"):
         FeatureStore(tmp_path / "file")
@@ -195,7 +195,7 @@ def test_bad_stores_and_images(tower, tmp_path):
         content_digest(7)
 
 
-def test_other_peoples_files_are_left_alone(tmp_path):
+def test_eviction_keeps_files_of_other_programs(tmp_path):
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / ".git").mkdir()
     theirs = [tmp_path / "llama" / "model.safetensors", tmp_path / "llama" / ".env"]
@@ -208,7 +208,7 @@ def test_other_peoples_files_are_left_alone(tmp_path):
     assert len(store) == 0
 
 
-def test_palettes_and_orientation_are_part_of_a_image():
+def test_content_digest_depends_on_the_palette():
     first = Image.new("P", (4, 4))
     second = first.copy()
     first.putpalette([0, 0, 0] * 256)
@@ -216,7 +216,7 @@ def test_palettes_and_orientation_are_part_of_a_image():
     assert content_digest(first) != content_digest(second)
 
 
-def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+def test_16_bit_images_are_scaled_to_8_bits(tmp_path):
     eight = Image.linear_gradient("L")
     sixteen = Image.fromarray(np.asarray(eight).astype(np.uint16) * 257)
     shown, wide = (np.asarray(open_image(each)).astype(int) for each in (eight, sixteen))
@@ -244,7 +244,7 @@ def test_postscript_named_png_is_refused_and_not_run(tmp_path, opened_by_caller)
     assert not made.exists()
 
 
-def test_every_decoder_that_is_not_named_is_refused(tmp_path):
+def test_image_formats_outside_the_list_are_refused(tmp_path):
     Image.init()
     image = Image.new("RGB", (8, 8), "red")
     for name in sorted(set(Image.SAVE) - {*FORMATS, "MPO"}):
@@ -258,14 +258,14 @@ def test_every_decoder_that_is_not_named_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_named_formats_open_under_any_file_name(tmp_path, name):
+def test_listed_formats_open_under_any_file_name(tmp_path, name):
     path = tmp_path / "image.dat"
     Image.new("RGB", (8, 8), "red").save(path, name)
     assert open_image(path).size == (8, 8)
     assert open_image(Image.open(path)).size == (8, 8)
 
 
-def test_settings_beside_the_vision_part_are_in_the_key(tower, shown, tmp_path):
+def test_key_depends_on_settings_outside_the_vision_config(tower, shown, tmp_path):
     store, before = FeatureStore(tmp_path), tower.config.vision_feature_layer
     (key,) = store.keys(tower, shown[:1])
     kept = tower.__dict__.pop("fingerprint")

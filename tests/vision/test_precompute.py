@@ -1,4 +1,4 @@
-"""Features ahead of time, from the command line: folders, bad images among good ones, resuming, Ray workers."""
+"""Precomputed features: folders, damaged images, resuming, Ray workers, and the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def album(tmp_path):
-    """Five good images in two folders, a damaged one, one cut short, and a text."""
+    """Five valid images in two folders, a damaged one, a truncated one, and a text file."""
     inner = tmp_path / "album" / "inner"
     inner.mkdir(parents=True)
     for number, path in enumerate(sorted(IMAGES.glob("*_*.png"))[:5]):
@@ -31,7 +31,7 @@ def album(tmp_path):
     return inner.parent
 
 
-def test_a_folder_with_bad_images(album, tmp_path, capsys):
+def test_damaged_images_are_reported_and_the_rest_computed(album, tmp_path, capsys):
     store = tmp_path / "store"
     assert main(["features", str(album), "--store", str(store)]) == 1
     output = capsys.readouterr()
@@ -45,14 +45,14 @@ def test_a_folder_with_bad_images(album, tmp_path, capsys):
     assert torch.equal(kept.rows, tower.features([album / "0.png"])[0].rows)
 
 
-def test_a_run_goes_on_where_it_stopped(album, tmp_path):
+def test_second_run_computes_only_missing_features(album, tmp_path):
     images, store = find_images([album]), str(tmp_path / "store")
     compute_features(images[:2], "digit-cards", store, progress=False)
     report = compute_features(images, "digit-cards", store, progress=False)
     assert (report.computed, report.found, len(report.failed)) == (3, 2, 2)
 
 
-def test_ray_workers_do_the_same(album, tmp_path):
+def test_ray_workers_store_the_same_features(album, tmp_path):
     pytest.importorskip("ray")
     here, there = str(tmp_path / "here"), str(tmp_path / "there")
     alone = compute_features(find_images([album]), "digit-cards", here, progress=False)
@@ -62,14 +62,14 @@ def test_ray_workers_do_the_same(album, tmp_path):
     assert names[0] == names[1]
 
 
-def test_names_that_are_nothing(tmp_path, capsys):
+def test_missing_paths_and_empty_folders_are_refused(tmp_path, capsys):
     assert main(["features", str(tmp_path / "none"), "--store", str(tmp_path / "s")]) == 2
     assert "is neither an image nor a folder" in capsys.readouterr().err
     assert main(["features", str(tmp_path), "--store", str(tmp_path / "s")]) == 2
     assert "no images (.png" in capsys.readouterr().err
 
 
-def test_a_decompression_bomb_is_one_failure(tmp_path):
+def test_decompression_bombs_are_reported_as_failures(tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     Image.new("1", (9_000, 9_000)).save(tmp_path / "large.png")
     report = compute_features(find_images([tmp_path]), "digit-cards", str(tmp_path / "s"), progress=False)

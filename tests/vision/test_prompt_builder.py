@@ -22,7 +22,7 @@ def whole_model(model):
 
 
 def forward(network, **inputs):
-    """Logits `[seq, vocab]` and hidden state 0 `[seq, hidden]` of Transformers' own way."""
+    """Logits `[seq, vocab]` and hidden state 0 `[seq, hidden]` of Transformers' own forward pass."""
     seen = {}
     decoder = network.get_decoder()
     hook = decoder.layers[0].register_forward_pre_hook(
@@ -34,14 +34,14 @@ def forward(network, **inputs):
     return logits, seen["state"][0]
 
 
-def close(mine, theirs):
+def assert_close(mine, theirs):
     error = (mine.double() - theirs.double()).norm() / theirs.double().norm()
     assert error < 1e-5, f"relative difference {error:.2e}"
 
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", VLMS)
-def test_prompt_equals_transformers_own_way(name, count, small_vlm, own_processor, images):
+def test_built_prompt_gives_the_same_logits_as_pixel_values(name, count, small_vlm, own_processor, images):
     vlm, model, shown = VLMS[name], small_vlm(name), images[:count]
     prompt = build_prompt(model, "What is shown?", shown)
     text = (vlm.marker or vlm.token) * count + "What is shown?"
@@ -50,13 +50,13 @@ def test_prompt_equals_transformers_own_way(name, count, small_vlm, own_processo
     inputs.pop("labels", None)
     logits, state = forward(whole_model(model), **inputs)
     trace = workbench.open_engine("transformers", model).trace(prompt, ("embed", "logits"))
-    close(trace["embed"], state)
-    close(trace["logits"], logits)
+    assert_close(trace["embed"], state)
+    assert_close(trace["logits"], logits)
 
 
 @pytest.mark.parametrize("name", VLMS)
-def test_a_shift_by_one_is_seen(name, small_vlm, images):
-    """The comparison above can fail: moving the ranges by one changes the logits far beyond its limit."""
+def test_ranges_shifted_by_one_change_the_logits(name, small_vlm, images):
+    """The test above can fail: moving the ranges by one changes the logits far beyond its limit."""
     model = small_vlm(name)
     prompt = build_prompt(model, "What is shown?", images[:1])
     moved = [(start + 1, stop + 1) for start, stop in prompt.embedding_ranges]
@@ -68,7 +68,7 @@ def test_a_shift_by_one_is_seen(name, small_vlm, images):
 
 
 @pytest.mark.parametrize("name", VLMS)
-def test_generation_equals_transformers(name, small_vlm, own_processor, images):
+def test_generated_tokens_equal_transformers(name, small_vlm, own_processor, images):
     vlm, model = VLMS[name], small_vlm(name)
     text = (vlm.marker or vlm.token) + "What is shown?"
     inputs = own_processor(model, vlm)(text=[text], images=[images[:1]], return_tensors="pt")
@@ -76,21 +76,21 @@ def test_generation_equals_transformers(name, small_vlm, own_processor, images):
     wanted = whole_model(model).generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     engine = workbench.open_engine("transformers", model)
     config = workbench.GenerationConfig(max_new_tokens=6, ignore_eos=True)
-    said = engine.generate(build_prompt(model, "What is shown?", images[:1]), config).token_ids
-    assert said == wanted[0, -6:].tolist()
+    tokens = engine.generate(build_prompt(model, "What is shown?", images[:1]), config).token_ids
+    assert tokens == wanted[0, -6:].tolist()
 
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", VLMS)
-def test_one_engine_says_what_two_say(name, count, small_vlm, images):
-    """Vision inside the engine, or tower first and embeddings then: the same states and the same tokens."""
+def test_multimodal_engine_equals_tower_and_embeddings(name, count, small_vlm, images):
+    """Vision inside the engine gives the same states and tokens as a separate tower and embedding injection."""
     model, shown = small_vlm(name), images[:count]
     one, two = workbench.open_engine("transformers-multimodal", model), workbench.open_engine("transformers", model)
     whole, spliced = build_multimodal(model, "What is shown?", shown), build_prompt(model, "What is shown?", shown)
     assert whole.input_ids == spliced.input_ids
     traces = [engine.trace(prompt) for engine, prompt in ((one, whole), (two, spliced))]
     for tap in traces[0]:
-        close(traces[0][tap], traces[1][tap])
+        assert_close(traces[0][tap], traces[1][tap])
     config = workbench.GenerationConfig(max_new_tokens=5, ignore_eos=True)
     assert one.generate(whole, config).token_ids == two.generate(spliced, config).token_ids
 
@@ -113,22 +113,22 @@ def test_each_engine_refuses_the_others_input(small_vlm, images):
     with pytest.raises(workbench.ModelError, match="no vision or audio part"):
         workbench.open_engine("transformers-multimodal", workbench.load_model("smollm2-135m"))
     config = workbench.GenerationConfig(max_new_tokens=2)
-    said = [
+    tokens = [
         token
         for out in one.stream_infer(1, whole.input_ids, multimodal=whole.multimodal, gen_config=config)
         for token in out.token_ids
     ]
-    assert said == two.generate(spliced, config).token_ids
+    assert tokens == two.generate(spliced, config).token_ids
 
 
 @pytest.mark.parametrize("name", VLMS)
-def test_tower_equals_the_full_model(name, small_vlm, images):
+def test_tower_features_equal_the_full_model(name, small_vlm, images):
     tower = load_vision_tower(small_vlm(name))
     assert tower.check_parity(images) == 0.0
 
 
-def test_sound_from_a_wav_file(small_vlm, own_processor, tmp_path):
-    """Qwen2-Audio: two sounds of different lengths, from files, against Transformers' forward with `input_features`."""
+def test_audio_prompt_from_wav_files_equals_transformers(small_vlm, own_processor, tmp_path):
+    """Qwen2-Audio: two audio files of different lengths against Transformers' forward with `input_features`."""
     model, rate = small_vlm("qwen2_audio"), 16000
     waves = []
     for number, seconds in enumerate((0.9, 0.4)):
@@ -150,19 +150,19 @@ def test_sound_from_a_wav_file(small_vlm, own_processor, tmp_path):
     assert list(prompt.input_ids) == inputs["input_ids"][0].tolist()
     logits, state = forward(whole_model(model), **inputs)
     trace = workbench.open_engine("transformers", model).trace(prompt, ("embed", "logits"))
-    close(trace["embed"], state)
-    close(trace["logits"], logits)
+    assert_close(trace["embed"], state)
+    assert_close(trace["logits"], logits)
     assert [span.modality for span in prompt.spans] == ["audio", "audio"]
 
 
-def test_a_marker_that_a_user_types_is_no_place_for_a_image(small_vlm, images):
+def test_image_marker_in_user_text_is_refused(small_vlm, images):
     model = small_vlm("llava")
     features = load_vision_tower(model).features(images[:1])
     with pytest.raises(workbench.PromptError, match="contains '<image>' in a text, which marks the positions"):
         build_prompt(model, "What <image> is", features=features)
 
 
-def test_places_features_and_modalities_must_agree(small_vlm, images):
+def test_content_parts_must_match_images_and_modalities(small_vlm, images):
     model = small_vlm("llava")
     features = load_vision_tower(model).features(images[:1])
     places = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
@@ -179,7 +179,7 @@ def test_places_features_and_modalities_must_agree(small_vlm, images):
             build_prompt(model, messages, given)
 
 
-def test_a_sound_that_is_too_long_is_refused_and_not_cut(small_vlm):
-    tower = load_vision_tower(small_vlm("qwen2_audio"))  # hears one second
+def test_too_long_audio_is_refused(small_vlm):
+    tower = load_vision_tower(small_vlm("qwen2_audio"))  # accepts one second of audio
     with pytest.raises(workbench.PromptError, match="sound 1 lasts 1.5 s but qwen2_audio takes 1 s"):
         tower.features([np.zeros(8000, np.float32), np.zeros(24000, np.float32)])

@@ -1,4 +1,4 @@
-"""Only the vision bytes are read, from folders and over HTTP, sharded or not; damage is named by file and tensor."""
+"""Only the vision bytes are read, from folders and over HTTP, sharded or not; errors name damaged files and tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cards():
 
 @pytest.fixture
 def folder(cards, tmp_path):
-    """digit-cards in a folder that a test may damage: links to what it leaves alone."""
+    """digit-cards in a folder of symbolic links, whose files a test may replace."""
     for path in cards.path.iterdir():
         (tmp_path / path.name).symlink_to(path)
     return tmp_path
@@ -36,7 +36,7 @@ def folder(cards, tmp_path):
 
 @pytest.fixture
 def whole(cards, tmp_path):
-    """One file with every tensor, vision between language."""
+    """digit-cards in a single file, with vision tensors between language tensors."""
     target = tmp_path / "single"
     target.mkdir()
     for path in cards.path.iterdir():
@@ -62,7 +62,7 @@ def test_reads_the_vision_bytes_and_at_most_one_percent_more(cards):
     assert report.peak_bytes < 200e6  # the language weights alone are 538 MB
 
 
-def test_reads_the_same_over_http_and_only_that(cards, shown):
+def test_http_reads_only_the_vision_bytes_and_gives_equal_features(cards, shown):
     with serve(cards.path) as (address, log):
         far = load_vision_tower(address)
     near = load_vision_tower(cards)
@@ -74,16 +74,16 @@ def test_reads_the_same_over_http_and_only_that(cards, shown):
     assert log["requests"] < 30
 
 
-def test_reads_one_file_that_holds_everything(cards, whole, shown):
+def test_single_file_checkpoint_reads_only_the_vision_bytes(cards, whole, shown):
     tower = load_vision_tower(whole)
     assert tower.report.bytes_read <= tower.report.tensor_bytes * 1.02
     assert torch.equal(tower.features(shown)[0].rows, load_vision_tower(cards).features(shown)[0].rows)
     with serve(whole) as (address, log):
         load_vision_tower(address)
-    assert log["bytes"]["model.safetensors"] == tower.report.bytes_read + 1  # the first byte tells the size
+    assert log["bytes"]["model.safetensors"] == tower.report.bytes_read + 1  # one byte is read to learn the size
 
 
-def test_features_equal_the_full_models(cards, shown):
+def test_features_equal_those_of_the_full_model(cards, shown):
     tower = load_vision_tower(cards)
     full = load_full(tower.config, cards.path, torch.float32)
     assert tower.check_parity(shown, full) == 0.0
@@ -92,31 +92,31 @@ def test_features_equal_the_full_models(cards, shown):
     assert tower.check_parity(shown, full) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_an_empty_file_on_a_server_is_no_fault(folder):
+def test_empty_file_on_a_server_is_accepted(folder):
     (folder / "special_tokens_map.json").write_bytes(b"")
     with serve(folder) as (address, _):
         assert load_vision_tower(address).report.tensors == 89
 
 
-def test_unknown_dtypes_and_devices_are_named(cards):
+def test_unknown_dtypes_and_devices_are_refused_by_name(cards):
     with pytest.raises(ValueError, match="dtype='bogus'"):
         load_vision_tower(cards, dtype="bogus")
     with pytest.raises(ModelError, match="device='bogus' is not a device"):
         load_vision_tower(cards, device="bogus")
 
 
-def test_built_in_names_are_known():
+def test_built_in_model_names_are_accepted():
     assert load_vision_tower("digit-cards").report.tensors == 89
     with pytest.raises(ModelError, match="has no vision or audio part"):
         load_vision_tower("smollm2-135m")
 
 
-def test_a_server_that_stumbles_is_asked_again(cards):
+def test_requests_are_repeated_after_status_503(cards):
     with serve(cards.path, fail_first=2) as (address, _):
         assert load_vision_tower(address).report.tensors == 89
 
 
-def test_a_server_without_ranges_is_refused_before_the_body(cards):
+def test_server_without_range_requests_is_refused_before_download(cards):
     with (
         serve(cards.path, ranges=False) as (address, log),
         pytest.raises(ModelError, match="ignores range requests and would send the whole file"),
@@ -125,7 +125,7 @@ def test_a_server_without_ranges_is_refused_before_the_body(cards):
     assert log["bytes"].get("model-00002-of-00002.safetensors", 0) == 0
 
 
-def test_a_server_that_cuts_bodies_short(cards):
+def test_truncated_response_is_refused(cards):
     with (
         serve(cards.path, cut=50_000) as (address, _),
         pytest.raises(ModelError, match=r"tokenizer.json cannot be read: RemoteProtocolError"),
@@ -133,30 +133,30 @@ def test_a_server_that_cuts_bodies_short(cards):
         load_vision_tower(address)
 
 
-def test_no_server():
+def test_unreachable_server_raises_model_error():
     with pytest.raises(
         ModelError, match=r"http://127.0.0.1:9/config.json cannot be read: ConnectError.*Check the network"
     ):
         load_vision_tower("http://127.0.0.1:9")
 
 
-def test_no_such_folder():
+def test_missing_folder_raises_model_error():
     with pytest.raises(ModelError, match="give a folder on this machine, the http"):
         load_vision_tower("/no/such/folder")
 
 
-def test_a_language_model_has_no_tower():
+def test_language_model_without_tower_is_refused():
     with pytest.raises(ModelError, match=r"smollm2-135m' \(llama\) has no vision or audio part"):
         load_vision_tower(workbench.load_model("smollm2-135m"))
 
 
-def test_an_index_that_names_a_missing_shard(folder):
+def test_index_with_a_missing_shard_is_refused(folder):
     (folder / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(ModelError, match=r"index.json names model-00001-of-00002.safetensors, which is missing"):
         load_vision_tower(folder)
 
 
-def test_an_index_that_leaves_the_folder(folder):
+def test_index_with_a_path_outside_the_folder_is_refused(folder):
     index = folder / "model.safetensors.index.json"
     stored = json.loads(index.read_text())
     stored["weight_map"]["vision_tower.embeddings.patch_embedding.bias"] = "../../etc/passwd"
@@ -183,7 +183,7 @@ def test_an_index_that_leaves_the_folder(folder):
         ),
     ],
 )
-def test_damaged_shards_are_named(folder, damage, message):
+def test_damaged_shards_are_refused_by_name(folder, damage, message):
     shard = folder / "model-00001-of-00002.safetensors"
     data = shard.read_bytes()
     shard.unlink()
@@ -192,7 +192,7 @@ def test_damaged_shards_are_named(folder, damage, message):
         load_vision_tower(folder)
 
 
-def test_missing_and_misshapen_tensors_are_named(folder):
+def test_missing_and_misshapen_tensors_are_refused_by_name(folder):
     shard = folder / "model-00001-of-00002.safetensors"
     tensors = load_file(shard)
     shard.unlink()
@@ -214,7 +214,7 @@ def test_missing_and_misshapen_tensors_are_named(folder):
         load_vision_tower(folder)
 
 
-def test_bin_checkpoints_load_without_code_or_not_at_all(small_vlm, tmp_path, images):
+def test_bin_checkpoints_load_as_plain_tensors_or_are_refused(small_vlm, tmp_path, images):
     model = small_vlm("llava")
     for path in model.path.iterdir():
         if "safetensors" not in path.name:
@@ -256,7 +256,7 @@ def remote(small_vlm, tmp_path):
     return tmp_path, tensors
 
 
-def test_remote_code_runs_only_when_asked_for(remote, images):
+def test_remote_code_runs_only_with_trust_remote_code(remote, images):
     folder, tensors = remote
     with pytest.raises(
         ModelError,

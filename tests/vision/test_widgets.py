@@ -27,24 +27,24 @@ def test_ranges_off_by_one_change_the_answer_about_an_image():
     explorer.editor.embedding_ranges = [list(pair) for pair in home]
     explorer.fault.value = "range +1"
     assert explorer.wait()
-    assert explorer.answer() == "blue"  # what an engine does that is off by one
+    assert explorer.answer() == "blue"  # as an engine that is off by one answers
     explorer.close()
 
 
-def test_plans_follow_the_controls():
+def test_packing_panel_follows_its_controls():
     prompts = [
         Prompt([5] * length, [torch.zeros(length // 2, 4)], [(2, 2 + length // 2)], [Span()]) for length in (40, 60, 24)
     ]
-    bench = PackingPanel(prompts, 64)
-    assert bench.wait()
-    assert "image/png" in bench._repr_mimebundle_()[0]
-    assert len(bench.plan.batches) == 2
-    assert "2 batches, 97% full" in bench.status.value
-    before = bench.image.value
-    bench.bidirectional.value, bench.budget.value = True, 16
-    assert bench.wait()
-    assert "exceed a batch of 16" in bench.status.value
-    bench.budget.value = 100
-    assert bench.wait()
-    assert "padding" in bench.status.value
-    assert bench.image.value != before
+    panel = PackingPanel(prompts, 64)
+    assert panel.wait()
+    assert "image/png" in panel._repr_mimebundle_()[0]
+    assert len(panel.plan.batches) == 2
+    assert "2 batches, 97% full" in panel.status.value
+    before = panel.image.value
+    panel.bidirectional.value, panel.budget.value = True, 16
+    assert panel.wait()
+    assert "exceed a batch of 16" in panel.status.value
+    panel.budget.value = 100
+    assert panel.wait()
+    assert "padding" in panel.status.value
+    assert panel.image.value != before

@@ -1,4 +1,4 @@
-"""Small random models of every family that the Numba engine runs, as Transformers writes them."""
+"""Small random models of every family that the Numba engine runs, saved in Transformers' format."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _GEMMA3 = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 24
 
 
 def rope(kind: str, **parameters: Any) -> dict[str, Any]:
-    """Rotation settings."""
+    """RoPE settings."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
 
 
-# name: (configuration class, settings beside BASE)
+# name: (configuration class, settings in addition to BASE)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "llama, yarn": ("LlamaConfig", rope("yarn", factor=4.0, original_max_position_embeddings=64)),
@@ -87,7 +87,7 @@ _WIDTH = {"Qwen2VL": "hidden_size", "Qwen2_5_VL": "out_hidden_size", "Qwen3VL": 
 
 
 def save(name: str, folder: Path, **more: Any) -> workbench.Model:
-    """A random model of a family, its norms and biases random too."""
+    """Save and load a random model of a family; norms and biases are random, too."""
     config_class, changes = FAMILIES[name]
     config = getattr(transformers, config_class)(**{**BASE, **changes, **more})
     torch.manual_seed(0)
@@ -107,7 +107,7 @@ def save(name: str, folder: Path, **more: Any) -> workbench.Model:
 
 
 def internlm2_of(llama: workbench.Model, folder: Path) -> workbench.Model:
-    """The same weights as InternLM2 stores them: a KV head at a time, under other names."""
+    """The same weights in InternLM2's layout: grouped by KV head, under other names."""
     tensors = load_file(llama.path / "model.safetensors")
     settings = json.loads((llama.path / "config.json").read_text())
     kv_heads = settings["num_key_value_heads"]

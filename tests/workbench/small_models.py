@@ -1,4 +1,4 @@
-"""Small random models on disk, for covering architectures."""
+"""Small random Llama models on disk; their variants cover the options of the architecture."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ VARIANTS = {
 
 
 def save_llama(folder: Path, **changes) -> workbench.Model:
-    """A Llama of random weights, biases and norms included."""
+    """Save and load a Llama with random weights, including biases and norms."""
     torch.manual_seed(0)
     network = LlamaForCausalLM(LlamaConfig(**{**BASE, **changes}))
     for name, parameter in network.named_parameters():
@@ -52,7 +52,7 @@ def save_llama(folder: Path, **changes) -> workbench.Model:
 
 
 def random_prompt(seed: int = 0, length: int = 40) -> workbench.Prompt:
-    """Two items of injected rows."""
+    """A random prompt with two items of injected rows."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 97, (length,), generator=generator)
     items = [torch.randn(rows, 48, generator=generator) * 0.1 for rows in (5, 9)]

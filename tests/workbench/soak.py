@@ -1,8 +1,8 @@
-"""A soak of the Numba engine: thousands of short requests with cancels, early closes, bad input and a cache that is too small.
+"""Soak test of the Numba engine: thousands of short requests with cancels, early closes, bad input and a small cache.
 
     python -m tests.workbench.soak --requests 10000
 
-Every finished answer must equal the answer of the same request alone; at the end no page is held and the memory has not grown.
+Each finished output must equal that of the same request alone; at the end no page is in use and memory has not grown.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Soak:
     """Requests from an event loop and from threads, each with a fate drawn at random.
 
     Args:
-        pages: of the KV cache; 14 hold two or three of the longest requests, so that requests wait and give way.
+        pages: pages of the KV cache; 14 fit two or three of the longest requests, so requests wait and are preempted.
     """
 
     def __init__(self, model: workbench.Model, requests: int, seed: int = 0, pages: int = 14) -> None:
@@ -51,7 +51,7 @@ class Soak:
         self._lock = threading.Lock()
 
     def run(self, seconds: float) -> None:
-        """Run all requests; raise where they take longer than `seconds`, or anything is not as it should be."""
+        """Run all requests; raises AssertionError if they take longer than `seconds` or a result is wrong."""
         threads = [threading.Thread(target=self._thread, daemon=True) for _ in range(WORKERS // 2)]
         loop = threading.Thread(target=lambda: asyncio.run(self._tasks()), daemon=True)
         until = time.monotonic() + seconds
@@ -63,7 +63,7 @@ class Soak:
         assert not self.wrong, self.wrong[:3]
         while (
             self.engine.stats().running or self.engine.stats().waiting
-        ):  # what was closed last goes before the next step
+        ):  # requests closed last are removed before the next step
             assert time.monotonic() < until, self.engine.stats()
             time.sleep(0.01)
         self.engine.forget_prefixes()
@@ -87,7 +87,7 @@ class Soak:
                     self._expect_refusal(prompt, config, dice)
                     continue
                 stream = self.engine.stream(prompt, config, session_id=number)
-                if fate == "drop":  # never read at all
+                if fate == "drop":  # never read
                     del stream
                     self._count("drop")
                     continue
@@ -100,9 +100,9 @@ class Soak:
                         break
                     if read == after and fate == "cancel":
                         self.engine.cancel(number)
-                self._judge(fate, case, tokens, status)
+                self._check_result(fate, case, tokens, status)
             except Exception as error:
-                self._blame(f"request {number}, {fate}: {type(error).__name__}: {error}")
+                self._record_failure(f"request {number}, {fate}: {type(error).__name__}: {error}")
 
     async def _tasks(self) -> None:
         await asyncio.gather(*(self._task() for _ in range(WORKERS)))
@@ -135,12 +135,12 @@ class Soak:
                     if read == after and fate == "cancel":
                         self.engine.cancel(number)
                 await stream.aclose()
-                self._judge(fate, case, tokens, status)
+                self._check_result(fate, case, tokens, status)
             except Exception as error:
-                self._blame(f"request {number}, {fate}: {type(error).__name__}: {error}")
+                self._record_failure(f"request {number}, {fate}: {type(error).__name__}: {error}")
 
     def _expect_refusal(self, prompt: Prompt, config: GenerationConfig, dice: random.Random) -> None:
-        ruin = dice.choice(
+        invalid = dice.choice(
             [
                 {"embedding_ranges": [(len(prompt), len(prompt) + 5)], "input_embeddings": [torch.zeros(5, 48)]},
                 {"embedding_ranges": [(3, 3)], "input_embeddings": [torch.zeros(0, 48)]},
@@ -151,26 +151,26 @@ class Soak:
             ]
         )
         try:
-            self.engine.stream(prompt.replace(spans=[], **ruin), config)
+            self.engine.stream(prompt.replace(spans=[], **invalid), config)
         except PromptError:
             self._count("bad")
         else:
-            self._blame(f"accepted {list(ruin)}")
+            self._record_failure(f"accepted {list(invalid)}")
 
-    def _judge(self, fate: str, case: int, tokens: list[int], status: ResponseType | None) -> None:
+    def _check_result(self, fate: str, case: int, tokens: list[int], status: ResponseType | None) -> None:
         expected = self.expected[case]
         if fate == "finish" and tokens == expected and status is ResponseType.FINISH:
             self._count("finish")
         elif fate in ("close", "cancel") and tokens == expected[: len(tokens)]:
             self._count(fate)
         else:
-            self._blame(f"case {case}, {fate}: {status}, {tokens} instead of {expected}")
+            self._record_failure(f"case {case}, {fate}: {status}, {tokens} instead of {expected}")
 
     def _count(self, fate: str) -> None:
         with self._lock:
             self.counts[fate] += 1
 
-    def _blame(self, what: str) -> None:
+    def _record_failure(self, what: str) -> None:
         with self._lock:
             self.wrong.append(what)
 
@@ -196,16 +196,16 @@ def _config(number: int) -> GenerationConfig:
 
 
 def main() -> None:
-    """Command line of the soak."""
+    """Command-line entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=30.0, help="longer than this is a hang")
+    parser.add_argument("--minutes", type=float, default=30.0, help="fail if the run takes longer")
     arguments = parser.parse_args()
     process = psutil.Process()
     with tempfile.TemporaryDirectory() as folder:
         model = save_llama(Path(folder))
-        Soak(model, 200, seed=arguments.seed + 1).run(60 * arguments.minutes)  # compiles, fills pools
+        Soak(model, 200, seed=arguments.seed + 1).run(60 * arguments.minutes)  # warm-up: compiles, fills pools
         gc.collect()
         before = process.memory_info().rss
         soak = Soak(model, arguments.requests, arguments.seed)
@@ -219,7 +219,7 @@ def main() -> None:
         print(
             f"{stats.steps} steps, {stats.preemptions} preemptions, {stats.evictions} evictions, {stats.prefix_hits} tokens hit"
         )
-        print(f"memory grew by {grown:.0f} MiB; no page held, no wrong token")
+        print(f"memory grew by {grown:.0f} MiB; no page in use, no wrong token")
         assert grown < 200, "memory grows"
         assert min(stats.preemptions, stats.evictions, stats.prefix_hits) > 0, "the cache was never under pressure"
 

@@ -1,4 +1,4 @@
-"""Every family of decoders against Transformers: all states of a spliced prompt, greedy tokens, chunks of a prefill."""
+"""Every decoder family against Transformers: all states of a spliced prompt, greedy tokens, chunked prefill."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SPANS = [Span(), Span(attention="bidirectional")]
 
 
 def prompt_for(name: str, config) -> Prompt:
-    """Two injected items; with M-RoPE their rows stand on grids, and Qwen3-VL's come with features for two layers."""
+    """Two injected items; with M-RoPE their rows have grid positions, and Qwen3-VL's have features for two layers."""
     prompt = random_prompt()
     if name in WITH_IMAGES:
         positions = torch.arange(40).expand(3, -1).clone()
@@ -74,7 +74,7 @@ def test_chunked_prefill_and_batching_are_bit_identical(pair, budget):
 
 
 def test_internlm2_equals_a_llama_with_the_same_weights(tmp_path):
-    """InternLM2's weights are stored a KV head at a time under other names; Transformers has no class of its own for it."""
+    """InternLM2 stores its weights grouped by KV head under other names; Transformers has no class for it."""
     llama = save_llama(tmp_path / "llama", attention_bias=True)
     internlm2 = internlm2_of(llama, tmp_path / "internlm2")
     prompt = random_prompt()

@@ -1,4 +1,4 @@
-"""Many requests in one engine: each gets what it would get alone, whatever happens to the others."""
+"""Many requests in one engine: each gets the same output as alone, whatever happens to the others."""
 
 import asyncio
 import threading
@@ -24,12 +24,12 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(llama):
-    """An engine that is asked one thing at a time."""
+    """An engine that runs one request at a time."""
     return workbench.open_engine("numba", llama, enable_prefix_caching=False)
 
 
 def prompts(count: int = 12) -> list[Prompt]:
-    """Uneven prompts with and without items, some of whose spans attend both ways."""
+    """Prompts of different lengths, with and without items; some spans attend bidirectionally."""
     made = []
     for number in range(count):
         prompt = random_prompt(number, 30 + 7 * (number % 5))
@@ -40,7 +40,7 @@ def prompts(count: int = 12) -> list[Prompt]:
 
 
 def together(engine, made, configs):
-    """All at once from one event loop; outputs of each, joined."""
+    """Run all prompts concurrently on one event loop; returns the joined output of each."""
 
     async def one(number):
         prompt = made[number]
@@ -56,8 +56,8 @@ def together(engine, made, configs):
 @pytest.mark.parametrize(
     "options", [{}, {"max_prefill_token_num": 16}, {"cache_max_entry_count": 8}, {"max_batch_size": 2}]
 )
-def test_company_changes_no_bit(llama, alone, options):
-    """Roomy, cut into small chunks, in a cache that makes requests give way, and two at a time."""
+def test_batching_is_bit_identical(llama, alone, options):
+    """Default settings, small prefill chunks, a cache so small that requests are preempted, and a batch size of two."""
     engine = workbench.open_engine("numba", llama, **options)
     made = prompts()
     for prompt, output in zip(made, together(engine, made, [CONFIG] * len(made)), strict=True):
@@ -67,13 +67,13 @@ def test_company_changes_no_bit(llama, alone, options):
     stats = engine.stats()
     assert (stats.waiting, stats.running, stats.pages_used) == (0, 0, 0)
     assert stats.finished == len(made)
-    # Whether requests give way in a small cache depends on when they come; in a large one none does.
+    # Preemption in a small cache depends on arrival times; in a large cache no request is preempted.
     assert "cache_max_entry_count" in options or not stats.preemptions
     assert "max_batch_size" not in options or max(len(step.chunks) for step in engine.history) == 2
 
 
-def test_requests_that_gave_way_keep_what_they_said(llama, alone):
-    """Each token comes once, and states of the prompt are those of a run that was never interrupted."""
+def test_preempted_requests_keep_their_generated_tokens(llama, alone):
+    """Each token is returned once, and the logits of the prompt equal those of an uninterrupted run."""
     engine = workbench.open_engine("numba", llama, cache_max_entry_count=6)
     config = GenerationConfig(max_new_tokens=40, ignore_eos=True, output_logits="all", logprobs=2)
     made = [random_prompt(seed) for seed in range(5)]
@@ -85,7 +85,7 @@ def test_requests_that_gave_way_keep_what_they_said(llama, alone):
     assert engine.stats().preemptions > 0
 
 
-def test_the_seed_decides_whatever_the_batch(llama, alone):
+def test_sampled_tokens_depend_on_the_seed_not_on_the_batch(llama, alone):
     engine = workbench.open_engine("numba", llama)
     configs = [
         GenerationConfig(max_new_tokens=12, ignore_eos=True, do_sample=True, temperature=1.0, top_k=0, random_seed=seed)
@@ -97,7 +97,7 @@ def test_the_seed_decides_whatever_the_batch(llama, alone):
     assert len({tuple(output.token_ids) for output in outputs}) > 4
 
 
-def test_threads_and_an_event_loop_share_one_engine(llama, alone):
+def test_threads_and_an_event_loop_get_the_expected_tokens(llama, alone):
     engine = workbench.open_engine("numba", llama)
     made = prompts(8)
     expected = [alone.generate(prompt, CONFIG).token_ids for prompt in made]
@@ -120,7 +120,7 @@ def test_a_new_request_runs_alongside_a_long_one(llama):
     next(long)
     assert len(list(engine.stream(random_prompt(1), CONFIG))) == 12
     assert [output.status for output in long][-1] is ResponseType.FINISH
-    ran = [{piece.request for piece in step.chunks} for step in engine.history]
+    ran = [{chunk.request for chunk in step.chunks} for step in engine.history]
     shared = [number for number, requests in enumerate(ran) if 1 in requests]
     # It ran in every step from its arrival to its end, each time together with the long one, which continued long after.
     assert shared == list(range(shared[0], shared[-1] + 1))
@@ -131,7 +131,7 @@ def test_a_new_request_runs_alongside_a_long_one(llama):
 
 @pytest.fixture
 def slow(llama, monkeypatch):
-    """An engine whose steps take so long that a request of 200 tokens is still running when the test looks."""
+    """An engine with steps so slow that a request of 200 tokens is still running when the test checks."""
     engine = workbench.open_engine("numba", llama, max_batch_size=2)
     run_batch = engine.runner.run_batch
 
@@ -194,7 +194,7 @@ def test_cancel_ends_a_waiting_request(slow):
 
 
 def test_a_failing_forward_pass_ends_only_the_request_that_causes_it(llama, alone, monkeypatch):
-    """A step that fails is run again request by request; the one at fault gets the error, with its cause."""
+    """A failed step is run again, one request at a time; the request that fails gets the error, with its cause."""
     engine = workbench.open_engine("numba", llama, enable_prefix_caching=False)
     run_batch = engine.runner.run_batch
 
@@ -229,11 +229,11 @@ def test_a_request_larger_than_the_cache_is_refused(llama):
     engine = workbench.open_engine("numba", llama, cache_max_entry_count=3)
     with pytest.raises(PromptError, match=r"90 prompt tokens and 12 new ones take 4 pages of 32 tokens.*has 3"):
         engine.stream(random_prompt(0, 90), CONFIG)
-    assert engine.generate(random_prompt(0, 85), CONFIG).num_token == 12  # 85 + 11 fill three pages to the last place
+    assert engine.generate(random_prompt(0, 85), CONFIG).num_token == 12  # 85 + 11 tokens fill three pages exactly
 
 
-def test_a_short_soak(llama):
-    """`make soak` runs ten thousand."""
+def test_short_soak_covers_every_outcome(llama):
+    """`make soak` runs ten thousand requests."""
     soak = Soak(llama, 400)
     soak.run(120)
     assert set(soak.counts) == {"finish", "cancel", "close", "bad", "drop"}
@@ -256,7 +256,7 @@ def test_invalid_options_are_refused_by_name(llama, options, words):
 
 
 class TestPrefixCache:
-    """Keyed by content: ids, bytes of injected rows, positions and who sees whom."""
+    """Keys are made of the content: ids, bytes of injected rows, positions and the attention mask."""
 
     @pytest.fixture
     def engine(self, llama):
@@ -273,7 +273,7 @@ class TestPrefixCache:
         tokens = engine.generate(prompt, CONFIG).token_ids
         return engine.stats().prefix_hits - before, tokens
 
-    def test_the_same_image_hits_and_another_never_does(self, engine, alone):
+    def test_same_image_hits_and_another_image_misses(self, engine, alone):
         same, other = self.prompt(), self.prompt(1)
         assert self.hits(engine, same)[0] == 0
         assert self.hits(engine, same)[0] == 96  # three pages of 32; the last token must run
@@ -293,7 +293,7 @@ class TestPrefixCache:
         ],
         ids=lambda change: next(iter(change)),
     )
-    def test_whatever_the_states_come_from_is_in_the_key(self, engine, alone, change):
+    def test_key_contains_everything_the_states_depend_on(self, engine, alone, change):
         base = self.prompt()
         if "input_embeddings" in change:
             change = {"input_embeddings": [base.input_embeddings[0].bfloat16()]}
@@ -303,12 +303,12 @@ class TestPrefixCache:
         assert saved == 0
         assert tokens == alone.generate(changed, CONFIG).token_ids
 
-    def test_ids_under_a_range_do_not_count(self, engine):
+    def test_key_ignores_ids_inside_ranges(self, engine):
         self.hits(engine, self.prompt())
         others = self.prompt(input_ids=[5] * 10 + [9] * 50 + [5] * 40)
         assert self.hits(engine, others)[0] == 96
 
-    def test_a_changed_row_at_the_end_keeps_the_pages_before_it(self, engine, alone):
+    def test_changed_last_row_reuses_the_pages_before_it(self, engine, alone):
         base = self.prompt()
         self.hits(engine, base)
         rows = base.input_embeddings[0].clone()
@@ -318,8 +318,8 @@ class TestPrefixCache:
         assert saved == 32
         assert tokens == alone.generate(changed, CONFIG).token_ids
 
-    def test_a_bidirectional_span_is_known_whole_or_not_at_all(self, engine, alone):
-        """Its first page holds states that saw its last row."""
+    def test_bidirectional_span_is_cached_as_a_whole(self, engine, alone):
+        """The states in its first page depend on its last row."""
         spans = [Span(attention="bidirectional")]
         base = self.prompt(spans=spans)
         self.hits(engine, base)
@@ -331,15 +331,15 @@ class TestPrefixCache:
         assert saved == 0
         assert tokens == alone.generate(changed, CONFIG).token_ids
 
-    def test_answers_are_known_for_the_next_question(self, engine, alone):
+    def test_generated_tokens_are_cached_for_the_next_prompt(self, engine, alone):
         first = random_prompt()
-        said = engine.generate(first, GenerationConfig(max_new_tokens=60, ignore_eos=True)).token_ids
-        follow = first.replace(input_ids=[*first.input_ids, *said, 7, 8, 9])
+        generated = engine.generate(first, GenerationConfig(max_new_tokens=60, ignore_eos=True)).token_ids
+        follow = first.replace(input_ids=[*first.input_ids, *generated, 7, 8, 9])
         saved, tokens = self.hits(engine, follow)
         assert saved == 96  # of 40 + 59 tokens that were computed
         assert tokens == alone.generate(follow, CONFIG).token_ids
 
-    def test_all_states_are_asked_for_all_is_computed(self, engine):
+    def test_requesting_all_logits_bypasses_the_cache(self, engine):
         prompt = self.prompt()
         everything = GenerationConfig(max_new_tokens=2, ignore_eos=True, output_logits="all")
         first = engine.generate(prompt, everything)
@@ -348,7 +348,7 @@ class TestPrefixCache:
         assert len(again.logits) == 101
         assert engine.stats().prefix_hits == 0
 
-    def test_room_is_made_by_forgetting_what_nobody_uses(self, llama, alone):
+    def test_unused_pages_are_evicted_if_the_cache_is_full(self, llama, alone):
         engine = workbench.open_engine("numba", llama, cache_max_entry_count=4)
         for seed in (0, 1, 0):
             assert self.hits(engine, self.prompt(seed))[1] == alone.generate(self.prompt(seed), CONFIG).token_ids
@@ -356,14 +356,14 @@ class TestPrefixCache:
         engine.forget_prefixes()
         assert (engine.stats().pages_known, engine.stats().pages_used) == (0, 0)
 
-    def test_switched_off(self, llama):
+    def test_disabled_cache_has_no_hits(self, llama):
         engine = workbench.open_engine("numba", llama, enable_prefix_caching=False)
         for _ in range(2):
             assert self.hits(engine, self.prompt())[0] == 0
         assert engine.stats().pages_known == 0
 
-    def test_angles_that_change_with_the_length_are_not_shared_across_it(self, tmp_path):
-        """Phi-3's long factors: the same beginning turns by other angles in a longer prompt."""
+    def test_prefixes_are_not_shared_between_short_and_long_rope_factors(self, tmp_path):
+        """Phi-3's long factors: in a longer prompt the same prefix has other rotation angles."""
         model = save("phi3, short", tmp_path)  # longer than 128 tokens: the long factors
         engine, plain = (workbench.open_engine("numba", model, enable_prefix_caching=on) for on in (True, False))
         ids = [5 + number % 50 for number in range(140)]
@@ -371,11 +371,11 @@ class TestPrefixCache:
             assert engine.generate(prompt, CONFIG).token_ids == plain.generate(prompt, CONFIG).token_ids
 
 
-def test_the_history_says_which_tokens_ran_when(llama):
+def test_history_records_the_tokens_of_each_step(llama):
     engine = workbench.open_engine("numba", llama, max_prefill_token_num=16, enable_prefix_caching=False)
     engine.generate(random_prompt(), GenerationConfig(max_new_tokens=3, ignore_eos=True))
-    pieces = [(piece.start, piece.stop, piece.decoding) for step in engine.history for piece in step.chunks]
-    assert pieces == [(0, 16, False), (16, 32, False), (32, 40, False), (40, 41, True), (41, 42, True)]
+    chunks = [(chunk.start, chunk.stop, chunk.decoding) for step in engine.history for chunk in step.chunks]
+    assert chunks == [(0, 16, False), (16, 32, False), (32, 40, False), (40, 41, True), (41, 42, True)]
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.new_tokens, stats.steps, stats.finished) == (40, 2, 5, 1)
     assert 0.0 < stats.model_seconds < stats.step_seconds

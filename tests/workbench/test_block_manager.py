@@ -1,4 +1,4 @@
-"""Pages: every one is free, idle or held, and none is given out twice."""
+"""KV cache pages: each is free, idle or in use, and none is handed out twice."""
 
 import pytest
 from hypothesis import given, settings
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from workbench.engines.numba_engine.block_manager import BlockManager, NoPages
 
 
-def test_shared_pages_come_back_when_the_last_user_leaves():
+def test_shared_pages_are_freed_by_their_last_user():
     blocks = BlockManager(4)
     first = [blocks.take(), blocks.take()]
     for page, key in zip(first, (b"a", b"b"), strict=True):
@@ -22,7 +22,7 @@ def test_shared_pages_come_back_when_the_last_user_leaves():
         blocks.release(first[:1])
 
 
-def test_the_longest_unused_end_of_a_prefix_goes_first():
+def test_eviction_starts_at_the_end_of_an_unused_prefix():
     blocks = BlockManager(3)
     pages = [blocks.take() for _ in range(3)]
     for page, key in zip(pages, (b"a", b"b", b"c"), strict=True):
@@ -37,8 +37,8 @@ def test_the_longest_unused_end_of_a_prefix_goes_first():
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30)), max_size=120), st.integers(1, 12))
-def test_no_page_is_ever_lost_or_held_by_strangers(moves, count):
-    """Requests take, name, share and give back pages in any order; what is known of a page stays true."""
+def test_pages_are_never_lost_or_handed_out_twice(moves, count):
+    """Requests take, register, share and release pages in any order; registered pages keep their content."""
     blocks = BlockManager(count)
     content: dict[int, bytes | None] = {}
     held: list[list[int]] = []

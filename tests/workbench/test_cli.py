@@ -12,14 +12,14 @@ from workbench.faults.prompt_faults import off_by_one
 from workbench.recording import Recording
 
 
-def test_fetch_and_check(capsys):
+def test_fetch_and_check_return_status_0(capsys):
     assert main(["fetch", "smollm2-135m"]) == 0
     assert "is ready in" in capsys.readouterr().out
     assert main(["check", "smollm2-135m", "--dtype", "bfloat16"]) == 0
     assert capsys.readouterr().out.startswith("noise")
 
 
-def test_bad_input_is_status_2_in_one_line(capsys):
+def test_bad_input_returns_status_2_and_a_one_line_error(capsys):
     for arguments in (
         ["fetch", "no-such-model"],
         ["check", "smollm2-135m", "--engine", "x"],
@@ -33,7 +33,7 @@ def test_bad_input_is_status_2_in_one_line(capsys):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A prompt, its reference, a sound run and a spoilt one."""
+    """A prompt, its reference trace, a correct trace and a faulty one."""
     folder = tmp_path_factory.mktemp("files")
     model = save_llama(folder / "llama")
     random_prompt().save(folder / "p.json")
@@ -67,7 +67,7 @@ def run(files, *arguments):
     )
 
 
-def test_lint_says_and_counts(files, capsys):
+def test_lint_prints_findings_and_sets_the_exit_status(files, capsys):
     assert run(files, "lint", "p.json", "--target", "turbomind==0.18.0") == 0
     assert "computes this prompt unchanged" in capsys.readouterr().out
     assert run(files, "lint", "p.json", "--target", "lmdeploy-pytorch", "--json") == 1
@@ -75,7 +75,7 @@ def test_lint_says_and_counts(files, capsys):
     assert (found["passed"], found["findings"][-1]["code"]) == (False, "target-ignores")
 
 
-def test_compare_judges_and_explains(files, capsys):
+def test_compare_prints_verdict_and_explanation(files, capsys):
     assert run(files, "compare", "ref.safetensors", "run.safetensors") == 0
     assert capsys.readouterr().out.startswith("noise: at most")
     assert (
@@ -106,13 +106,13 @@ def test_compare_judges_and_explains(files, capsys):
     assert {row["kind"] for row in found["spans"]} == {"text", "embeddings"}
 
 
-def test_probe_passes_a_sound_engine(files, capsys):
+def test_probe_passes_a_correct_engine(files, capsys):
     assert run(files, "probe", "p.json", "--model", "llama", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert [each["passed"] for each in found["results"]] == [True] * 10
 
 
-def test_record_keeps_what_can_be_opened_again(files, capsys):
+def test_recording_can_be_loaded_and_compared(files, capsys):
     arguments = [
         "--model",
         str(files / "llama"),
@@ -124,7 +124,7 @@ def test_record_keeps_what_can_be_opened_again(files, capsys):
         str(files / "kept"),
         "--no-invalid-prompts",
     ]
-    # The small model has no tokenizer, and answers are kept as words.
+    # The small model has no tokenizer, which is needed to store answers as text.
     assert main(["record", str(files / "p.json"), *arguments]) == 2
     assert "tokenizer" in capsys.readouterr().err
     ids = workbench.load_model("smollm2-135m").chat_ids("Hi")
@@ -137,7 +137,7 @@ def test_record_keeps_what_can_be_opened_again(files, capsys):
     assert kept.record["answers"]["engine"]["status"] == "FINISH"
     assert kept.prompt.digest == kept.run.provenance["prompt"]
     modes = {file.name: file.stat().st_mode & 0o777 for file in (files / "kept").iterdir()}
-    assert set(modes.values()) == {modes["record.json"]}, "a run is kept to be shown to others"
+    assert set(modes.values()) == {modes["record.json"]}, "all files of a recording have the same permissions"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_record_keeps_what_can_be_opened_again(files, capsys):
         (["probe", "p.json", "--model", "llama", "--engine", "turbomind"], "lmdeploy is not installed"),
     ],
 )
-def test_bad_input_to_the_new_commands(files, capsys, arguments, words):
+def test_bad_input_to_subcommands_is_reported_on_stderr(files, capsys, arguments, words):
     assert run(files, *arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("workbench: ")

@@ -1,4 +1,4 @@
-"""Verdicts: noise is called noise, each planted fault a bug at the right place, and what cannot be compared is refused."""
+"""Verdicts: rounding is noise, each injected fault is a bug at the right place, and incomparable traces are refused."""
 
 import pytest
 import torch
@@ -51,8 +51,8 @@ def test_prompt_faults_are_bugs_at_the_splice(model, prompt, name, dtype):
     ("layer", "part", "tap"),
     [(7, "output", "layers.7.attention"), (12, "down", "layers.12.mlp"), (0, "qkv", "layers.0.attention")],
 )
-def test_a_wrong_weight_is_found_where_it_is(model, prompt, layer, part, tap):
-    """One row of one weight matrix half a percent off: far below what an answer shows."""
+def test_wrong_weight_is_located_in_its_layer(model, prompt, layer, part, tap):
+    """Forty rows of one weight matrix are off by half a percent, which is too little to change an answer."""
     broken = workbench.open_engine("numba", model)
     linear = getattr(broken.decoder.layers[layer], part)
     weight = linear.weight.clone()
@@ -63,7 +63,7 @@ def test_a_wrong_weight_is_found_where_it_is(model, prompt, layer, part, tap):
     assert comparison.first_divergence.tap == tap
 
 
-def test_one_token_of_one_tap_is_enough(model, engine, traces):
+def test_one_wrong_token_of_one_tap_is_a_bug(model, engine, traces):
     reference, candidate, floor = traces
     states = {tap: state.clone() for tap, state in candidate.items()}
     states["layers.20"][31] *= 1.0001
@@ -76,7 +76,7 @@ def test_one_token_of_one_tap_is_enough(model, engine, traces):
     assert comparison.first_divergence.span is None
 
 
-def test_the_reference_itself_is_the_same(traces):
+def test_noise_floor_run_has_verdict_same(traces):
     reference, _, floor = traces
     comparison = compare(reference, floor, floor=floor)
     assert comparison.verdict == "same"
@@ -132,19 +132,19 @@ def with_states(trace: Trace, states=None, **provenance) -> Trace:
         (lambda t, c, f: (t, c, with_states(f, {**f, "embed": f["embed"] * torch.nan})), "NaN"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(traces, change, words):
+def test_incomparable_traces_are_refused(traces, change, words):
     reference, candidate, floor = change(*traces)
     with pytest.raises(TraceError, match=words):
         compare(reference, candidate, floor=floor)
 
 
-def test_other_positions_are_refused(engine, traces, prompt):
+def test_different_positions_are_refused(engine, traces, prompt):
     reference, _, floor = traces
     with pytest.raises(TraceError, match="different positions"):
         compare(reference, engine.trace(prompt, ["embed"], positions=[1, 2]), floor=floor)
 
 
-def test_metrics():
+def test_relative_error_cosine_and_roundoff_have_known_values():
     a, b = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 0.0]]), torch.tensor([[3.0, 5.0], [0.0, 0.0], [1.0, 0.0]])
     assert relative_error(b, a).tolist() == [pytest.approx(0.2), 0.0, torch.inf]
     assert cosine(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])).item() == 0.0

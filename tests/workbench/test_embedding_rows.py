@@ -1,4 +1,4 @@
-"""What can be injected does what its name says."""
+"""Each kind of injected rows is what its name describes."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from workbench import PromptError
 from workbench.models.embedding_rows import injected_rows
 
 
-def test_kinds(model):
+def test_each_kind_gives_the_rows_it_describes(model):
     table, ids = model.embedding_table, [10, 20, 30]
     (japan,) = model.tokenizer.encode(" Japan", add_special_tokens=False)
     assert torch.equal(injected_rows("identity", model, ids), table[ids])
@@ -21,7 +21,7 @@ def test_kinds(model):
     assert not torch.equal(noise, injected_rows("noise", model, ids, seed=2))
 
 
-def test_bad_kinds_and_words(model):
+def test_unknown_kinds_and_empty_words_are_refused(model):
     with pytest.raises(PromptError, match="no injection 'x'"):
         injected_rows("x", model, [1])
     with pytest.raises(PromptError, match="has no tokens"):

@@ -1,4 +1,4 @@
-"""The interface both engines have: streaming, sessions, sampling, outputs, and bad input."""
+"""The interface that both engines implement: streaming, sessions, sampling, outputs, and bad input."""
 
 import asyncio
 import gc
@@ -23,7 +23,7 @@ def arguments(prompt):
     return prompt.input_ids, prompt.input_embeddings, prompt.embedding_ranges
 
 
-def test_each_token_comes_once(small):
+def test_each_token_is_streamed_once(small):
     outputs = list(small.stream_infer(1, *arguments(random_prompt()), CONFIG))
     assert [len(output.token_ids) for output in outputs] == [1] * 10
     assert [output.num_token for output in outputs] == list(range(1, 11))
@@ -31,7 +31,7 @@ def test_each_token_comes_once(small):
     assert [output.token_ids[0] for output in outputs] == small.generate(random_prompt(), CONFIG).token_ids
 
 
-def test_lmdeploys_spellings(small):
+def test_lmdeploy_argument_names_are_accepted(small):
     prompt = random_prompt()
     instance = small.create_instance()
     theirs = instance.stream_infer(
@@ -48,7 +48,7 @@ def test_lmdeploys_spellings(small):
         small.stream_infer(1, [1], embeding_ranges=[(0, 1)])
 
 
-def test_many_at_once_on_one_event_loop(small):
+def test_concurrent_async_requests_equal_single_requests(small):
     prompts = [random_prompt(seed, 34 + seed) for seed in range(4)]
     alone = [small.generate(prompt, CONFIG).token_ids for prompt in prompts]
 
@@ -84,14 +84,14 @@ def test_a_cancelled_task_frees_its_session(small):
     assert next(small.stream_infer(5, *arguments(random_prompt()), CONFIG)).status is ResponseType.SUCCESS
 
 
-def test_many_threads(small):
+def test_concurrent_threads_equal_single_requests(small):
     prompts = [random_prompt(seed) for seed in range(4)]
     alone = [small.generate(prompt, CONFIG).token_ids for prompt in prompts]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda prompt: small.generate(prompt, CONFIG).token_ids, prompts)) == alone
 
 
-def test_cancel_and_repeated_session(small):
+def test_cancel_ends_a_session_and_repeated_sessions_are_refused(small):
     stream = small.stream_infer(7, *arguments(random_prompt()), CONFIG)
     next(stream)
     repeated = list(small.stream_infer(7, *arguments(random_prompt()), CONFIG))
@@ -109,12 +109,12 @@ def test_an_unread_repeated_session_does_not_block_cancel(small):
     next(first)
     repeated = small.stream_infer(9, *arguments(random_prompt()), CONFIG)
     assert next(repeated).status is ResponseType.SESSION_REPEAT
-    assert small.cancel(9)  # would wait forever for a lock that the unread stream still held
+    assert small.cancel(9)  # would deadlock if the unread stream still held a lock
     first.close()
     assert len(list(small.stream_infer(9, *arguments(random_prompt()), CONFIG))) == 10
 
 
-def test_a_stream_that_is_never_started_leaves_nothing(small):
+def test_stream_that_is_never_started_leaves_no_session(small):
     stream = small.stream_infer(10, *arguments(random_prompt()), CONFIG)
     del stream
     gc.collect()
@@ -128,7 +128,7 @@ def test_a_closed_stream_frees_its_session(small):
     assert next(small.stream_infer(8, *arguments(random_prompt()), CONFIG)).status is ResponseType.SUCCESS
 
 
-def test_logits_and_hidden_states(small):
+def test_logits_and_hidden_states_equal_the_trace(small):
     prompt = random_prompt()
     everything = GenerationConfig(
         max_new_tokens=3, ignore_eos=True, output_logits="all", output_last_hidden_state="all"
@@ -156,7 +156,7 @@ def test_logprobs_are_of_the_chosen_token(small):
         assert report[token] == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-5)
 
 
-def test_stop_tokens_end_it_and_are_not_returned(small):
+def test_stop_tokens_end_generation_and_are_not_returned(small):
     tokens = small.generate(random_prompt(), CONFIG).token_ids
     stop = tokens[4]
     first = tokens.index(stop)
@@ -171,7 +171,7 @@ def test_stop_tokens_end_it_and_are_not_returned(small):
     assert not set(small.generate(random_prompt(), banned).token_ids) & set(tokens)
 
 
-def test_sampling_depends_on_its_seed_alone(small):
+def test_sampling_depends_only_on_its_seed(small):
     def sample(**changes):
         config = GenerationConfig(
             max_new_tokens=20, ignore_eos=True, do_sample=True, temperature=1.0, top_k=0, **changes
@@ -190,7 +190,7 @@ def test_sampling_depends_on_its_seed_alone(small):
 @pytest.mark.parametrize(
     "changes", [{"top_p": 1.5}, {"top_k": -1}, {"temperature": 3.0}, {"max_new_tokens": -1}, {"output_logits": "some"}]
 )
-def test_bad_generation_settings_are_named(changes):
+def test_invalid_generation_settings_are_refused_by_name(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         GenerationConfig(**changes)
 
@@ -212,7 +212,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("prompt", "error", "words"), BAD)
-def test_bad_input_raises_at_the_call_and_the_engine_serves_on(small, prompt, error, words):
+def test_bad_input_raises_at_the_call_and_the_engine_keeps_running(small, prompt, error, words):
     running = small.stream_infer(1, *arguments(random_prompt()), CONFIG)
     tokens = next(running).token_ids
     for call in (small.stream, small.trace, small.generate):
@@ -222,7 +222,7 @@ def test_bad_input_raises_at_the_call_and_the_engine_serves_on(small, prompt, er
     assert tokens == small.generate(random_prompt(), CONFIG).token_ids
 
 
-def test_taps_and_positions(small):
+def test_trace_returns_the_selected_taps_and_positions(small):
     prompt = random_prompt()
     trace = small.trace(prompt, ["layers.*.mlp", "embed"], positions=[3, -1])
     assert list(trace) == ["embed", "layers.0.mlp", "layers.1.mlp", "layers.2.mlp"]
@@ -234,6 +234,6 @@ def test_taps_and_positions(small):
         small.trace(prompt, ["embed"], positions=[40])
 
 
-def test_an_unknown_engine(model):
+def test_unknown_engine_is_refused(model):
     with pytest.raises(workbench.ModelError, match="no engine 'vllm': choose one of numba, transformers"):
         workbench.open_engine("vllm", model)

@@ -1,4 +1,4 @@
-"""The float64 reference against a Llama written in NumPy: float64 in every operation, or it is no reference."""
+"""The float64 reference against a Llama written in NumPy: every operation must run in float64."""
 
 import numpy as np
 import pytest
@@ -23,18 +23,18 @@ def numpy_llama(model: workbench.Model, prompt: workbench.Prompt) -> np.ndarray:
     angle = np.arange(len(x))[:, None] * 10000.0 ** (-np.arange(0, size, 2) / size)
     cosine, sine = np.cos(angle)[:, None], np.sin(angle)[:, None]
 
-    def turn(y):
+    def rotate(y):
         a, b = y[..., : size // 2], y[..., size // 2 :]
         return np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
 
-    hidden = np.tril(np.ones((len(x), len(x)), dtype=bool))
+    visible = np.tril(np.ones((len(x), len(x)), dtype=bool))
     for i in range(config.num_hidden_layers):
         at = f"model.layers.{i}."
         y = norm(x, at + "input_layernorm.weight")
         q, k, v = ((y @ get(f"{at}self_attn.{part}_proj.weight").T).reshape(len(x), -1, size) for part in "qkv")
-        q, k = turn(q), turn(k)
+        q, k = rotate(q), rotate(k)
         k, v = (np.repeat(z, heads // kv_heads, axis=1) for z in (k, v))
-        scores = np.where(hidden, np.einsum("qhd,khd->hqk", q, k) / np.sqrt(size), -np.inf)
+        scores = np.where(visible, np.einsum("qhd,khd->hqk", q, k) / np.sqrt(size), -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
         x = x + np.einsum("hqk,khd->qhd", weights, v).reshape(len(x), -1) @ get(at + "self_attn.o_proj.weight").T
@@ -44,7 +44,7 @@ def numpy_llama(model: workbench.Model, prompt: workbench.Prompt) -> np.ndarray:
     return norm(x, "model.norm.weight") @ get("lm_head.weight").T
 
 
-def test_the_truth_is_float64_in_every_operation(tmp_path):
+def test_reference_is_float64_in_every_operation(tmp_path):
     model, prompt = save_llama(tmp_path), random_prompt()
     reference = workbench.open_engine("transformers", model, dtype="float64")
     logits = reference.trace(prompt, ["logits"])["logits"]
@@ -54,14 +54,14 @@ def test_the_truth_is_float64_in_every_operation(tmp_path):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_tap_of_the_truth_is_float64(tmp_path, name):
+def test_every_tap_of_the_reference_is_float64(tmp_path, name):
     reference = workbench.open_engine("transformers", save_llama(tmp_path, **VARIANTS[name]), dtype="float64")
     trace = reference.trace(random_prompt(), ["embed", "layers.*", "layers.*.*", "norm", "logits"])
     assert {state.dtype for state in trace.values()} == {torch.float64}
 
 
-def test_casting_the_model_alone_is_not_enough(tmp_path):
-    """Why `float64.py` exists: the same model, only cast, is wrong by more than float64 rounding."""
+def test_casting_only_the_model_leaves_float32_errors(tmp_path):
+    """Why `float64.py` exists: the error of a model that is only cast to float64 is far above float64 rounding."""
     model, prompt = save_llama(tmp_path), random_prompt()
     cast = workbench.open_engine("transformers", model, dtype="float32")
     cast.network, cast.dtype = cast.network.double(), torch.float32

@@ -20,7 +20,7 @@ TAPS = ["embed", "layers.*", "layers.*.*", "norm", "logits"]
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_numba_engine_is_noise(tmp_path, name, dtype):
+def test_numba_engine_error_is_noise(tmp_path, name, dtype):
     model, prompt = save_llama(tmp_path, **VARIANTS[name]), random_prompt()
     reference = workbench.open_engine("transformers", model, dtype="float64", device="cuda").trace(prompt, TAPS)
     floor = workbench.open_engine("transformers", model, dtype=dtype, device="cuda").noise_floor(prompt, TAPS)
@@ -43,15 +43,15 @@ LONG = workbench.GenerationConfig(
 
 
 def engines_of(model, dtype="bfloat16"):
-    """One that replays its decode steps, one that launches them."""
+    """One engine that replays decode steps from CUDA graphs, and one in eager mode."""
     return [
         workbench.open_engine("numba", model, dtype=dtype, device="cuda", eager_mode=each) for each in (False, True)
     ]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_replayed_request_is_bit_for_bit_the_launched_one(tmp_path, dtype):
-    """Alone it fills its graph; it grows from one item of the decode kernel to several."""
+def test_graph_replay_is_bit_identical_to_eager_mode(tmp_path, dtype):
+    """A single request fills the batch of its graph; it grows from one KV split of the decode kernel to several."""
     replays, launches = engines_of(save_llama(tmp_path, head_dim=64, max_position_embeddings=1024), dtype)
     for length in (40, 240, 500):
         outputs = [list(engine.stream(random_prompt(length, length), LONG)) for engine in (replays, launches)]
@@ -64,8 +64,8 @@ def test_a_replayed_request_is_bit_for_bit_the_launched_one(tmp_path, dtype):
     assert launches.runner.graphs is None
 
 
-def test_replayed_requests_in_company_are_noise(tmp_path):
-    """Nine that come and end at different times, beside rows of graphs that hold nobody."""
+def test_batched_graph_replay_differs_only_by_noise(tmp_path):
+    """Nine requests that start and end at different times, with unused rows in the graphs."""
     replays, launches = engines_of(save_llama(tmp_path, head_dim=64, max_position_embeddings=1024))
     requests = [
         (random_prompt(number, 40 + 70 * (number % 4)), dataclasses.replace(LONG, max_new_tokens=20 + 9 * number))
@@ -78,12 +78,12 @@ def test_replayed_requests_in_company_are_noise(tmp_path):
         assert len(outputs) == len(alone)
         for ours, theirs in zip(outputs, alone, strict=True):
             assert float((ours.logits - theirs.logits).norm() / theirs.logits.norm()) < 0.03
-            if ours.token_ids != theirs.token_ids:  # a tie to bfloat16: from here on they read different texts
+            if ours.token_ids != theirs.token_ids:  # a tie in bfloat16: from here on the texts differ
                 break
     assert max(sequences for sequences, _ in replays.runner.graphs._graphs) >= 4
 
 
-def test_weights_put_in_the_place_of_others_are_noticed(tmp_path):
+def test_replaced_weights_are_used_by_graph_and_eager_mode(tmp_path):
     engines = engines_of(save_llama(tmp_path, head_dim=64))
     before = [engine.generate(random_prompt(), LONG).logits for engine in engines]
     for engine in engines:
@@ -98,8 +98,8 @@ def test_weights_put_in_the_place_of_others_are_noticed(tmp_path):
 @pytest.mark.parametrize(
     "failing", [(0, 1), (1, 2), (0,), (1,)], ids=["warm-up", "capture", "warm-up once", "capture once"]
 )
-def test_steps_that_cannot_be_captured_are_launched(tmp_path, monkeypatch, failing):
-    """Each try runs the layers twice, the second time captured. What one request meets, the next must not."""
+def test_steps_run_eagerly_if_graph_capture_fails(tmp_path, monkeypatch, failing):
+    """Each attempt runs the layers twice, the second time captured. A failure must not affect the next request."""
     replays, launches = engines_of(save_llama(tmp_path, head_dim=64))
     decoder, calls = replays.decoder, []
     run_layers = decoder.run_layers
@@ -115,33 +115,33 @@ def test_steps_that_cannot_be_captured_are_launched(tmp_path, monkeypatch, faili
     monkeypatch.setattr(decoder, "run_layers", fails)
     if len(failing) == 2:
         with pytest.warns(UserWarning, match="without CUDA graphs from here on: no room for a graph"):
-            said = replays.generate(random_prompt(), LONG)
+            result = replays.generate(random_prompt(), LONG)
         assert replays.runner.graphs is None
     else:
-        said = replays.generate(random_prompt(), LONG)
+        result = replays.generate(random_prompt(), LONG)
         assert replays.runner.graphs is not None
-    assert torch.equal(said.logits, launches.generate(random_prompt(), LONG).logits)
+    assert torch.equal(result.logits, launches.generate(random_prompt(), LONG).logits)
     torch.rand(3, device="cuda")
     engine = workbench.open_engine("numba", replays.model, dtype="bfloat16", device="cuda")
-    assert torch.equal(engine.generate(random_prompt(), LONG).logits, said.logits)
+    assert torch.equal(engine.generate(random_prompt(), LONG).logits, result.logits)
     assert engine.runner.graphs is not None
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3-vl", "smollm3, windows"])
-def test_windows_ropes_and_axes_are_replayed(tmp_path, name):
-    """Of a prompt that is asked twice all but one token come from the prefix cache: that one is replayed, too."""
+def test_window_and_rope_variants_replay_bit_identically(tmp_path, name):
+    """The second time all tokens but one come from the prefix cache; that one is replayed, too."""
     mrope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
     more = {"rope_parameters": mrope} if name == "qwen3-vl" else {}
     engines = engines_of(save(name, tmp_path, head_dim=64, **more))
     for _ in range(2):
-        said = [engine.generate(random_prompt(length=65), LONG) for engine in engines]
-        assert said[0].token_ids == said[1].token_ids
-        assert torch.equal(said[0].logits, said[1].logits)
+        result = [engine.generate(random_prompt(length=65), LONG) for engine in engines]
+        assert result[0].token_ids == result[1].token_ids
+        assert torch.equal(result[0].logits, result[1].logits)
     assert engines[0].stats().prefix_hits == 64
     assert engines[0].runner.graphs._graphs
 
 
-def test_graphs_made_in_inference_mode_serve_outside_it(tmp_path):
+def test_graphs_captured_in_inference_mode_work_outside_it(tmp_path):
     replays, launches = engines_of(save_llama(tmp_path, head_dim=64))
     with torch.inference_mode():
         inside = replays.generate(random_prompt(), LONG).logits
@@ -149,8 +149,8 @@ def test_graphs_made_in_inference_mode_serve_outside_it(tmp_path):
     assert torch.equal(inside, launches.generate(random_prompt(), LONG).logits)
 
 
-def test_an_engine_that_is_dropped_leaves_the_gpu(tmp_path):
-    """At once, not when the garbage collector comes by: the next engine takes its share of what is free."""
+def test_deleted_engine_frees_its_weights_immediately(tmp_path):
+    """Immediately, without the garbage collector: the next engine sizes its cache by the free memory."""
     engine = engines_of(save_llama(tmp_path, head_dim=64))[0]
     engine.generate(random_prompt(), LONG)
     decoder = weakref.ref(engine.decoder)
@@ -171,8 +171,8 @@ def test_digit_cards_reads_images_on_the_gpu(dtype):
     prompt = workbench.build_prompt(
         model, "Read the cards in order.", [f"data/images/{name}.png" for name in names], tower=tower
     )
-    said = engine.generate(prompt, workbench.GenerationConfig(max_new_tokens=12)).token_ids
-    assert model.tokenizer.decode(said) == "blue 7, green 5"
+    result = engine.generate(prompt, workbench.GenerationConfig(max_new_tokens=12)).token_ids
+    assert model.tokenizer.decode(result) == "blue 7, green 5"
     assert workbench.check_engine(engine, prompt).verdict in ("same", "noise")
 
 
@@ -186,8 +186,8 @@ def test_digit_cards_reads_images_on_the_gpu(dtype):
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_transformers_with_our_attention_errs_at_most_twice_as_much(kind, changes, dtype):
-    """Logits of a left-padded batch against float64, beside those with torch's SDPA and its dense mask."""
+def test_transformers_error_with_range_kernels_is_at_most_twice_sdpa(kind, changes, dtype):
+    """Logits of a left-padded batch against float64, compared with torch's SDPA and its dense mask."""
     import transformers
     from range_kernels import register_with_transformers
 

@@ -35,7 +35,7 @@ def engine(request, model):
     return workbench.open_engine(request.param, model)
 
 
-def test_arrays_and_tensors_mean_what_lists_mean():
+def test_arrays_and_tensors_give_the_same_prompt_as_lists():
     rows = torch.randn(2, 3, 48)
     plain = Prompt([5, 6, 7, 8, 9, 10], [rows[0], rows[1]], [(0, 3), (3, 6)])
     for ids, items, ranges in (
@@ -48,18 +48,18 @@ def test_arrays_and_tensors_mean_what_lists_mean():
 
 
 @pytest.mark.parametrize("ranges", [[(1.5, 3)], [("1", "3")], [(False, True)], [(0, float("inf"))], ["13"]])
-def test_ranges_that_only_look_like_integers(ranges):
+def test_ranges_that_are_not_integers_are_refused(ranges):
     with pytest.raises(EmbeddingRangeError, match="integers"):
         Prompt([1, 2, 3, 4], [torch.zeros(2, 48)], ranges)
 
 
 @pytest.mark.parametrize("ids", [5, None, "abc", torch.zeros(1, 4, dtype=torch.int64), torch.tensor(3)])
-def test_ids_that_are_no_list(ids):
+def test_ids_that_are_not_one_list_are_refused(ids):
     with pytest.raises(PromptError, match="one list of token ids"):
         Prompt(ids)
 
 
-def test_spans_are_what_they_say():
+def test_invalid_spans_are_refused_by_name():
     with pytest.raises(EmbeddingRangeError, match="'bidir': a span is 'causal' or 'bidirectional'"):
         Span(attention="bidir")
     with pytest.raises(EmbeddingRangeError, match=r"spans\[0\] is 'image'"):
@@ -79,7 +79,7 @@ def test_spans_are_what_they_say():
     ],
     ids=["sparse", "float8", "meta", "no dimensions", "array", "None", "list"],
 )
-def test_items_that_are_no_dense_tensors(engine, item):
+def test_items_that_are_not_dense_tensors_are_refused(engine, item):
     prompt = Prompt([5] * 6, [item], [(1, 3)])
     with pytest.raises(EmbeddingRangeError, match=r"input_embeddings\[0\]"):
         engine.generate(prompt)
@@ -87,7 +87,7 @@ def test_items_that_are_no_dense_tensors(engine, item):
 
 
 @pytest.mark.parametrize("positions", [torch.zeros(6), torch.zeros(6, dtype=torch.bool), [0.5] * 6])
-def test_positions_that_are_no_integers(engine, positions):
+def test_positions_that_are_not_integers_are_refused(engine, positions):
     with pytest.raises(PromptError, match="positions are integers"):
         engine.generate(Prompt([5] * 6, position_ids=positions))
 
@@ -98,10 +98,10 @@ def test_a_huge_placeholder_is_never_looked_up(engine):
     answers = [
         engine.generate(Prompt([5, 6, *fill, 7], [rows], [(2, 4)]), config).token_ids for fill in ([2**70, -1], [9, 10])
     ]
-    assert answers[0] == answers[1]  # the penalty does not take placeholders for words either
+    assert answers[0] == answers[1]  # the repetition penalty ignores placeholders, too
 
 
-def test_rows_that_overflow_in_the_engines_dtype(model):
+def test_rows_that_overflow_in_the_engines_dtype_are_refused(model):
     prompt = random_prompt()
     big = prompt.replace(input_embeddings=[prompt.input_embeddings[0] * 1e8, prompt.input_embeddings[1]])
     for kind in KINDS:
@@ -111,7 +111,7 @@ def test_rows_that_overflow_in_the_engines_dtype(model):
             workbench.open_engine(kind, model, dtype="float16").generate(big)
 
 
-def test_a_model_of_nan_says_so(tmp_path):
+def test_nan_logits_raise_model_error(tmp_path):
     model = save_llama(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.norm.weight"][:] = torch.nan
@@ -122,7 +122,7 @@ def test_a_model_of_nan_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_missing_or_misshapen_tensor_is_named(tmp_path, kind):
+def test_missing_or_misshapen_tensor_is_refused_by_name(tmp_path, kind):
     save_llama(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
@@ -144,7 +144,7 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path, kind):
         ("lm_head.weight", "differs from its embedding table"),
     ],
 )
-def test_a_checkpoint_that_contradicts_its_configuration(tmp_path, extra, words):
+def test_checkpoint_that_contradicts_its_configuration_is_refused(tmp_path, extra, words):
     save_llama(tmp_path, tie_word_embeddings=True)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[extra] = torch.randn(48) if "bias" in extra else torch.randn(97, 48)
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_contradicts_its_configuration(tmp_path, extra, words)
         workbench.open_engine("numba", workbench.load_model(tmp_path))
 
 
-def test_the_truth_is_loaded_anew_when_the_model_changes(tmp_path):
+def test_reference_is_reloaded_if_the_model_changes(tmp_path):
     verdicts = []
     for epsilon in (1e-6, 1e-2):
         model = save_llama(tmp_path, rms_norm_eps=epsilon)
@@ -161,7 +161,7 @@ def test_the_truth_is_loaded_anew_when_the_model_changes(tmp_path):
     assert verdicts == ["noise", "noise"]
 
 
-def test_a_stray_sliding_window_key_does_not_drop_keys(tmp_path):
+def test_sliding_window_in_a_llama_configuration_is_ignored(tmp_path):
     model = save_llama(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "sliding_window": 2}))
@@ -185,7 +185,7 @@ def test_bidirectional_spans_stay_inside_the_references_window(tmp_path):
     engine = workbench.open_engine("transformers", workbench.load_model(tmp_path))
     engine.generate(random_prompt(), GenerationConfig(max_new_tokens=1))
     both = random_prompt().replace(spans=[Span(attention="bidirectional")] * 2)
-    # With a window of 4, tokens 20 to 23 see position 20 and no other does, span or not.
+    # With a window of 4 only tokens 20 to 23 attend to position 20, with or without the span.
     changed = [both.input_embeddings[0], both.input_embeddings[1].clone()]
     changed[1][0] += 1.0
     before, after = (
@@ -194,7 +194,7 @@ def test_bidirectional_spans_stay_inside_the_references_window(tmp_path):
     assert [int(row) for row in (before != after).any(dim=1).nonzero()] == [20, 21, 22, 23]
 
 
-def test_threads_do_not_mix_traces(engine):
+def test_concurrent_traces_equal_single_traces(engine):
     prompts = [random_prompt(seed) for seed in range(2)]
     expected = [engine.trace(prompt, ["embed", "layers.1"]) for prompt in prompts]
     wrong = []
@@ -212,7 +212,7 @@ def test_threads_do_not_mix_traces(engine):
     assert wrong == []
 
 
-def test_cancel_before_the_first_step(engine):
+def test_cancel_before_the_first_step_ends_the_stream(engine):
     prompt = random_prompt()
     stream = engine.stream_infer(3, prompt.input_ids, prompt.input_embeddings, prompt.embedding_ranges)
     assert engine.cancel(3)
@@ -237,57 +237,57 @@ def test_cancel_before_the_first_step(engine):
         {"bad_token_ids": 3},
     ],
 )
-def test_settings_of_the_wrong_kind(changes):
+def test_settings_of_the_wrong_type_are_refused_by_name(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         GenerationConfig(**changes)
 
 
 @pytest.mark.parametrize("changes", [{"bad_token_ids": [-90]}, {"stop_token_ids": [97]}, {"bad_token_ids": range(97)}])
-def test_token_ids_outside_the_vocabulary(engine, changes):
+def test_token_id_settings_outside_the_vocabulary_are_refused(engine, changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         engine.generate(random_prompt(), GenerationConfig(max_new_tokens=2, **changes))
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps", "bogus", "", None, "meta"])
-def test_devices_that_are_not_there(model, device):
+def test_unavailable_devices_are_refused(model, device):
     if device == "cuda" and torch.cuda.is_available():
-        pytest.skip("this machine has one")
+        pytest.skip("this machine has a CUDA GPU")
     for kind in KINDS:
         with pytest.raises(ModelError, match="device="):
             workbench.open_engine(kind, model, device=device)
 
 
-def test_an_engine_needs_a_loaded_model():
+def test_model_name_instead_of_a_loaded_model_is_refused():
     with pytest.raises(ModelError, match="needs a model from workbench.load_model"):
         workbench.open_engine("numba", "smollm2-135m")
 
 
 @pytest.mark.parametrize("positions", [3, [[1, 2]], [], [1.0], None, "ab", slice(0, 0)])
-def test_odd_positions(engine, positions):
+def test_invalid_positions_are_refused(engine, positions):
     with pytest.raises(ValueError, match="positions"):
         engine.trace(random_prompt(), ["embed"], positions)
 
 
 @pytest.mark.parametrize("taps", [3, None, [3]])
-def test_odd_taps(engine, taps):
+def test_invalid_taps_are_refused(engine, taps):
     with pytest.raises(ValueError, match="taps="):
         engine.trace(random_prompt(), taps)
 
 
 @pytest.mark.parametrize("factor", [float("nan"), -1.0, 0.5, float("inf")])
-def test_odd_factors(engine, factor):
+def test_invalid_factors_are_refused(engine, factor):
     with pytest.raises(ValueError, match="factor"):
         check_engine(engine, random_prompt(), factor=factor)
 
 
-def test_a_trace_that_cannot_be_written(engine, tmp_path):
+def test_saving_a_trace_to_a_missing_folder_raises_trace_error(engine, tmp_path):
     trace = engine.trace(random_prompt(), ["embed"])
     with pytest.raises(TraceError, match="cannot be written"):
         trace.save(tmp_path / "missing" / "run.safetensors")
 
 
 @pytest.mark.parametrize("files", [{"a": "../x.safetensors"}, {"a": "/etc/passwd"}, {"a": 3}, {"a": None}, None, [], 3])
-def test_hostile_indexes(tmp_path, files):
+def test_hostile_indexes_are_refused(tmp_path, files):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     if files == []:
@@ -298,19 +298,19 @@ def test_hostile_indexes(tmp_path, files):
 
 
 @pytest.mark.parametrize("name", ["", "~nosuchuser/x", "x" * 5000])
-def test_odd_model_names(name):
+def test_invalid_model_names_are_refused(name):
     with pytest.raises(ModelError, match="no model"):
         workbench.load_model(name)
 
 
 @pytest.mark.parametrize("text", ["null", "[]", '{"model_type": "llama", "hidden_size": "big"}', "{"])
-def test_odd_configurations(tmp_path, text):
+def test_invalid_configurations_are_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match="configuration of model"):
         _ = workbench.load_model(tmp_path).config
 
 
-def test_what_turbomind_takes_whole_keeps_its_dtype():
+def test_effective_prompt_of_turbomind_keeps_item_dtypes():
     items = [torch.randn(2, 8, dtype=torch.float64), torch.randn(1, 8) * 1e5]
     computed = workbench.effective_prompt(Prompt(range(9), items, [(0, 2), (4, 5)]), "turbomind")
     assert [item.dtype for item in computed.input_embeddings] == [torch.float64, torch.float32]

@@ -1,4 +1,4 @@
-"""A run that is made again after a change computes only what comes after it, and gives what a whole run gives."""
+"""Incremental traces: after a change only the tokens from there on are recomputed, and the result equals a full run."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def engine(tmp_path_factory):
 
 
 def check(engine, run, prompt, computed):
-    """`run.trace` beside a whole run; how many tokens it computed."""
+    """Compare `run.trace` with a full run, and check how many tokens it computed."""
     whole, warm = engine.trace(prompt, TAPS), run.trace(prompt)
     assert list(warm) == list(whole)
     for tap in whole:
@@ -30,13 +30,13 @@ def check(engine, run, prompt, computed):
     return warm
 
 
-def test_only_what_comes_after_the_change_is_computed(engine):
+def test_only_tokens_after_a_change_are_recomputed(engine):
     run, prompt = IncrementalTrace(engine), random_prompt()
     first = check(engine, run, prompt, 40)
     moved = prompt.replace(embedding_ranges=[(4, 9), (22, 31)])
     after = check(engine, run, moved, 20)  # token 20 is the first that differs
     assert torch.equal(after["layers.1"][:20], first["layers.1"][:20])
-    check(engine, run, moved, 1)  # nothing differs: the last token gives its logits
+    check(engine, run, moved, 1)  # nothing differs: only the last token runs, for its logits
     other = moved.replace(input_embeddings=[moved.input_embeddings[0], moved.input_embeddings[1] * 2])
     check(engine, run, other, 18)
     ids = list(other.input_ids)
@@ -46,17 +46,17 @@ def test_only_what_comes_after_the_change_is_computed(engine):
     check(engine, run, random_prompt(1, 60).replace(position_ids=torch.arange(60) + torch.arange(60).ge(50)), 10)
 
 
-def test_a_stretch_that_sees_both_ways_runs_whole(engine):
+def test_bidirectional_span_is_recomputed_as_a_whole(engine):
     run = IncrementalTrace(engine)
     prompt = random_prompt().replace(spans=[Span(), Span(attention="bidirectional")])
     check(engine, run, prompt, 40)
     rows = prompt.input_embeddings[1].clone()
-    rows[-1] += 1.0  # token 28, which tokens 20 to 27 see
+    rows[-1] += 1.0  # token 28, to which tokens 20 to 27 attend
     check(engine, run, prompt.replace(input_embeddings=[prompt.input_embeddings[0], rows]), 20)
 
 
-def test_features_of_early_layers_are_seen(engine):
-    """Deepstack features do not show in hidden state 0: such a run leaves nothing to start from."""
+def test_runs_with_deepstack_features_are_not_reused(engine):
+    """Deepstack features are not part of hidden state 0, so such a run cannot be reused."""
     run, prompt = IncrementalTrace(engine), random_prompt()
     run._kept = None
     check(engine, run, prompt, 40)
@@ -68,7 +68,7 @@ def test_features_of_early_layers_are_seen(engine):
         engine.check = check_prompt
 
 
-def test_a_stopped_or_refused_run_does_no_harm(engine):
+def test_run_after_a_stopped_or_refused_run_is_correct(engine):
     run, prompt = IncrementalTrace(engine), random_prompt()
     check(engine, run, prompt, 40)
     with pytest.raises(workbench.EmbeddingRangeError, match="overlaps"):
@@ -84,23 +84,23 @@ def test_a_stopped_or_refused_run_does_no_harm(engine):
     with pytest.raises(Stopped):
         run.trace(moved, stop)
     assert shares == sorted(shares)
-    check(engine, run, moved, 40)  # half of the layers had the new keys, so it starts anew
+    check(engine, run, moved, 40)  # half of the layers had the new keys, so everything is recomputed
 
 
-def test_progress_of_traces_and_checks(engine):
-    prompt, told = random_prompt(), []
-    engine.trace(prompt, TAPS, progress=told.append)
-    assert told[-1] == 1.0
-    assert told == sorted(told)
-    told.clear()
-    workbench.check_engine(engine, prompt, progress=told.append)
-    assert told == sorted(told)
-    assert told[-1] == pytest.approx(1.0)
+def test_progress_rises_to_one_in_traces_and_checks(engine):
+    prompt, shares = random_prompt(), []
+    engine.trace(prompt, TAPS, progress=shares.append)
+    assert shares[-1] == 1.0
+    assert shares == sorted(shares)
+    shares.clear()
+    workbench.check_engine(engine, prompt, progress=shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1.0)
     with pytest.raises(Stopped):
         engine.trace(prompt, TAPS, progress=lambda share: (_ for _ in ()).throw(Stopped()))
 
 
-def test_lens_reads_states_through_the_head(engine):
+def test_logit_lens_of_final_states_equals_the_logits(engine):
     reference = workbench.open_engine("transformers", engine.model, dtype="float64")
     trace = engine.trace(Prompt([5, 6, 7, 8]), TAPS)
     for given in (engine, reference):

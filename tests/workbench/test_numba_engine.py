@@ -1,4 +1,4 @@
-"""The Numba engine against Transformers: small random models of every kind it runs, then the real one."""
+"""The Numba engine against Transformers: small random models of every kind it supports, then the built-in one."""
 
 import pytest
 import torch
@@ -50,10 +50,10 @@ def test_bidirectional_spans_equal_a_dense_mask(tmp_path):
     assert max(float(relative_error(a[tap], b[tap]).max()) for tap in a) < 1e-5
     causal = ours.trace(prompt.replace(spans=()), ["layers.0"])["layers.0"]
     changed = (causal != a["layers.0"]).any(dim=1).nonzero().flatten().tolist()
-    assert changed == list(range(20, 28))  # all of the span but its last token, which saw the whole span anyway
+    assert changed == list(range(20, 28))  # all of the span but its last token, which attends to the whole span anyway
 
 
-def test_given_positions_are_used(tmp_path):
+def test_given_positions_equal_transformers(tmp_path):
     model = save_llama(tmp_path)
     prompt = random_prompt().replace(position_ids=torch.arange(40) * 3 + 7)
     config = GenerationConfig(max_new_tokens=8, ignore_eos=True, output_logits="all")
@@ -62,7 +62,7 @@ def test_given_positions_are_used(tmp_path):
     assert relative_error(ours.logits, theirs.logits).max() < 1e-5
 
 
-def test_another_architecture_is_refused_by_name(tmp_path):
+def test_unsupported_architecture_is_refused_by_name(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20)).save_pretrained(tmp_path)
@@ -73,12 +73,12 @@ def test_another_architecture_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"), [({"dtype": "float64"}, "float32, bfloat16"), ({"dtype": "int8"}, "int8")]
 )
-def test_a_dtype_it_does_not_run_in(model, arguments, words):
+def test_unsupported_dtypes_are_refused_by_name(model, arguments, words):
     with pytest.raises(ValueError, match=words):
         workbench.open_engine("numba", model, **arguments)
 
 
-def test_identity_injection_is_bit_for_bit_the_same(model, engine, japan):
+def test_identity_injection_is_bit_identical(model, engine, japan):
     _, plain = japan
     own = model.embedding_table[list(plain.input_ids[5:9])]
     identity = Prompt(plain.input_ids, [own], [(5, 9)])
@@ -97,7 +97,7 @@ def test_japan_over_france_turns_paris_into_tokyo(model, engine, reference, japa
         assert answers == ["The capital of Japan is Tokyo.", "The capital of France is Paris."]
 
 
-def test_nothing_before_the_range_changes(engine, japan):
+def test_states_before_the_range_are_bit_identical(engine, japan):
     injected, plain = japan
     start = injected.embedding_ranges[0][0]
     a, b = engine.trace(injected, EVERY_TAP), engine.trace(plain, EVERY_TAP)

@@ -1,4 +1,4 @@
-"""Batch plans keep their promises for any prompts, and packed runs give what solo runs give."""
+"""Properties of batch plans for random prompts, and packed runs compared with single runs."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def test_every_token_runs_once_in_order_and_no_span_is_cut(made, budget, split):
         budget = max(budget, *(len(prompt) for prompt in made))
     plan = plan_batch(made, budget, split=split)
     done = [0] * len(made)
-    for chunk in plan.batches:
-        assert 0 < sum(map(len, chunk)) <= budget
-        assert len({piece.prompt for piece in chunk}) == len(chunk)
-        for piece in chunk:
-            assert piece.start == done[piece.prompt]
-            done[piece.prompt] = piece.stop
-            for start, stop in made[piece.prompt].bidirectional_ranges:
-                assert piece.stop <= start or piece.stop >= stop
+    for batch in plan.batches:
+        assert 0 < sum(map(len, batch)) <= budget
+        assert len({chunk.prompt for chunk in batch}) == len(batch)
+        for chunk in batch:
+            assert chunk.start == done[chunk.prompt]
+            done[chunk.prompt] = chunk.stop
+            for start, stop in made[chunk.prompt].bidirectional_ranges:
+                assert chunk.stop <= start or chunk.stop >= stop
     assert done == [len(prompt) for prompt in made]
     if split and not any(prompt.bidirectional_ranges for prompt in made):
-        assert len(plan.batches) == -(-sum(done) // budget)  # nothing is lost where everything may be cut
+        assert len(plan.batches) == -(-sum(done) // budget)  # no space is lost if every prompt may be cut
 
 
 def test_a_bidirectional_range_longer_than_a_batch_is_refused():
@@ -66,7 +66,7 @@ def test_a_bidirectional_range_longer_than_a_batch_is_refused():
         plan_batch([], 10)
 
 
-def test_summary_of_a_plan():
+def test_plan_summary_reports_padding_and_fill():
     plan = plan_batch([prompt_of(30, []), prompt_of(10, [])], 25)
     assert (
         str(plan).splitlines()[-1]
@@ -77,7 +77,7 @@ def test_summary_of_a_plan():
 
 
 @pytest.mark.parametrize("budget", [33, 64, 500])
-def test_packed_runs_give_what_solo_runs_give(budget, tmp_path):
+def test_packed_runs_equal_single_runs(budget, tmp_path):
     engine = workbench.open_engine("numba", save_llama(tmp_path))
     made = [
         prompt_of(40, [(3, 12), (20, 29)]),
@@ -91,14 +91,14 @@ def test_packed_runs_give_what_solo_runs_give(budget, tmp_path):
         torch.testing.assert_close(state, engine.trace(prompt, ["norm"], [-1])["norm"][0], rtol=1e-5, atol=1e-6)
 
 
-def test_one_bad_prompt_stops_the_batch_before_it_runs(tmp_path):
+def test_batch_with_an_invalid_prompt_is_refused(tmp_path):
     engine = workbench.open_engine("numba", save_llama(tmp_path))
     bad = prompt_of(10, [(2, 5)]).replace(embedding_ranges=[(2, 50)])
     with pytest.raises(workbench.EmbeddingRangeError, match="leaves the prompt of 10 tokens"):
         engine.prefill_packed([prompt_of(8, []), bad])
 
 
-def test_the_image_shows_every_range():
+def test_plan_figure_shows_every_range():
     made = [prompt_of(30, [(5, 10)]), prompt_of(10, [(2, 4), (6, 8)])]
     figure = plan_figure(plan_batch(made, 25), made)
     red = [

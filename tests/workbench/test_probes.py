@@ -1,4 +1,4 @@
-"""Probes: a sound engine passes all; for each question there is a fault that is answered with no."""
+"""Probes: a correct engine passes all of them, and each probe fails on an engine with a matching fault."""
 
 import threading
 from dataclasses import replace
@@ -26,27 +26,27 @@ def fresh(llama, **options):
 
 
 def long_prompt() -> Prompt:
-    """Over three pages long, so that prefixes can be shared and pages mixed up."""
+    """Longer than three pages, so that prefixes can be shared and pages confused."""
     prompt = random_prompt(0, 100)
     return prompt.replace(embedding_ranges=[(4, 9), (40, 49)])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("spans", [[], [Span(), Span(attention="bidirectional")]], ids=["causal", "both ways"])
-def test_a_sound_engine_passes_all(llama, dtype, spans):
+def test_correct_engine_passes_every_probe(llama, dtype, spans):
     engine, chunked = (fresh(llama, dtype=dtype, max_prefill_token_num=number) for number in (512, 16))
     report = probe(engine, long_prompt().replace(spans=spans), chunked=chunked)
     assert [result.passed for result in report.results] == [True] * 10, str(report)
     assert report.passed
 
 
-def test_the_reference_passes_too(llama):
+def test_reference_passes_every_probe(llama):
     report = probe(workbench.open_engine("transformers", llama), long_prompt())
     assert report.passed, str(report)
     assert report["chunks"].passed is None
 
 
-QUESTION_FAULTS = {
+PROBE_FAULTS = {
     "determinism": "random states",
     "used": "placeholders used",
     "identity": "scale missing",
@@ -59,22 +59,22 @@ QUESTION_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", QUESTION_FAULTS)
-def test_each_question_finds_its_fault(llama, name):
-    report = probe(FAULTS[QUESTION_FAULTS[name]].inject(fresh(llama)), long_prompt(), only=[name])
+@pytest.mark.parametrize("name", PROBE_FAULTS)
+def test_each_probe_finds_its_fault(llama, name):
+    report = probe(FAULTS[PROBE_FAULTS[name]].inject(fresh(llama)), long_prompt(), only=[name])
     assert report[name].passed is False, str(report)
     assert not report.passed
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["determinism", "identity", "causality", "batch"])
-def test_an_engine_that_rolls_dice_does_not_set_its_own_limit(llama, name, dtype):
+def test_nondeterministic_engine_does_not_raise_its_own_limit(llama, name, dtype):
     report = probe(random_states(fresh(llama, dtype=dtype), 3.0), long_prompt(), only=[name])
     assert report[name].passed is False, str(report)
 
 
-def test_other_tokens_from_equal_states_are_no_agreement(llama, monkeypatch):
-    """A fault in sampling that shows in a crowd only."""
+def test_different_tokens_from_equal_states_fail_the_batch_probe(llama, monkeypatch):
+    """A sampling fault that appears only if several requests run."""
     engine = fresh(llama)
     generate, lock, calls = engine.generate, threading.Lock(), []
 
@@ -90,7 +90,7 @@ def test_other_tokens_from_equal_states_are_no_agreement(llama, monkeypatch):
     assert "the same states, but different tokens" in result.evidence
 
 
-def test_chunks_are_held_against_the_whole(llama):
+def test_chunks_probe_finds_a_fault_in_chunked_prefill(llama):
     spoilt = change_batch(
         fresh(llama, max_prefill_token_num=16),
         lambda batch: setattr(batch, "key_stop", (batch.key_stop - 1).clamp(min=1)),
@@ -99,12 +99,12 @@ def test_chunks_are_held_against_the_whole(llama):
     assert report["chunks"].passed is False, str(report)
 
 
-def test_a_stale_cache_is_named(llama):
+def test_evidence_names_a_stale_prefix_cache(llama):
     report = probe(stale_prefix_cache(fresh(llama)), long_prompt(), only=["prefix cache"])
     assert "the first rows' state is served" in report["prefix cache"].evidence
 
 
-def test_a_canary_says_where_it_was_seen(llama):
+def test_canary_evidence_contains_the_position_of_the_row(llama):
     prompt = long_prompt()
     moved = FaultyEngine(fresh(llama), lambda p: p.replace(embedding_ranges=shift(p.embedding_ranges, 3)))
     assert (
@@ -112,7 +112,7 @@ def test_a_canary_says_where_it_was_seen(llama):
     )
 
 
-def test_what_cannot_be_asked_is_said(llama):
+def test_probes_that_do_not_apply_give_a_reason(llama):
     rows = random_prompt().input_embeddings[0]
     start = Prompt([5] * 40, [rows], [(0, 5)])
     report = probe(fresh(llama), start, only=["causality"])
@@ -130,13 +130,13 @@ def test_what_cannot_be_asked_is_said(llama):
         (lambda: {"prompt": random_prompt(), "only": ["unknown"]}, "no probe 'unknown'"),
     ],
 )
-def test_bad_input_is_named(llama, make, words):
+def test_bad_input_is_refused_by_name(llama, make, words):
     with pytest.raises((PromptError, ValueError), match=words):
         probe(fresh(llama), **make())
 
 
-def test_limits_are_the_engines_own_rounding(llama):
-    """In float32 a change of a millionth is rounding, of a thousandth is not."""
+def test_limits_match_the_rounding_of_the_engine(llama):
+    """In float32 a relative change of 1e-8 counts as rounding, one of 1e-3 does not."""
     subject = _Subject(fresh(llama), long_prompt(), None)
     assert 1e-7 < float(subject.limits.median()) < 1e-4
     assert not subject.changed(subject.base * (1 + 1e-8)).any()
@@ -144,5 +144,5 @@ def test_limits_are_the_engines_own_rounding(llama):
     assert subject.changed(torch.full_like(subject.base, torch.nan)).all()
 
 
-def test_every_probe_has_a_fault_that_it_finds():
-    assert set(QUESTION_FAULTS) | {"chunks"} == set(PROBES)
+def test_every_probe_is_tested_with_a_fault():
+    assert set(PROBE_FAULTS) | {"chunks"} == set(PROBES)

@@ -1,4 +1,4 @@
-"""An engine in a process of its own: the same answers, errors by name, and a death that ends requests, not the kernel."""
+"""An engine in a child process: the same outputs and error types, and a crash that ends requests but not the kernel."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def child(llama):
         yield engine
 
 
-def test_the_same_as_in_this_process(llama, child):
+def test_isolated_engine_equals_the_engine_in_this_process(llama, child):
     here, prompt = workbench.open_engine("numba", llama), random_prompt()
     assert child.generate(prompt, CONFIG).token_ids == here.generate(prompt, CONFIG).token_ids
     mine, theirs = here.trace(prompt), child.trace(prompt)
@@ -33,14 +33,14 @@ def test_the_same_as_in_this_process(llama, child):
     assert child.capabilities == here.capabilities
 
 
-def test_errors_keep_their_kind(llama, child):
+def test_errors_keep_their_type(llama, child):
     with pytest.raises(PromptError, match="not an id of a vocabulary of 97"):
         child.generate(random_prompt().replace(input_ids=[500] * 40), CONFIG)
     with pytest.raises(ValueError, match="dtype='int8'"):
         workbench.open_engine("numba", llama, isolated=True, dtype="int8")
 
 
-def test_cancel_and_early_close(child):
+def test_requests_run_after_cancel_and_early_close(child):
     long = GenerationConfig(max_new_tokens=200, ignore_eos=True)
     stream = child.stream(random_prompt(), long, session_id=3)
     next(stream)
@@ -52,8 +52,8 @@ def test_cancel_and_early_close(child):
     assert len(child.generate(random_prompt(2), CONFIG).token_ids) == 8
 
 
-def test_a_cancel_reaches_the_child(tmp_path):
-    """With room for one request a second one runs only once the first has ended over there."""
+def test_cancel_and_close_end_the_request_in_the_child(tmp_path):
+    """With a batch size of one the next request runs only after the first has ended in the child."""
     model = save_llama(tmp_path, max_position_embeddings=60_000)
     endless = GenerationConfig(max_new_tokens=50_000, ignore_eos=True)
     with workbench.open_engine("numba", model, isolated=True, max_batch_size=1, cache_max_entry_count=2000) as engine:

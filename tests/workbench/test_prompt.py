@@ -1,4 +1,4 @@
-"""Prompts: what is refused, with which words, and what makes two prompts the same."""
+"""Prompts: which are refused, with which message, and what the digest depends on."""
 
 import pytest
 import torch
@@ -39,22 +39,22 @@ ROWS = torch.zeros(2, 4)
         (Prompt([1, 2], position_ids=torch.arange(3)), PromptError, r"position_ids is \(3,\) for 2 tokens"),
     ],
 )
-def test_faults_are_named(prompt, error, words):
+def test_invalid_prompts_are_refused_by_name(prompt, error, words):
     with pytest.raises(error, match=words):
         prompt.check(vocab_size=50, hidden_size=4)
 
 
-def test_a_sound_prompt_passes_and_placeholders_may_be_anything():
+def test_valid_prompt_passes_with_any_placeholder_ids():
     Prompt([1, -200, 999_999, 4], [ROWS], [(1, 3)]).check(vocab_size=50, hidden_size=4)
 
 
 @pytest.mark.parametrize("ranges", [[3], [(1, 2, 3)], [("a", 2)], [None], 5])
-def test_ranges_that_are_no_pairs(ranges):
+def test_ranges_that_are_not_pairs_are_refused(ranges):
     with pytest.raises(EmbeddingRangeError, match="pairs"):
         Prompt([1, 2, 3], [ROWS], ranges)
 
 
-def test_digest_tells_apart_all_that_matters():
+def test_digest_depends_on_every_field():
     base = Prompt([1, 2, 3], [ROWS], [(0, 2)])
     assert base.digest == Prompt(torch.tensor([1, 2, 3]), [ROWS.clone()], [[0, 2]]).digest
     others = [

@@ -29,7 +29,7 @@ def test_save_and_load_round_trip(make, tmp_path):
 
 
 def test_loaded_rows_are_unchanged_when_the_file_is_replaced(tmp_path):
-    """Loaded rows are the file, mapped into memory: another prompt in its place must not change them."""
+    """Loaded rows are memory-mapped from the file; replacing the file must not change them."""
     items = [torch.randn(40_000, 4) for _ in range(2)]
     Prompt([1] * 80_000, items, [(0, 40_000), (40_000, 80_000)]).save(tmp_path / "p.json")
     loaded = Prompt.load(tmp_path / "p.json")

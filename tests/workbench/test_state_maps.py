@@ -1,4 +1,4 @@
-"""Maps of hidden states: their numbers by hand, colours' ends, the lens, neighbours; and the views without a browser."""
+"""Hidden-state maps: values checked by hand, colour limits, logit lens, neighbours; and the views without a browser."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ TAPS = ("embed", "layers.*", "norm")
 
 
 class Words:
-    """A tokenizer for models without one: each id is its number."""
+    """A tokenizer for models without one: the text of an id is its number."""
 
     all_special_ids = (1, 2)
 
@@ -43,7 +43,7 @@ def maps(engine):
     return state_maps(engine, engine.trace(prompt, TAPS), engine.trace(Prompt(prompt.input_ids), TAPS), prompt)
 
 
-def test_numbers_are_what_their_names_say(engine, maps):
+def test_metrics_equal_values_computed_by_hand(engine, maps):
     prompt = random_prompt()
     here, plain = engine.trace(prompt, TAPS), engine.trace(Prompt(prompt.input_ids), TAPS)
     assert maps.taps == ["embed", "layers.0", "layers.1", "layers.2", "norm"]
@@ -57,7 +57,7 @@ def test_numbers_are_what_their_names_say(engine, maps):
     assert maps.values["norm"].min() <= low < high <= maps.values["norm"].max()
 
 
-def test_a_map_of_nothing_has_ends_all_the_same():
+def test_bounds_of_nan_and_constant_maps_are_not_empty():
     maps = StateMaps(
         ["a"], ["embed"], [], {"norm": np.array([[np.nan]], np.float32), "cosine": np.ones((1, 1), np.float32)}
     )
@@ -66,7 +66,7 @@ def test_a_map_of_nothing_has_ends_all_the_same():
         assert low < high
 
 
-def test_the_lens_at_the_last_layer_is_the_next_word(engine, maps):
+def test_lens_at_the_last_layer_equals_the_next_token(engine, maps):
     shares = []
     maps.add_lens(engine, shares.append)
     logits = engine.trace(random_prompt(), ["logits"])["logits"]
@@ -85,7 +85,7 @@ def test_neighbours_are_the_nearest_by_cosine(maps):
     assert [place for place, _ in maps.neighbours(2, 7, 4)] == wanted
 
 
-def test_states_that_are_not_numbers_are_shown_as_such(maps):
+def test_non_finite_states_can_be_shown(maps):
     states = maps.row_states(2).clone()
     states[3], states[4, 0], states[5] = torch.nan, torch.inf, 3e38
     view = HiddenStateMap(StateMaps(maps.tokens, maps.taps, maps.ranges, maps.values, row_states=lambda row: states))
@@ -95,7 +95,7 @@ def test_states_that_are_not_numbers_are_shown_as_such(maps):
     assert all(np.isfinite(near) for _, near in view.maps.neighbours(2, 6, 20))
 
 
-def test_errors_of_a_comparison_join_the_map(engine, maps):
+def test_errors_of_a_comparison_are_added_to_the_map(engine, maps):
     comparison = workbench.check_engine(engine, random_prompt())
     maps.add_error(comparison)
     at = comparison.taps.index("layers.1")
@@ -113,7 +113,7 @@ def image_of(view):
     return Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
 
 
-def test_the_map_shows_what_is_asked_for(engine, maps):
+def test_map_shows_the_selected_metric_row_and_cell(engine, maps):
     view = HiddenStateMap(maps)
     assert np.frombuffer(view.values, np.float32).reshape(5, 40) == pytest.approx(maps.values["change"])
     view.metric = "norm"
@@ -132,7 +132,7 @@ def test_the_map_shows_what_is_asked_for(engine, maps):
     view.metric = "colour"
     assert "no metric 'colour'" in view.message
     assert view.values == b""
-    view.metric = "error"  # not computed: no numbers of another metric under its name
+    view.metric = "error"  # not computed: values of another metric must not appear under its name
     assert view.values == b""
     assert "yet" in view.message
     view.metric = "cosine"
@@ -144,7 +144,7 @@ def test_the_map_shows_what_is_asked_for(engine, maps):
     assert HiddenStateMap().figure() is not None
 
 
-def test_patches_of_every_kind():
+def test_patch_view_shows_every_kind_of_span():
     spans = [Span(grid=(2, 3), label="wide"), Span(grid=(2, 2, 2)), Span("audio"), Span(grid=(4,))]
     ranges = [(0, 6), (6, 14), (14, 19), (20, 24)]
     prompt = Prompt(range(30), [torch.zeros(b - a, 4) for a, b in ranges], ranges, spans)
@@ -154,12 +154,12 @@ def test_patches_of_every_kind():
         ("wide", 0, 2, 3, 0),
         ("image 1, frame 0", 6, 2, 2, -1),
         ("image 1, frame 1", 10, 2, 2, -1),
-        ("audio 2", 14, 1, 5, -1),  # a strip of time
-        ("image 3", 20, 1, 4, -1),  # one number is no grid
+        ("audio 2", 14, 1, 5, -1),  # one line along time
+        ("image 3", 20, 1, 4, -1),  # one number is not a grid
     ]
     assert [item["range"] for item in view.items] == [0, 1, 1, 2, 3]
     assert max(Image.open(io.BytesIO(view.images[0])).size) == 512
-    for odd in ((-2, -2), (3, 3), ()):  # none that its rows fill
+    for odd in ((-2, -2), (3, 3), ()):  # grids that do not match the number of rows
         (item,) = PatchView(Prompt(range(9), [torch.zeros(4, 4)], [(2, 6)], [Span(grid=odd)])).items
         assert (item["lines"], item["columns"]) == (1, 4)
     view.show(prompt.replace(embedding_ranges=[(1, 7), *ranges[1:]]))
@@ -172,10 +172,10 @@ def test_patches_of_every_kind():
     assert images[0].get_title() == "wide: tokens [1, 7)"
     painted = [axes.images[-1].get_array() for axes in images]
     assert painted[0].tolist() == [[1, 2, 3], [4, 5, 6]]
-    assert [len(axes.images) for axes in images] == [2, 1, 1, 1, 1]  # colours over an image, and where there is none
+    assert [len(axes.images) for axes in images] == [2, 1, 1, 1, 1]  # colours are drawn with and without an image
     odd = np.full(30, 7, np.float32)
     odd[1:5] = 0, np.nan, np.inf, 99
-    # On a logarithmic scale zero has no colour, and what lies beyond an end has the end's.
+    # On a logarithmic scale zero has no colour, and values beyond a limit have the limit's colour.
     view.colour(odd, "norm", (1.0, 30.0))
     assert view.figure().axes[0].images[-1].get_array().filled(-1).tolist() == [[-1, -1, 30], [30, 7, 7]]
     for ends in ((0.0, 5.0), (5.0, 5.0)):
@@ -187,7 +187,7 @@ def test_patches_of_every_kind():
     assert image_of(PatchView(Prompt([1, 2]))).size[0] == 1100
 
 
-def test_a_verdict_to_look_at(engine):
+def test_comparison_view_shows_the_verdict(engine):
     prompt, view = random_prompt(), ComparisonView()
     with pytest.raises(RuntimeError, match="nothing has been compared"):
         view.figure()
@@ -219,16 +219,16 @@ def test_a_verdict_to_look_at(engine):
     assert "wait" in view.banner.value
     part = workbench.check_engine(engine, prompt, positions=range(18, 30))
     view.show(part, prompt, tokens)
-    assert view.map.spans == [[2, 11]]  # the second range, in columns of what was kept
+    assert view.map.spans == [[2, 11]]  # the second range, in columns of the traced positions
 
 
-def test_the_editor_has_a_image_too(engine):
+def test_range_editor_has_an_image(engine):
     assert image_of(RangeEditor(random_prompt(), engine.model)).size[0] == 1100
     long = RangeEditor(Prompt([5] * 3000, [torch.zeros(4, 48)], [(2000, 2004)]), engine.model)
-    assert image_of(long).size[1] < 1000  # the beginning; `figure` draws all of it
+    assert image_of(long).size[1] < 1000  # only the beginning; `figure` draws all of it
 
 
-def test_kernel_bars_hold_the_report():
+def test_kernel_bars_show_the_rows_of_the_report():
     rows = [
         {"shape": [1, 2], "kernel": "hopper, spans", "tflops": 5.0},
         {"shape": [1, 2], "kernel": "flash", "tflops": 2.0},

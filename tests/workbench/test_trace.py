@@ -1,4 +1,4 @@
-"""Traces: saved and loaded whole; foreign, truncated and tampered files are refused."""
+"""Traces: save and load round-trip; foreign, truncated and tampered files are refused."""
 
 import json
 import zlib
@@ -23,7 +23,7 @@ def llama(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("llama"))
 
 
-def test_saved_and_loaded_whole(trace, tmp_path):
+def test_save_and_load_round_trip(trace, tmp_path):
     trace.save(tmp_path / "run.safetensors")
     again = Trace.load(tmp_path / "run.safetensors")
     assert list(again) == list(trace) == ["embed", "layers.3"]
@@ -39,7 +39,7 @@ def test_a_missing_tap_is_named(trace):
         trace["norm"]
 
 
-def test_files_that_are_no_traces(trace, tmp_path):
+def test_files_that_are_not_traces_are_refused(trace, tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(TraceError, match="cannot be read"):
         Trace.load(path)
@@ -67,7 +67,7 @@ def test_files_that_are_no_traces(trace, tmp_path):
         {"provenance": "{"},
     ],
 )
-def test_tampered_metadata(trace, tmp_path, change):
+def test_tampered_metadata_is_refused(trace, tmp_path, change):
     metadata = {
         "format": "workbench-trace-2",
         "positions": "[2, 29]",
@@ -86,7 +86,7 @@ TAPS = ["embed", "layers.*", "layers.*.*", "norm", "logits"]
 class TestOnDisk:
     @pytest.mark.parametrize("kind", ["numba", "transformers"])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-    def test_streamed_is_what_is_held_in_memory(self, llama, kind, dtype, tmp_path):
+    def test_trace_on_disk_equals_the_trace_in_memory(self, llama, kind, dtype, tmp_path):
         engine, prompt = workbench.open_engine(kind, llama, dtype=dtype), random_prompt()
         held = engine.trace(prompt, TAPS, [3, 5, 39])
         stored = engine.trace(prompt, TAPS, [3, 5, 39], path=tmp_path / "t.safetensors")
@@ -97,7 +97,7 @@ class TestOnDisk:
         assert plain == held.provenance
         assert not list(tmp_path.glob("*.part"))
 
-    def test_the_bytes_are_known_before(self, llama, tmp_path):
+    def test_planned_bytes_equal_traced_bytes_and_respect_max_bytes(self, llama, tmp_path):
         engine, prompt = workbench.open_engine("numba", llama), random_prompt()
         plan = engine.plan_trace(prompt, TAPS, slice(0, 7))
         assert plan.nbytes == engine.trace(prompt, TAPS, slice(0, 7)).nbytes
@@ -110,14 +110,14 @@ class TestOnDisk:
             engine.trace(prompt, TAPS, max_bytes=1000, path=tmp_path / "t.safetensors")
         assert not list(tmp_path.iterdir())
 
-    def test_a_run_that_breaks_off_leaves_nothing(self, llama, tmp_path, monkeypatch):
+    def test_failed_run_leaves_no_files(self, llama, tmp_path, monkeypatch):
         engine = workbench.open_engine("numba", llama)
         monkeypatch.setattr(engine.decoder, "logits", lambda hidden: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.trace(random_prompt(), TAPS, path=tmp_path / "t.safetensors")
         assert not list(tmp_path.iterdir())
 
-    def test_an_engine_that_gives_too_little_is_named(self, llama, tmp_path, monkeypatch):
+    def test_tap_missing_from_the_engine_is_reported(self, llama, tmp_path, monkeypatch):
         engine = workbench.open_engine("numba", llama)
         monkeypatch.setattr(engine, "run_trace", lambda prompt, taps, positions, keep: None)
         with pytest.raises(TraceError, match="the engine gave no embed"):
@@ -134,7 +134,7 @@ class TestOnDisk:
         with pytest.raises(TraceError, match="tap 'norm' .* has checksum .* damaged or changed"):
             trace["norm"]
 
-    def test_words_travel_with_a_file(self, engine, japan, tmp_path):
+    def test_token_texts_are_stored_in_the_file(self, engine, japan, tmp_path):
         trace = engine.trace(japan[0], ["embed"], path=tmp_path / "t.safetensors")
         assert trace.provenance["words"][29] == " France"
         assert trace.provenance["model_digest"] == engine.model.digest
@@ -153,15 +153,15 @@ class TestOnDisk:
             {"modalities": 3},
         ],
     )
-    def test_hostile_provenance(self, trace, tmp_path, change):
+    def test_hostile_provenance_is_refused(self, trace, tmp_path, change):
         spoilt = Trace(dict(trace), trace.positions, {**trace.provenance, **change})
         spoilt.save(tmp_path / "x.safetensors")
         with pytest.raises(TraceError, match="provenance"):
             Trace.load(tmp_path / "x.safetensors")
 
 
-def test_models_are_told_apart_by_their_weights(tmp_path, llama):
-    """The same name and size, one number in a weight changed; what a version of Transformers adds to the configuration is nothing."""
+def test_model_digest_depends_on_weights_but_not_on_version(tmp_path, llama):
+    """One changed number in a weight changes the digest; another `transformers_version` does not."""
     other = save_llama(tmp_path / "other")
     config = json.loads((other.path / "config.json").read_text())
     (other.path / "config.json").write_text(json.dumps({**config, "transformers_version": "9.9.9"}))

@@ -1,4 +1,4 @@
-"""The real TurboMind beside Transformers: needs an NVIDIA GPU and lmdeploy, run by `make test-gpu` where both are."""
+"""The real TurboMind compared with Transformers; needs an NVIDIA GPU and lmdeploy: `make test-gpu`."""
 
 import importlib.util
 import json
@@ -71,7 +71,7 @@ def prompt(llama):
 
 
 @pytest.mark.parametrize("kind", ["LlamaConfig", "Qwen2Config", "Qwen3Config"])
-def test_it_is_noise_at_every_depth(tmp_path, kind):
+def test_turbomind_error_is_noise_at_every_depth(tmp_path, kind):
     model = save(tmp_path, kind)
     prompt = spliced_prompt(model, 1300, 2)
     with workbench.open_engine("turbomind", model, depth_sweep=True, **SMALL) as engine:
@@ -84,8 +84,8 @@ def test_it_is_noise_at_every_depth(tmp_path, kind):
         assert text.close, str(text)
 
 
-def test_internlm2_is_noise(tmp_path, llama, prompt):
-    """Transformers has no class for it: it is held against the Llama whose weights it has, in its own layout."""
+def test_internlm2_error_is_noise(tmp_path, llama, prompt):
+    """Transformers has no class for it, so it is compared with the Llama whose weights it has, in its own layout."""
     model = internlm2_of(llama, tmp_path)
     with workbench.open_engine("turbomind", model, **SMALL) as engine:
         run = engine.trace(prompt, ["norm", "logits"])
@@ -98,7 +98,7 @@ def test_internlm2_is_noise(tmp_path, llama, prompt):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_answer_as_one_does(llama, engine, prompt):
+def test_two_gpus_differ_from_one_only_by_noise(llama, engine, prompt):
     """LMDeploy's tensor parallelism: the sums of two halves round differently, and nothing else may differ."""
     with workbench.open_engine("turbomind", llama, tp=2, communicator="nccl", depth_sweep=True, **SMALL) as two:
         found = first_divergence(two, prompt, device="cuda")
@@ -111,13 +111,13 @@ def test_two_gpus_answer_as_one_does(llama, engine, prompt):
 
 
 def test_a_shifted_range_diverges_at_the_first_depth(llama, prompt):
-    """One depth after the splice is the earliest that TurboMind shows."""
+    """One layer after the splice is the earliest state that TurboMind exposes."""
     with workbench.open_engine("turbomind", llama, depth_sweep=True, **SMALL) as engine:
         found = first_divergence(FAULTS["range +1"].inject(engine), prompt, device="cuda")
     assert (found.divergence.tap, found.divergence.token, found.divergence.span) == ("depth.1", 10, 0)
 
 
-def test_all_probes(llama, engine, prompt):
+def test_turbomind_passes_every_probe(llama, engine, prompt):
     with workbench.open_engine("turbomind", llama, max_prefill_token_num=64, **SMALL) as chunked:
         report = workbench.probe(engine, prompt, chunked=chunked)
     assert [result.passed for result in report.results] == [True] * 10, str(report)
@@ -130,7 +130,7 @@ def test_invalid_prompts_do_what_lint_predicts(llama, prompt, name):
     assert seen.agrees is (None if name == "wrong width" else True), str(seen)
 
 
-def test_our_check_comes_first(engine, prompt):
+def test_invalid_prompts_are_refused_by_our_check(engine, prompt):
     with pytest.raises(PromptError, match="leaves the prompt of 160 tokens"):
         engine.generate(prompt.replace(embedding_ranges=[(10, 50), (130, 170)]), CONFIG)
     with pytest.raises(PromptError, match="takes no positions"):
@@ -139,7 +139,7 @@ def test_our_check_comes_first(engine, prompt):
         engine.generate(prompt.replace(spans=[Span(attention="bidirectional")] * 2), CONFIG)
 
 
-def test_states_and_tokens_come_once(engine, prompt):
+def test_states_logits_and_tokens_are_returned_once(engine, prompt):
     config = GenerationConfig(
         max_new_tokens=6, ignore_eos=True, output_last_hidden_state="all", output_logits="generation", logprobs=3
     )
@@ -152,7 +152,7 @@ def test_states_and_tokens_come_once(engine, prompt):
     assert all(-20 < value < 0 for each in output.logprobs for value in each.values())
 
 
-def test_cancel_early_close_and_many_at_once(engine, prompt):
+def test_concurrent_requests_match_after_cancel_and_early_close(engine, prompt):
     long = GenerationConfig(max_new_tokens=1500, ignore_eos=True)
     stream = engine.stream(prompt, long, session_id=3)
     next(stream)
@@ -167,7 +167,7 @@ def test_cancel_early_close_and_many_at_once(engine, prompt):
     assert [tokens[:1] for tokens in outputs] == [alone[:1]] * 8
 
 
-def test_what_cannot_be_opened_is_named(llama, tmp_path):
+def test_unsupported_options_and_models_are_refused_by_name(llama, tmp_path):
     with pytest.raises(TypeError, match="TurbomindEngineConfig has no max_batch"):
         workbench.open_engine("turbomind", llama, max_batch=3)
     with pytest.raises(ValueError, match="dtype='float32'"):
@@ -177,14 +177,14 @@ def test_what_cannot_be_opened_is_named(llama, tmp_path):
         workbench.open_engine("turbomind", phi)
 
 
-def test_a_closed_engine_says_so(llama, prompt):
+def test_closed_engine_refuses_requests(llama, prompt):
     engine = workbench.open_engine("turbomind", llama, **SMALL)
     engine.close()
     with pytest.raises(ModelError, match="was closed"):
         engine.generate(prompt, CONFIG)
 
 
-def test_its_pytorch_engine_refuses_embeddings(llama, prompt):
+def test_lmdeploy_pytorch_engine_refuses_embeddings(llama, prompt):
     try:
         engine = workbench.open_engine("lmdeploy-pytorch", llama)
     except ModelError as error:

@@ -1,5 +1,8 @@
-"""What stands between the workbench and LMDeploy, with a stand-in for LMDeploy's Python side: its calls as 0.18.0 has them, and a
-script of answers instead of a GPU. The real engine is in test_turbomind.py."""
+"""The LMDeploy adapter, tested with a stand-in for LMDeploy's Python API.
+
+The stand-in has the signatures of version 0.18.0 and returns scripted outputs, so no GPU is needed.
+test_turbomind.py tests the real engine.
+"""
 
 import asyncio
 import dataclasses
@@ -65,7 +68,7 @@ class TheirConfig:
 
 @pytest.fixture
 def lmdeploy(monkeypatch):
-    """The stand-in; `calls` holds what reached it, `script` what it answers: lists of (status, tokens)."""
+    """The stand-in; `calls` contains the arguments it received, `script` its outputs: lists of (status, tokens)."""
     module = types.ModuleType("lmdeploy")
     module.__version__ = "0.18.0"
     module.calls, module.cancels, module.closed, module.ended = [], [], [], []
@@ -93,15 +96,15 @@ def lmdeploy(monkeypatch):
             prompt, made = len(input_ids), 0
             whole = torch.arange(float((prompt + 40) * 48)).reshape(-1, 48)
             table = torch.eye(97)
-            said = []
+            generated = []
             for status, tokens in module.script[0]:
-                said += tokens
+                generated += tokens
                 made += len(tokens)
                 rows = prompt + made - 1
                 states = {"all": whole[:rows], "generation": whole[prompt - 1 : rows], None: None}
                 logits = {
-                    "generation": table[said],
-                    "all": torch.cat([torch.zeros(prompt - 1, 97), table[said]]),
+                    "generation": table[generated],
+                    "all": torch.cat([torch.zeros(prompt - 1, 97), table[generated]]),
                     None: None,
                 }
                 logprobs = [{token: -0.5} for token in tokens] if gen_config.logprobs else None
@@ -158,7 +161,7 @@ def engine(lmdeploy, llama):
         yield engine
 
 
-def test_our_prompt_in_their_calls_out(engine, lmdeploy):
+def test_prompt_and_config_become_lmdeploy_arguments(engine, lmdeploy):
     prompt = random_prompt()
     config = GenerationConfig(max_new_tokens=9, repetition_penalty=1.2, stop_token_ids=[50], bad_token_ids=[3])
     assert engine.generate(prompt, config).token_ids == [5, 6, 7, 8]
@@ -172,12 +175,12 @@ def test_our_prompt_in_their_calls_out(engine, lmdeploy):
     assert (lmdeploy.opened.config.dtype, lmdeploy.opened.config.session_len) == ("float16", 256)
 
 
-def test_text_has_no_empty_lists_of_embeddings(engine, lmdeploy):
+def test_text_prompts_pass_none_for_embeddings(engine, lmdeploy):
     engine.generate(Prompt([5, 6, 7]), GenerationConfig(max_new_tokens=4))
     assert (lmdeploy.calls[0]["items"], lmdeploy.calls[0]["ranges"]) == (None, None)
 
 
-def test_tokens_and_states_come_once(engine):
+def test_tokens_and_states_are_streamed_once(engine):
     config = GenerationConfig(max_new_tokens=4, output_last_hidden_state="all", output_logits="generation", logprobs=2)
     outputs = list(engine.stream(random_prompt(), config))
     assert [output.token_ids for output in outputs] == [[5], [6, 7], [8]]
@@ -189,7 +192,7 @@ def test_tokens_and_states_come_once(engine):
     assert [max(each, key=each.get) for each in joined.logprobs] == [5, 6, 7, 8]
 
 
-def test_a_stop_token_is_not_handed_out(engine, lmdeploy):
+def test_stop_tokens_are_not_returned(engine, lmdeploy):
     lmdeploy.script[0] = [(Status.SUCCESS, [5]), (Status.FINISH, [6, 2])]
     output = engine.generate(random_prompt(), GenerationConfig(max_new_tokens=9, logprobs=1))
     assert (output.token_ids, output.num_token, len(output.logprobs)) == ([5, 6], 2, 2)
@@ -204,7 +207,7 @@ def test_a_stop_token_is_not_handed_out(engine, lmdeploy):
         ("OUT_OF_MEMORY", "the request does not fit into its KV cache: raise"),
     ],
 )
-def test_statuses_become_sentences(engine, lmdeploy, status, words):
+def test_error_statuses_become_readable_errors(engine, lmdeploy, status, words):
     lmdeploy.script[0] = [(Status[status], [])]
     with pytest.raises(ModelError, match=f"lmdeploy 0.18.0 answered {status}: {words}"):
         engine.generate(random_prompt(), GenerationConfig(max_new_tokens=2))
@@ -212,7 +215,7 @@ def test_statuses_become_sentences(engine, lmdeploy, status, words):
     assert engine.generate(random_prompt(), GenerationConfig(max_new_tokens=1)).token_ids == [5]
 
 
-def test_our_check_comes_first_unless_it_is_switched_off(engine, lmdeploy, llama):
+def test_invalid_prompts_are_refused_unless_check_is_off(engine, lmdeploy, llama):
     wrong = random_prompt().replace(embedding_ranges=[(20, 25), (4, 13)])
     with pytest.raises(PromptError, match="before it in the prompt"):
         engine.generate(wrong, GenerationConfig(max_new_tokens=2))
@@ -229,7 +232,7 @@ def wait_until(condition, seconds=20.0):
         time.sleep(0.01)
 
 
-def test_a_cancel_and_an_early_close_reach_it(engine, lmdeploy):
+def test_cancel_and_early_close_reach_lmdeploy(engine, lmdeploy):
     lmdeploy.endless = True
     stream = engine.stream(random_prompt(), GenerationConfig(max_new_tokens=9), session_id=1)
     next(stream)
@@ -244,7 +247,7 @@ def test_a_cancel_and_an_early_close_reach_it(engine, lmdeploy):
     wait_until(lambda: 2 in lmdeploy.ended)  # the second request's number; the first may still be ending
 
 
-def test_closing_ends_what_runs(lmdeploy, llama):
+def test_closing_ends_running_requests(lmdeploy, llama):
     lmdeploy.endless = True
     engine = workbench.open_engine("turbomind", llama)
     stream, failed = engine.stream(random_prompt(), GenerationConfig(max_new_tokens=9)), []
@@ -267,7 +270,7 @@ def test_closing_ends_what_runs(lmdeploy, llama):
     engine.close()
 
 
-def test_depths_open_cut_checkpoints_and_leave_nothing(lmdeploy, llama):
+def test_depth_sweep_opens_and_closes_truncated_checkpoints(lmdeploy, llama):
     with workbench.open_engine("turbomind", llama, depth_sweep=True) as engine:
         trace = engine.trace(random_prompt(), ["depth.1", "depth.3", "norm"])
     assert list(trace) == ["depth.1", "depth.3", "norm"]
@@ -285,19 +288,19 @@ def test_depths_open_cut_checkpoints_and_leave_nothing(lmdeploy, llama):
         ({"device": "cuda:1"}, ModelError, r"devices=\[1\]"),
     ],
 )
-def test_options_that_mean_nothing(lmdeploy, llama, options, kind, words):
+def test_unsupported_options_are_refused_by_name(lmdeploy, llama, options, kind, words):
     with pytest.raises(kind, match=words):
         workbench.open_engine("turbomind", llama, **options)
 
 
 @pytest.mark.parametrize(("version", "words"), [("0.4.2", "older than 0.5.0"), ("soon", "which is not valid")])
-def test_versions_that_are_not_known(lmdeploy, version, words):
+def test_unsupported_versions_are_refused(lmdeploy, version, words):
     lmdeploy.__version__ = version
     with pytest.raises(ModelError, match=words):
         installed_version()
 
 
-def test_calls_by_version():
+def test_arguments_follow_the_lmdeploy_version():
     from packaging.version import Version
 
     def old(
@@ -328,11 +331,11 @@ def test_calls_by_version():
     assert embeddings_for(Version("0.11"), [item])[0].dtype == "float32"
 
 
-def test_without_a_gpu_it_says_so(lmdeploy, llama, monkeypatch):
+def test_opening_without_a_gpu_is_refused(lmdeploy, llama, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError, match="needs an NVIDIA GPU"):
         workbench.open_engine("turbomind", llama)
 
 
-def test_a_dead_process_is_an_error_of_its_own():
+def test_engine_died_is_a_model_error():
     assert issubclass(EngineDied, ModelError)

@@ -30,7 +30,7 @@ def test_injecting_japan_over_france_changes_the_answer(explorer):
     assert "The capital is<b> Tokyo" in explorer.words.value
 
 
-def test_identity_changes_no_bit(explorer):
+def test_identity_injection_is_bit_identical(explorer):
     before = explorer.map.values
     explorer.injection.kind.value = "identity"
     assert explorer.wait()
@@ -70,7 +70,7 @@ def test_unknown_menu_entries_are_refused(model, engine, setting, value):
 
 
 def stored(view):
-    """What a notebook keeps of a displayed view."""
+    """The data that a notebook stores for a displayed view."""
     data, _ = view._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data
     return data
@@ -140,8 +140,8 @@ def worked(tmp_path_factory):
 
 
 class TestEngineView:
-    def test_the_image_holds_what_the_history_says(self, worked):
-        """Red stands where a range is: widths in the image are tokens of the steps."""
+    def test_schedule_figure_shows_the_history(self, worked):
+        """Red marks ranges; widths in the figure are numbers of tokens per step."""
         figure = schedule_figure(worked.history, ["first", "second"])
         above, below = figure.axes[:2]
         assert [label.get_text() for label in above.get_yticklabels()] == ["first", "second"]
@@ -152,14 +152,14 @@ class TestEngineView:
         # [4, 9) and [20, 29) in chunks of 16 tokens; the second time 64 tokens came from the cache, with all ranges.
         assert [round(each.get_width() / scale) for each in red] == [5, 9]
         assert [int(each.get_x()) for each in red] == [0, 1]
-        tokens = [sum(len(piece) for piece in step.chunks) for step in worked.history]
+        tokens = [sum(len(chunk) for chunk in step.chunks) for step in worked.history]
         heights: dict[float, float] = {}
         for bar in below.patches:
             heights[round(bar.get_x(), 3)] = heights.get(round(bar.get_x(), 3), 0) + bar.get_height()
         assert [heights[key] for key in sorted(heights)] == tokens
         assert "64" in [text.get_text() for text in above.texts]
 
-    def test_it_follows_the_engine_until_it_is_closed(self, worked):
+    def test_view_follows_the_engine_until_closed(self, worked):
         with EngineView(worked, seconds=0.01) as live:
             before = live.image.value
             finished = worked.stats().finished
@@ -173,7 +173,7 @@ class TestEngineView:
         worked.generate(random_prompt(2, 70), GenerationConfig(max_new_tokens=4, ignore_eos=True))
         assert live.numbers.value == shown
 
-    def test_an_error_shows_in_the_view(self, worked, monkeypatch):
+    def test_error_is_shown_in_the_view(self, worked, monkeypatch):
         view = EngineView(worked, seconds=0.01, steps=0)
         monkeypatch.setattr(worked, "stats", lambda: 1 / 0)
         view.open()
@@ -184,7 +184,7 @@ class TestEngineView:
         monkeypatch.undo()
         view.close()
 
-    def test_what_it_cannot_show_is_named(self, reference):
+    def test_unsupported_engine_is_refused_by_name(self, reference):
         with pytest.raises(TypeError, match="shows the numba engine, not TransformersReference"):
             EngineView(reference)
 
@@ -194,14 +194,14 @@ class TestRangeEditor:
     def editor(self, model, japan):
         return RangeEditor(japan[0], model, "turbomind==0.18.0")
 
-    def test_it_shows_the_prompt(self, editor, japan):
+    def test_editor_shows_the_prompt(self, editor, japan):
         assert editor.tokens[29] == " France"
         assert 0 in editor.special
         assert editor.embedding_ranges == [[29, 30]]
         assert [each["code"] for each in editor.findings] == ["target-accepts"]
         assert editor.prompt.digest == japan[0].digest
 
-    def test_ranges_and_prompt_agree_both_ways(self, editor, japan):
+    def test_setting_ranges_or_prompt_updates_the_other(self, editor, japan):
         editor.embedding_ranges = [[28, 29]]
         assert editor.prompt.embedding_ranges == ((28, 29),)
         editor.prompt = japan[0].replace(embedding_ranges=[(27, 28)])
@@ -219,7 +219,7 @@ class TestRangeEditor:
             ([[29, 30], [30, 31]], "item-count"),
         ],
     )
-    def test_findings_follow_the_hand_worst_first(self, editor, ranges, code):
+    def test_findings_follow_the_ranges_and_are_sorted_by_severity(self, editor, ranges, code):
         editor.embedding_ranges = ranges
         found = editor.findings
         assert code in [each["code"] for each in found]
@@ -227,11 +227,11 @@ class TestRangeEditor:
         assert order == sorted(order)
         assert editor.figure().axes
 
-    def test_an_unknown_target_is_named_at_once(self, model, japan):
+    def test_unknown_target_is_refused(self, model, japan):
         with pytest.raises(ValueError, match="no rules for target"):
             RangeEditor(japan[0], model, "llama.cpp")
 
-    def test_a_fault_in_lint_shows(self, editor, monkeypatch):
+    def test_error_in_lint_is_shown_as_a_finding(self, editor, monkeypatch):
         monkeypatch.setattr("workbench.widgets.range_editor.lint", lambda *a, **k: 1 / 0)
         editor.embedding_ranges = [[3, 4]]
         assert editor.findings[0]["message"].startswith("lint failed: ZeroDivisionError")
