@@ -28,6 +28,7 @@ from ..plots.injection_effect import InjectionEffectFigure
 from ..prompt import Prompt
 from ..vision.feature_store import FeatureStore
 from ..vision.tower import load_vision_tower
+from .batching import uneven_prompts
 
 NEW_TOKENS = 32
 IMAGES = 50
@@ -47,7 +48,7 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
     def transformers_generate() -> None:
         reference.network.generate(batch, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
 
-    uneven = _uneven(ids, model.embedding_table)
+    uneven = uneven_prompts(ids * 6, model.embedding_table, 16)
     padded = _padded(uneven)
 
     @torch.no_grad()
@@ -100,16 +101,6 @@ def _image_jobs() -> dict[str, Callable[[], object]]:
         f"{IMAGES} images through the tower": lambda: [tower.features([path]) for path in paths],
         f"{IMAGES} images out of the store": lambda: [store.features(tower, [path]) for path in paths],
     }
-
-
-def _uneven(ids: list[int], table: torch.Tensor) -> list[Prompt]:
-    """Return sixteen prompts of 20 to 340 tokens; every other one has a range of up to 49 tokens, as for an image."""
-    prompts = []
-    for number in range(16):
-        long = (ids * 6)[: 20 + (number * 7 % 16) * 64 // 3]
-        ranges = [(4, min(len(long), 53))] if number % 2 else []
-        prompts.append(Prompt(long, [table[long[a:b]] for a, b in ranges], ranges))
-    return prompts
 
 
 def _padded(prompts: list[Prompt]) -> dict[str, torch.Tensor]:
