@@ -61,7 +61,7 @@ class KVPages:
 
     @property
     def layout(self) -> tuple[int, int]:
-        """`(page_size, kv_heads)`: a plan can be used with pages of the same layout as those that it was made for."""
+        """`(page_size, kv_heads)`. An attention plan (`plans.py`) made for one `KVPages` can be used with any other of equal layout."""
         return self.page_size, self.kv_heads
 
     @staticmethod

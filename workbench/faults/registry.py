@@ -78,7 +78,7 @@ def prompt_fault(name: str, description: str, change: Change, tap: str = "embed"
 
 
 def invalid_prompt(name: str, description: str, change: Change) -> None:
-    """Add to `FAULTS` a change that makes a prompt with two items invalid."""
+    """Add to `FAULTS` a fault whose `change` takes a valid prompt with two items and returns an invalid one."""
     _add(Fault(name, description, "invalid prompt", lambda engine: FaultyEngine(engine, change), change))
 
 

@@ -33,7 +33,7 @@ class Source(Protocol):
         """Read bytes `[start, stop)` of a file; a file that is shorter is an error."""
 
     def map(self, name: str) -> mmap.mmap | None:
-        """The file memory-mapped copy-on-write; None if it is not local."""
+        """Return the whole file mapped copy-on-write; None if it is not local. ModelError if it cannot be read."""
 
     def release(self, name: str, start: int, stop: int) -> None:
         """Release the memory of mapped bytes `[start, stop)`, if the file is mapped; their next use reads them again."""

@@ -11,7 +11,7 @@ from .prompt import Prompt
 
 @dataclass(frozen=True)
 class PackedChunk:
-    """Tokens `[start, stop)` of prompt number `prompt`."""
+    """Tokens `[start, stop)` of `prompts[prompt]`, an index into the sequence given to `plan_batch`."""
 
     prompt: int
     start: int

@@ -81,7 +81,10 @@ def linear_of_norm(x, weight, epsilon, panels, out):
 
 @njit(parallel=True, cache=CACHE)
 def linear_of_gate(both, gelu, panels, out):
-    """`linear` of `gate` in one launch for few rows: one thread computes the gate, then all the product."""
+    """Write `linear(gate(both), panels)` to `out` in one launch: one thread computes the gate, then all threads the product.
+
+    `both` is `[rows, 2 * inputs]`. Correct for any number of rows, but slow for many.
+    """
     ready = np.zeros((-(-len(both) // ROWS) * ROWS, both.shape[1] // 2), np.float32)
     for row in range(len(both)):
         _gate_row(both[row], ready.shape[1], gelu, ready[row])
@@ -144,7 +147,7 @@ def gate(both, gelu, out):
 
 @njit(cache=CACHE)
 def gate_few(both, gelu, out):
-    """`gate` in one thread."""
+    """The same as `gate`, in one thread: for few rows faster than starting threads."""
     for row in range(len(both)):
         _gate_row(both[row], out.shape[1], gelu, out[row])
 

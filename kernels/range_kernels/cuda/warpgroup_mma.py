@@ -126,7 +126,7 @@ def warpgroup_operations(head_dim: int, dtype: str, softcap: bool) -> WarpgroupO
 
     @intrinsic
     def rescale(typing_context, o, factors):
-        """Multiply each row of o by its factor."""
+        """Multiply each row of `o` in place by its factor, set by `softmax_step`; no product into `o` may be in flight."""
         return types.void(o, factors), statement(emit_rescale)
 
     @intrinsic

@@ -55,8 +55,8 @@ class StepChunk:
     Attributes:
         request: the request's number, in the order of arrival.
         decoding: whether this is the request's newest generated token (a decode step), not a part of a prefill.
-        cached: tokens of the request that came from the prefix cache.
-        ranges: the request's embedding ranges, clipped to this chunk.
+        cached: number of the request's tokens that came from the prefix cache.
+        ranges: the parts of the request's embedding ranges inside this chunk, in prompt positions; empty if `decoding`.
     """
 
     request: int
