@@ -16,6 +16,7 @@ from ..errors import EmbeddingRangeError, ModelError, PromptError, TraceError
 from ..models import Model
 from ..progress import Progress, counted
 from ..prompt import MultimodalPrompt, Prompt
+from ..schema import shortened
 from ..trace import Trace, TracePlan
 from ..trace.files import TraceWriter
 from ..trace.positions import choose_positions
@@ -241,30 +242,35 @@ class Engine(ABC):
 
         Without `session_id` the request cannot be cancelled by `cancel`; closing the generator ends it.
         """
-        config, cancelled = self._accept(prompt, gen_config, session_id)
+        prompt, config, cancelled = self._accept(prompt, gen_config, session_id)
         return self._sessions.stream(session_id, cancelled, self.run_generation(prompt, config, cancelled))
 
     def async_stream(
         self, prompt: Prompt, gen_config: GenerationConfig | None = None, *, session_id: int | None = None
     ) -> AsyncGenerator[EngineOutput, None]:
         """Async version of `stream`."""
-        config, cancelled = self._accept(prompt, gen_config, session_id)
+        prompt, config, cancelled = self._accept(prompt, gen_config, session_id)
         return self._sessions.stream_async(session_id, cancelled, self.run_generation_async(prompt, config, cancelled))
 
     def _accept(
         self, prompt: Prompt, gen_config: GenerationConfig | None, session_id: int | None
-    ) -> tuple[GenerationConfig, Cancellation]:
-        """Check a request before any work, and register it so that it can be cancelled.
+    ) -> tuple[Prompt, GenerationConfig, Cancellation]:
+        """Check a request before any work, and register it so that it can be cancelled; return a prompt with tensors of its own.
 
         Without `gen_config`, max_new_tokens is lowered to what the model's context has left.
         """
+        if gen_config is not None and not isinstance(gen_config, GenerationConfig):
+            raise ValueError(f"gen_config={shortened(gen_config)}: give a workbench.GenerationConfig")
+        if session_id is not None and (isinstance(session_id, bool) or not hasattr(session_id, "__index__")):
+            raise ValueError(f"session_id={shortened(session_id)}: it must be an integer")
         config = gen_config or GenerationConfig()
+        prompt = prompt.owned()
         remaining = self.model.context - len(prompt)
         if gen_config is None and 0 < remaining < config.max_new_tokens:
             config = GenerationConfig(max_new_tokens=remaining)
         self.check(prompt, config.max_new_tokens)
         config.check_tokens(self.model.text_config.vocab_size)
-        return config, self._sessions.accept(session_id)
+        return prompt, config, self._sessions.accept(session_id)
 
     def cancel(self, session_id: int) -> bool:
         """Stop a request before its first step or after its current one; return whether it existed. Any thread may call it.

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import enum
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, BeforeValidator
+
+from ..schema import Flag, Integer, Integers, Number, Settings, between, checked_settings
+
+
+def _is_seed(value: int) -> int:
+    if not 0 <= value < 2**63:
+        raise ValueError("it must be from 0 to 2**63 - 1")
+    return value
+
+
+def _is_choice(value: Any) -> Any:
+    if value is not None and (not isinstance(value, str) or value not in ("all", "generation")):
+        raise ValueError("use 'all', 'generation' or None")
+    return value
 
 
 class ResponseType(enum.Enum):
@@ -25,6 +39,26 @@ class ResponseType(enum.Enum):
     SESSION_NOT_EXIST = enum.auto()
     INPUT_LENGTH_ERROR = enum.auto()
     INTERNAL_ENGINE_ERROR = enum.auto()
+
+
+class _Settings(Settings):
+    """The types and bounds of `GenerationConfig`."""
+
+    max_new_tokens: Annotated[Integer, between(0)]
+    min_new_tokens: Annotated[Integer, between(0)] | None
+    do_sample: Flag
+    top_p: Annotated[Number, between(0, 1)]
+    top_k: Annotated[Integer, between(0)]
+    min_p: Annotated[Number, between(0, 1)]
+    temperature: Annotated[Number, between(0, 2)]
+    repetition_penalty: Annotated[Number, between(1e-6)]
+    ignore_eos: Flag
+    random_seed: Annotated[Integer, AfterValidator(_is_seed)] | None
+    stop_token_ids: Integers | None
+    bad_token_ids: Integers | None
+    logprobs: Annotated[Integer, between(0)] | None
+    output_logits: Annotated[str | None, BeforeValidator(_is_choice)]
+    output_last_hidden_state: Annotated[str | None, BeforeValidator(_is_choice)]
 
 
 @dataclass(frozen=True)
@@ -63,39 +97,9 @@ class GenerationConfig:
     output_last_hidden_state: Literal["all", "generation"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "min_new_tokens", "top_k", "logprobs", "random_seed"):
-            value = getattr(self, name)
-            if (value is None and name in ("max_new_tokens", "top_k")) or isinstance(value, bool | float | str):
-                raise ValueError(f"{name}={value!r}: it must be an integer")
-        for name in ("top_p", "min_p", "temperature", "repetition_penalty"):
-            if not isinstance(getattr(self, name), int | float):
-                raise ValueError(f"{name}={getattr(self, name)!r}: it must be a number")
-        if self.random_seed is not None and not 0 <= self.random_seed < 2**63:
-            raise ValueError(f"random_seed={self.random_seed}: it must be from 0 to 2**63 - 1")
-        for name in ("stop_token_ids", "bad_token_ids"):
-            try:
-                ids = None if getattr(self, name) is None else tuple(map(operator.index, getattr(self, name)))
-            except TypeError as error:
-                raise ValueError(f"{name}={getattr(self, name)!r}: it must be a list of token ids") from error
-            object.__setattr__(self, name, ids)
-        limits = {
-            "max_new_tokens": (0, None),
-            "min_new_tokens": (0, None),
-            "top_p": (0, 1),
-            "top_k": (0, None),
-            "min_p": (0, 1),
-            "temperature": (0, 2),
-            "repetition_penalty": (1e-6, None),
-            "logprobs": (0, None),
-        }
-        for name, (minimum, maximum) in limits.items():
-            value = getattr(self, name)
-            if value is not None and not (minimum <= value and (maximum is None or value <= maximum)):
-                bounds = f"from {minimum} to {maximum}" if maximum is not None else f"at least {minimum}"
-                raise ValueError(f"{name}={value}: it must be {bounds}")
-        for name in ("output_logits", "output_last_hidden_state"):
-            if getattr(self, name) not in (None, "all", "generation"):
-                raise ValueError(f"{name}={getattr(self, name)!r}: use 'all', 'generation' or None")
+        given = {name: getattr(self, name) for name in _Settings.model_fields}
+        for name, value in checked_settings(_Settings, given):
+            object.__setattr__(self, name, value)
 
     def check_tokens(self, vocab_size: int) -> None:
         """Raise ValueError if a stop or bad token id is outside the vocabulary, or if every token is banned."""

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .prompt import Prompt
 
 
+_LARGEST_POSITION = 1 << 31  # the next positions must not wrap
+
+
 def check_prompt(prompt: Prompt, vocab_size: int | None = None, hidden_size: int | None = None) -> None:
     """Raise the first finding of `prompt_findings`, if any.
 
@@ -40,6 +43,8 @@ def prompt_findings(prompt: Prompt, vocab_size: int | None = None, hidden_size: 
             got = type(rows_of).__name__
             if isinstance(rows_of, torch.Tensor):
                 got = f"{rows_of.dtype} {tuple(rows_of.shape)}, {rows_of.layout}, on {rows_of.device}"
+                if not has_storage(rows_of):
+                    got += ", with a storage smaller than its shape"
             yield Finding(
                 "item-shape",
                 "error",
@@ -83,18 +88,32 @@ def prompt_findings(prompt: Prompt, vocab_size: int | None = None, hidden_size: 
                 item,
             )
     yield from _deepstack_findings(prompt)
-    if prompt.position_ids is not None and prompt.position_ids.dtype not in (torch.int32, torch.int64):
+    yield from _position_findings(prompt)
+
+
+def _position_findings(prompt: Prompt) -> Iterator[Finding]:
+    if prompt.position_ids is None:
+        return
+    if prompt.position_ids.dtype not in (torch.int32, torch.int64) or not has_storage(prompt.position_ids):
         yield Finding(
             "position-dtype",
             "error",
-            f"position_ids is {prompt.position_ids.dtype}: positions are integers, int64 or int32",
+            f"position_ids is {prompt.position_ids.dtype}, {prompt.position_ids.layout}, on {prompt.position_ids.device}: positions "
+            "are integers in memory, int64 or int32",
         )
-    if prompt.position_ids is not None and tuple(prompt.position_ids.shape) not in ((len(prompt),), (3, len(prompt))):
+        return
+    if tuple(prompt.position_ids.shape) not in ((len(prompt),), (3, len(prompt))):
         yield Finding(
             "position-shape",
             "error",
             f"position_ids is {tuple(prompt.position_ids.shape)} for {len(prompt)} tokens: give [{len(prompt)}], or "
             f"[3, {len(prompt)}] for M-RoPE",
+        )
+    elif int(prompt.position_ids.max()) >= _LARGEST_POSITION:
+        yield Finding(
+            "position-range",
+            "error",
+            f"position_ids contains {int(prompt.position_ids.max())}: positions are below {_LARGEST_POSITION}",
         )
 
 
@@ -131,7 +150,12 @@ def _deepstack_findings(prompt: Prompt) -> Iterator[Finding]:
         return
     for item, (levels, rows) in enumerate(zip(prompt.deepstack, prompt.input_embeddings, strict=False)):
         fits = (
-            isinstance(levels, torch.Tensor) and levels.ndim == 3 and is_item(rows) and levels.shape[1:] == rows.shape
+            isinstance(levels, torch.Tensor)
+            and levels.ndim == 3
+            and levels.is_floating_point()
+            and has_storage(levels)
+            and is_item(rows)
+            and levels.shape[1:] == rows.shape
         )
         if not fits or not torch.isfinite(levels).all():
             got = tuple(levels.shape) if isinstance(levels, torch.Tensor) else type(levels).__name__
@@ -211,7 +235,23 @@ def is_item(value: Any) -> bool:
         and value.layout is torch.strided
         and value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
         and value.device.type != "meta"
+        and has_storage(value)
     )
+
+
+def has_storage(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's storage contains all of its elements; reading others would crash the process."""
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return False
+    if not tensor.numel():
+        return True
+    last = tensor.storage_offset() + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    try:
+        return (last + 1) * tensor.itemsize <= tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):  # a tensor subclass without storage
+        return False
 
 
 def _length(value: Any) -> int:

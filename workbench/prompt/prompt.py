@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
 from ..errors import EmbeddingRangeError, PromptError
-from .checks import check_prompt, prompt_findings
+from ..schema import shortened
+from .checks import check_prompt, has_storage, prompt_findings
 from .files import read_prompt, write_prompt
 from .findings import Finding
 from .ranges import Range
@@ -32,7 +33,7 @@ class Span:
         block: `[start, stop)` of the tokens that attend bidirectionally, if larger than the range (PaliGemma: the whole prompt).
 
     Raises:
-        EmbeddingRangeError: another value of `attention`.
+        EmbeddingRangeError: another value of `attention`, or a value of the wrong type.
     """
 
     modality: str = "image"
@@ -43,7 +44,21 @@ class Span:
 
     def __post_init__(self) -> None:
         if self.attention not in ("causal", "bidirectional"):
-            raise EmbeddingRangeError(f"attention={self.attention!r}: a span is 'causal' or 'bidirectional'")
+            raise EmbeddingRangeError(f"attention={shortened(self.attention)}: a span is 'causal' or 'bidirectional'")
+        for name in ("modality", "label"):
+            if not isinstance(getattr(self, name), str):
+                raise EmbeddingRangeError(f"{name}={shortened(getattr(self, name))}: it must be a string")
+        for name, wanted in (("grid", "integers"), ("block", "a pair (start, stop) of integers")):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            try:
+                numbers = tuple(map(_strict, _plain(value)))
+            except (TypeError, ValueError) as error:
+                raise EmbeddingRangeError(f"{name}={shortened(value)}: it must be {wanted}") from error
+            if name == "block" and len(numbers) != 2:
+                raise EmbeddingRangeError(f"{name}={shortened(value)}: it must be {wanted}")
+            object.__setattr__(self, name, numbers)
 
 
 @dataclass(frozen=True, eq=False)  # to compare two prompts, compare their digests
@@ -63,8 +78,9 @@ class Prompt:
             k (Qwen3-VL; Meng et al. 2024, arXiv:2406.04334); empty on models without it.
 
     Raises:
-        PromptError: `input_ids` is not one list.
-        EmbeddingRangeError: `embedding_ranges` are not pairs of integers, or `spans` contains something else than spans.
+        PromptError: `input_ids` is not one list, or `position_ids` are not numbers.
+        EmbeddingRangeError: `embedding_ranges` are not pairs of integers, another field is not a list, or `spans` contains something
+            else than spans.
     """
 
     input_ids: Sequence[int]
@@ -78,27 +94,29 @@ class Prompt:
         ids = _plain(self.input_ids)
         ids = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else None
         if ids is None or any(isinstance(token, list) for token in ids):
-            raise PromptError(f"input_ids must be one list of token ids; got {self.input_ids!r}")
+            raise PromptError(f"input_ids must be one list of token ids; got {shortened(self.input_ids)}")
         plain = all(type(token) is int for token in ids)
         object.__setattr__(self, "input_ids", tuple(ids if plain else map(_integer, ids)))
-        object.__setattr__(
-            self, "input_embeddings", () if self.input_embeddings is None else tuple(self.input_embeddings)
-        )
         try:
             pairs = () if self.embedding_ranges is None else _plain(self.embedding_ranges)
             ranges = tuple((_strict(start), _strict(stop)) for start, stop in pairs)
         except (TypeError, ValueError) as error:
             raise EmbeddingRangeError(
-                f"embedding_ranges must be pairs (start, stop) of integers; got {self.embedding_ranges!r}"
+                f"embedding_ranges must be pairs (start, stop) of integers; got {shortened(self.embedding_ranges)}"
             ) from error
         object.__setattr__(self, "embedding_ranges", ranges)
-        object.__setattr__(self, "spans", () if self.spans is None else tuple(self.spans))
-        object.__setattr__(self, "deepstack", () if self.deepstack is None else tuple(self.deepstack))
+        for name in ("input_embeddings", "spans", "deepstack"):
+            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
         for number, span in enumerate(self.spans):
             if not isinstance(span, Span):
-                raise EmbeddingRangeError(f"spans[{number}] is {span!r}: give a workbench.Span")
+                raise EmbeddingRangeError(f"spans[{number}] is {shortened(span)}: give a workbench.Span")
         if self.position_ids is not None and not isinstance(self.position_ids, torch.Tensor):
-            object.__setattr__(self, "position_ids", torch.as_tensor(self.position_ids))
+            try:
+                object.__setattr__(self, "position_ids", torch.as_tensor(self.position_ids))
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise PromptError(
+                    f"position_ids={shortened(self.position_ids)}: give integers [seq], or [3, seq] for M-RoPE"
+                ) from error
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -173,13 +191,26 @@ class Prompt:
         """
         check_prompt(self, vocab_size, hidden_size)
 
-    @cached_property
+    def owned(self) -> Prompt:
+        """Return a copy with tensors of its own, so that changing the caller's tensors afterwards does not change it."""
+        copied = copy.copy(self)
+        for name in ("input_embeddings", "deepstack"):
+            object.__setattr__(copied, name, tuple(map(_copied, getattr(self, name))))
+        object.__setattr__(copied, "position_ids", _copied(self.position_ids))
+        return copied
+
+    @property  # not cached: a caller may change a tensor in place
     def digest(self) -> str:
         """SHA-256 of everything that a model's result depends on: ids, items and deepstack with dtypes, ranges, attention, positions."""
         sha = hashlib.sha256()
         sha.update(repr((self.input_ids, self.embedding_ranges, self.bidirectional_ranges)).encode())
         positions = () if self.position_ids is None else (self.position_ids,)
         for tensor in (*self.input_embeddings, *self.deepstack, *positions):
+            if not isinstance(tensor, torch.Tensor) or not has_storage(
+                tensor
+            ):  # an invalid prompt, which has a digest too
+                sha.update(f"unreadable {type(tensor).__name__}".encode())
+                continue
             sha.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
             sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()
@@ -206,7 +237,13 @@ class MultimodalPrompt(Prompt):
     def lookup_ids(self) -> list[int]:
         return list(self.input_ids)
 
-    @cached_property
+    def owned(self) -> MultimodalPrompt:
+        copied = super().owned()
+        groups = ({name: _copied(value) for name, value in group.items()} for group in self.multimodal)
+        object.__setattr__(copied, "multimodal", tuple(groups))
+        return cast(MultimodalPrompt, copied)
+
+    @property
     def digest(self) -> str:
         sha = hashlib.sha256(super().digest.encode())
         for group in self.multimodal:
@@ -223,6 +260,23 @@ class MultimodalPrompt(Prompt):
 def _plain(values: Any) -> Any:
     """Return tensors and arrays as nested lists, anything else unchanged."""
     return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _as_tuple(name: str, values: Any) -> tuple:
+    """Return a field as a tuple; None is empty."""
+    if values is None:
+        return ()
+    if isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping):
+        try:
+            return tuple(values)
+        except TypeError:  # a tensor without dimensions
+            pass
+    raise EmbeddingRangeError(f"{name}={shortened(values)}: give a list with one entry per embedding range")
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of a tensor, anything else unchanged."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _strict(value: Any) -> int:
