@@ -28,13 +28,18 @@ def wait_ranges(page, wanted):
     )
 
 
-def drag(page, node, dx, dy=0, steps=8):
+def scroll_to(page, node):
     for _ in range(20):  # lint's result for the previous move may be redrawing the strip
         try:
             node.scroll_into_view_if_needed(timeout=SECOND)
-            break
+            return
         except PlaywrightError:
             page.wait_for_timeout(100)
+    raise AssertionError("the handle is redrawn all the time")
+
+
+def drag(page, node, dx, dy=0, steps=8):
+    scroll_to(page, node)
     box = node.bounding_box()
     x, y = box["x"] + min(box["width"] / 2, 30), box["y"] + box["height"] / 2
     page.mouse.move(x, y)
@@ -45,7 +50,7 @@ def drag(page, node, dx, dy=0, steps=8):
 
 def swipe(page, node, dx, dy, steps=8):
     """Drag the node with a finger: the events that a touch screen sends."""
-    node.scroll_into_view_if_needed(timeout=5 * SECOND)
+    scroll_to(page, node)
     box = node.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     screen = page.context.new_cdp_session(page)
@@ -111,7 +116,7 @@ def test_moving_ranges_by_key_mouse_and_touch_updates_python(page, lab, capsys):
     page.locator("button", has_text="back from python").click()
     wait_ranges(page, [[3, 52], [52, 101]])
     stop = editor.locator("[data-key='1-stop']")
-    stop.scroll_into_view_if_needed(timeout=5 * SECOND)
+    scroll_to(page, stop)
     scrolled = stop.evaluate(SCROLLED)
     swipe(page, stop, -20, -45)
     assert editor.locator("[data-key='1-stop']").evaluate(SCROLLED) == scrolled
