@@ -11,7 +11,7 @@ PACKAGES = {"workbench": ROOT / "workbench", "range_kernels": ROOT / "kernels" /
 # From the lowest layer to the highest; a module may import from its own layer and from lower ones.
 LAYERS = (
     "range_kernels",
-    "workbench.errors workbench.version workbench.progress workbench.atomic_write workbench.schema workbench.package_data",
+    "workbench.errors workbench.version workbench.progress workbench.atomic_write workbench.checksums workbench.schema workbench.package_data",
     "workbench.prompt",
     "workbench.models",
     "workbench.trace",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .atomic_write import atomic_write
+from .atomic_write import atomic_folder
+from .checksums import checksum
 from .comparison.check import shared_taps
 from .comparison.logits import compare_text
 from .comparison.noise_floor import NoiseFloor
@@ -27,7 +30,10 @@ from .prompt import Prompt
 from .schema import read_json
 from .trace import Trace
 
-FORMAT = "workbench-recording-2"
+FORMAT = "workbench-recording-3"
+_OURS = re.compile(
+    r"record\.json|prompt\.json(\.[0-9a-f]{16}\.safetensors)?|(reference|run|floor)\.safetensors|\.ipynb_checkpoints"
+)
 _MAX_POSITIONS = 24
 _UNCHECKED = ("turbomind",)
 """Engines that run invalid prompts if opened with `check=False`, and whose behaviour `linting.targets` predicts."""
@@ -65,14 +71,18 @@ class Recording:
         record = read_json(path, "a recording", TraceError)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise TraceError(f"{path} is not a recording of this version ({FORMAT}): record it again")
-        return cls(
-            folder,
-            Prompt.load(folder / "prompt.json"),
-            Trace.load(folder / "reference.safetensors"),
-            Trace.load(folder / "run.safetensors"),
-            NoiseFloor.load(folder / "floor.safetensors"),
-            record,
-        )
+        if record.get("checksum") != _record_checksum(record):
+            raise TraceError(f"{path} was damaged or changed: copy the folder again, or record it again")
+        prompt = Prompt.load(folder / "prompt.json")
+        reference, run = Trace.load(folder / "reference.safetensors"), Trace.load(folder / "run.safetensors")
+        floor = NoiseFloor.load(folder / "floor.safetensors")
+        for name, part in (("reference", reference), ("run", run), ("floor", floor)):
+            if part.provenance["prompt"] != prompt.digest:
+                raise TraceError(
+                    f"{folder}: {name}.safetensors is of another prompt than prompt.json (SHA-256 {part.provenance['prompt'][:12]}, "
+                    f"not {prompt.digest[:12]}): copy the folder again, or record it again"
+                )
+        return cls(folder, prompt, reference, run, floor, record)
 
     def compare(self) -> Comparison:
         """Compare the recorded states of engine and reference again and return the verdict."""
@@ -97,7 +107,7 @@ def record(
 
     Args:
         kind, options: as for `open_engine`; "turbomind" is opened with `depth_sweep=True` unless given otherwise.
-        folder: created if it does not exist; files of an earlier recording in it are replaced.
+        folder: a new or empty folder, or an earlier recording, which is replaced as a whole once this one is complete.
         taps: names or patterns of the states to store, as far as the engine has them.
         positions: positions to store; None chooses at most 24: at the edges of ranges, inside them, and at the end.
         reference_device: the device of the reference.
@@ -108,9 +118,32 @@ def record(
 
     Returns:
         the recording, opened from the folder.
+
+    Raises:
+        TraceError: the folder cannot be written, or contains other files.
+        EmbeddingRangeError, PromptError, ModelError: the engine cannot run the prompt, or cannot be opened.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    target = Path(folder)
+    _check_target(target)
+    with _writing(target), atomic_folder(target) as work:
+        _record(kind, model, prompt, work, taps, positions, reference_device, new_tokens, invalid_prompts, log, options)
+    return Recording.load(target)
+
+
+def _record(
+    kind: str,
+    model: Model,
+    prompt: Prompt,
+    folder: Path,
+    taps: Sequence[str],
+    positions: Sequence[int] | None,
+    reference_device: str,
+    new_tokens: int,
+    invalid_prompts: bool,
+    log: Callable[[str], object],
+    options: dict[str, Any],
+) -> None:
+    """Write the files of a recording into the empty folder `folder`; other arguments as for `record`."""
     kept = telling_positions(prompt) if positions is None else list(positions)
     if kind == "turbomind":
         options.setdefault("depth_sweep", True)
@@ -150,8 +183,32 @@ def record(
         }
     if invalid_prompts and kind in _UNCHECKED and len(prompt.input_embeddings) > 1:
         recorded["invalid_prompts"] = _observe_all(kind, model, prompt, version, reference_device, options, log)
-    atomic_write(folder / "record.json", f"{json.dumps(recorded, indent=1, ensure_ascii=False)}\n".encode())
-    return Recording.load(folder)
+    recorded["checksum"] = _record_checksum(recorded)
+    (folder / "record.json").write_text(f"{json.dumps(recorded, indent=1, ensure_ascii=False)}\n", encoding="utf-8")
+
+
+def _check_target(folder: Path) -> None:
+    """Raise TraceError if a folder contains anything but an earlier recording, which would be lost."""
+    with _writing(folder):
+        found = sorted(each.name for each in folder.iterdir()) if folder.exists() else []
+    others = [name for name in found if not _OURS.fullmatch(name)]
+    if others:
+        raise TraceError(
+            f"{folder} contains {others[0]}, which is not part of a recording: give an empty or a new folder"
+        )
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TraceError(f"the recording cannot be written to {folder}: {error}. Choose another folder") from error
+
+
+def _record_checksum(record: dict[str, Any]) -> str:
+    plain = {name: value for name, value in record.items() if name != "checksum"}
+    return checksum(json.dumps(plain, sort_keys=True).encode())
 
 
 def telling_positions(prompt: Prompt) -> list[int]:

@@ -173,7 +173,7 @@ def test_old_temporary_files_of_killed_writers_are_deleted(tower, shown, tmp_pat
     store = FeatureStore(tmp_path, max_bytes=10**9)
     store.features(tower, shown[:1])
     folder = next(path for path in tmp_path.iterdir() if path.is_dir())
-    old, young = folder / f".{folder.name}{'a' * 62}.1.ff", folder / f".{folder.name}{'b' * 62}.2.ff"
+    old, young = (folder / f".{folder.name}{letter * 62}.safetensors.1.{'f' * 16}.tmp" for letter in "ab")
     for path in (old, young):
         path.write_bytes(b"half")
     os.utime(old, (1000, 1000))
@@ -189,7 +189,7 @@ def test_invalid_stores_and_images_are_refused(tower, tmp_path):
         FeatureStore(tmp_path / "file")
     with pytest.raises(workbench.ModelError, match="nosuch"):
         FeatureStore("nosuch://bucket")
-    with pytest.raises(workbench.PromptError, match="missing.png cannot be read"):
+    with pytest.raises(workbench.PromptError, match="missing.png does not exist"):
         content_digest(tmp_path / "missing.png")
     with pytest.raises(workbench.PromptError, match="is not an image"):
         content_digest(7)

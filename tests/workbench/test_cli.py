@@ -156,7 +156,7 @@ def test_recording_can_be_loaded_and_compared(files, capsys):
         (["trace", "p.json", "--model", "llama", "--out", "x.safetensors", "--set", "pages"], "write NAME=VALUE"),
         (["trace", "p.json", "--model", "llama", "--out", "x.safetensors", "--set", "tp=2"], "tp"),
         (["compare", "run.safetensors", "ref.safetensors"], "record it with dtype='float64'"),
-        (["compare", "ref.safetensors", "p.safetensors"], "not a trace of this version"),
+        (["compare", "ref.safetensors", "p.json"], "cannot be read as a trace"),
         (["compare", "ref.safetensors", "run.safetensors", "--floor", "run.safetensors"], "not a noise floor"),
         (["compare", "ref.safetensors", "run.safetensors", "--factor", "0.5"], "factor=0.5"),
         (["probe", "p.json", "--model", "llama", "--only", "luck"], "no probe 'luck'"),

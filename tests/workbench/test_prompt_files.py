@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from tests.workbench.small_models import random_prompt
 from workbench import MultimodalPrompt, Prompt, PromptError, Span
+from workbench.checksums import checksum
 
 
 def full_prompt() -> Prompt:
@@ -25,11 +26,14 @@ def test_save_and_load_round_trip(make, tmp_path):
     again = Prompt.load(tmp_path / "p.json")
     assert again.digest == prompt.digest
     assert again.spans == prompt.spans
-    assert (tmp_path / "p.safetensors").exists() == bool(prompt.input_embeddings)
+    assert len(rows_files(tmp_path)) == bool(prompt.input_embeddings)
+
+
+def rows_files(folder):
+    return sorted(folder.glob("*.safetensors"))
 
 
 def test_loaded_rows_are_unchanged_when_the_file_is_replaced(tmp_path):
-    """Loaded rows are memory-mapped from the file; replacing the file must not change them."""
     items = [torch.randn(40_000, 4) for _ in range(2)]
     Prompt([1] * 80_000, items, [(0, 40_000), (40_000, 80_000)]).save(tmp_path / "p.json")
     loaded = Prompt.load(tmp_path / "p.json")
@@ -119,14 +123,52 @@ def test_files_that_are_not_prompts_are_refused(content, tmp_path):
 
 def test_damaged_or_foreign_tensor_files_are_refused(tmp_path):
     random_prompt().save(tmp_path / "p.json")
-    path = tmp_path / "p.safetensors"
+    (path,) = rows_files(tmp_path)
     whole = path.read_bytes()
-    path.write_bytes(whole[:-10])
-    with pytest.raises(PromptError, match="Copy both files"):
-        Prompt.load(tmp_path / "p.json")
+    for damaged in (whole[:-10], whole[:-5] + bytes([whole[-5] ^ 0x40]) + whole[-4:]):
+        path.write_bytes(damaged)
+        with pytest.raises(PromptError, match="its checksum is .*Copy both files"):
+            Prompt.load(tmp_path / "p.json")
     save_file({"item.0": torch.zeros(2, 3), "item.2": torch.zeros(2, 3)}, path)
+    record = json.loads((tmp_path / "p.json").read_text())
+    record["tensors_checksum"] = checksum(path.read_bytes())
+    (tmp_path / "p.json").write_text(json.dumps(record))
     with pytest.raises(PromptError, match="not numbered from 0 without a gap"):
         Prompt.load(tmp_path / "p.json")
+
+
+def test_prompts_with_one_stem_keep_their_own_rows(tmp_path):
+    first, second = (Prompt([5] * 9, [torch.full((4, 8), value)], [(2, 6)]) for value in (1.0, 2.0))
+    first.save(tmp_path / "run.a")
+    second.save(tmp_path / "run.b")
+    (tmp_path / "run.safetensors").write_bytes(b"a trace")
+    first.save(tmp_path / "run.json")
+    assert Prompt.load(tmp_path / "run.a").digest == first.digest
+    assert Prompt.load(tmp_path / "run.b").digest == second.digest
+    assert (tmp_path / "run.safetensors").read_bytes() == b"a trace"
+
+
+def test_rows_of_the_replaced_prompt_are_removed(tmp_path):
+    for value in (1.0, 2.0):
+        Prompt([5] * 9, [torch.full((4, 8), value)], [(2, 6)]).save(tmp_path / "p.json")
+    assert len(rows_files(tmp_path)) == 1
+    Prompt([5]).save(tmp_path / "p.json")
+    assert not rows_files(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_links_pipes_and_folders_are_not_replaced(kind, tmp_path):
+    path = tmp_path / "p.json"
+    if kind == "link":
+        (tmp_path / "target").write_text("precious")
+        path.symlink_to(tmp_path / "target")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(PromptError, match=f"it is a {kind}, not a file, and is not replaced"):
+        Prompt([1, 2]).save(path)
+    assert path.is_symlink() or not path.is_file()
 
 
 def test_save_refuses_what_load_could_not_read(tmp_path):

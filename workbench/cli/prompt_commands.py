@@ -137,10 +137,8 @@ def _trace(options: argparse.Namespace) -> int:
 
     prompt = Prompt.load(options.prompt)
     positions = parse_positions(options.positions)
-    if Path(options.out).resolve() in (
-        Path(options.prompt).resolve(),
-        Path(options.prompt).with_suffix(".safetensors").resolve(),
-    ):
+    out, source = Path(options.out).resolve(), Path(options.prompt).resolve()
+    if out == source or (out.parent == source.parent and out.name.startswith(f"{source.name}.")):
         raise ValueError(f"--out {options.out} is a file of the prompt itself: choose another name")
     if options.reference is None:
         engine = _open(options)

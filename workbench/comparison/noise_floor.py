@@ -15,13 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..atomic_write import atomic_write
-from ..errors import TraceError
+from ..errors import TraceError, reason
 from ..trace import Trace
-from ..trace.files import raw_bytes
+from ..trace.files import check_metadata, metadata_checksum, raw_bytes
 from ..trace.provenance import check_provenance
 from .metrics import relative_error
 
-FORMAT = "workbench-floor-1"
+FORMAT = "workbench-floor-2"
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class NoiseFloor:
             "crc32": json.dumps({tap: f"{zlib.crc32(raw_bytes(error)):08x}" for tap, error in self.errors.items()}),
             "provenance": json.dumps(dict(self.provenance)),
         }
+        metadata["checksum"] = metadata_checksum(metadata)
         try:
             # safetensors' save_file makes a file that only its owner can read.
             atomic_write(path, save({tap: error.contiguous() for tap, error in self.errors.items()}, metadata))
@@ -114,16 +115,17 @@ class NoiseFloor:
                     raise TraceError(
                         f"{path} is not a noise floor of this version ({FORMAT}): record the reference again"
                     )
+                check_metadata(metadata, path)
                 provenance = check_provenance(json.loads(metadata["provenance"]), path)
                 digests, positions = json.loads(metadata["digests"]), json.loads(metadata["positions"])
                 sums = json.loads(metadata["crc32"])
                 if not isinstance(digests, dict) or not isinstance(sums, dict):
                     raise TraceError(f"{path}: its digests and checksums are not JSON objects")
                 errors = {tap: file.get_tensor(tap) for tap in digests}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, TraceError):
-                raise
-            raise TraceError(f"{path} cannot be read as a noise floor: {error}") from error
+        except TraceError:
+            raise
+        except Exception as error:
+            raise TraceError(f"{path} cannot be read as a noise floor: {reason(error)}. Record it again") from error
         if not isinstance(positions, list) or not all(type(position) is int for position in positions):
             raise TraceError(f"{path}: its positions are not a list of integers")
         for tap, sizes in errors.items():

@@ -1,8 +1,13 @@
-"""Prompts on disk: a JSON file that a person can read and edit, and a safetensors file next to it for the rows. Never pickle."""
+"""Prompts on disk: a JSON file that a person can read and edit, and a safetensors file next to it for the rows. Never pickle.
+
+The rows' file is named after its content, and the JSON file, which names it with its checksum, is replaced last: whatever moment a
+writer is killed at, the JSON file names complete rows, the old ones or the new ones.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +15,15 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
-from ..atomic_write import atomic_write
-from ..errors import PromptError
-from ..schema import Record, read_json, validate
+from ..atomic_write import atomic_write, one_writer
+from ..checksums import checksum
+from ..errors import PromptError, foreign_errors
+from ..schema import Record, read_json, shortened, validate
 
 FORMAT = "workbench-prompt-1"
+_TRIES = 5
 _LIMIT = 2**62
 Index = Annotated[int, Field(gt=-_LIMIT, lt=_LIMIT)]
 Pair = Annotated[list[Index], Field(min_length=2, max_length=2)]
@@ -34,13 +40,14 @@ class SpanRecord(Record):
 
 
 class PromptRecord(Record):
-    """The JSON file; `tensors` names the safetensors file in the same folder."""
+    """The JSON file; `tensors` names the safetensors file in the same folder, `tensors_checksum` is of its bytes."""
 
     format: Literal["workbench-prompt-1"]
     input_ids: list[Index]
     embedding_ranges: list[Pair] = Field(default=[])
     spans: list[SpanRecord] = Field(default=[])
     tensors: str | None = None
+    tensors_checksum: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,9 @@ def write_prompt(
     deepstack: Sequence[torch.Tensor],
     position_ids: torch.Tensor | None,
 ) -> None:
-    """Write `path` (JSON) and, if the prompt has tensors, a file with the suffix .safetensors next to it. Both writes are atomic.
+    """Write `path` (JSON) and, if the prompt has tensors, `<name>.<checksum>.safetensors` next to it; the pair is replaced atomically.
+
+    Rows of an earlier prompt of the same path are removed.
 
     Args:
         fields: JSON values: `input_ids`, `embedding_ranges`, and `spans` (left out if empty).
@@ -82,17 +91,29 @@ def write_prompt(
             named[f"{kind}.{number}"] = tensor.detach().cpu().contiguous().clone()
     if position_ids is not None:
         named["position_ids"] = position_ids.detach().cpu().contiguous()
-    rows = path.with_suffix(".safetensors")
     record = {"format": FORMAT, **{name: value for name, value in fields.items() if value or name != "spans"}}
-    if named:
-        record["tensors"] = rows.name
-    try:
+    with foreign_errors(PromptError, f"the prompt cannot be written to {path}", "Check the folder and the disk"):
+        rows: Path | None = None
         if named:
-            # safetensors' save_file would create a file that only its owner can read.
-            atomic_write(rows, save(named, metadata={"format": FORMAT}))
-        atomic_write(path, _one_line_per_field(record).encode())
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
-        raise PromptError(f"the prompt cannot be written to {path}: {error}") from error
+            data = save(
+                named, metadata={"format": FORMAT}
+            )  # save_file would create a file that only its owner can read
+            record["tensors_checksum"] = checksum(data)
+            rows = path.with_name(f"{path.name}.{record['tensors_checksum'][:16]}.safetensors")
+            record["tensors"] = rows.name
+        with one_writer(path.parent):
+            if rows is not None:
+                atomic_write(rows, data)
+            atomic_write(path, _one_line_per_field(record).encode())
+            _remove_other_rows(path, rows)
+
+
+def _remove_other_rows(path: Path, current: Path | None) -> None:
+    """Remove rows of earlier prompts at `path`, which its JSON file no longer names."""
+    ours = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{16}}\.safetensors")
+    for other in path.parent.iterdir():
+        if other != current and ours.fullmatch(other.name):
+            other.unlink(missing_ok=True)
 
 
 def read_prompt(path: str | Path) -> StoredPrompt:
@@ -102,12 +123,11 @@ def read_prompt(path: str | Path) -> StoredPrompt:
         PromptError: a file cannot be read, or its contents have the wrong form; the message names the file and the fault.
     """
     path = Path(path)
-    value = read_json(path, "a prompt", PromptError)
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        found = str(value.get("format"))[:40] if isinstance(value, dict) else type(value).__name__
-        raise PromptError(f"{path} is not a prompt of this version ({FORMAT}): found {found}")
-    record = validate(PromptRecord, value, path, PromptError)
-    tensors = _tensors(path, record.tensors)
+    for _ in range(_TRIES):  # another process may replace the prompt between the reading of its two files
+        record = _read_record(path)
+        if record.tensors is None or path.with_name(Path(record.tensors).name).exists():
+            break
+    tensors = _tensors(path, record)
     return StoredPrompt(
         record.input_ids,
         [(start, stop) for start, stop in record.embedding_ranges],
@@ -118,17 +138,30 @@ def read_prompt(path: str | Path) -> StoredPrompt:
     )
 
 
-def _tensors(path: Path, name: str | None) -> dict[str, torch.Tensor]:
+def _read_record(path: Path) -> PromptRecord:
+    value = read_json(path, "a prompt", PromptError)
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        found = str(value.get("format"))[:40] if isinstance(value, dict) else type(value).__name__
+        raise PromptError(f"{path} is not a prompt of this version ({FORMAT}): found {found}")
+    return validate(PromptRecord, value, path, PromptError)
+
+
+def _tensors(path: Path, record: PromptRecord) -> dict[str, torch.Tensor]:
+    name = record.tensors
     if name is None:
         return {}
     if Path(name).name != name or not name.endswith(".safetensors"):
         raise PromptError(f"{path}: tensors must name a .safetensors file in the same folder, not {name[:80]!r}")
-    try:
-        return load_file(path.with_name(name))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise PromptError(
-            f"the rows of {path} cannot be read from {path.with_name(name)}: {error}. Copy both files"
-        ) from error
+    where = f"the rows of {path} cannot be read from {path.with_name(name)}"
+    with foreign_errors(PromptError, where, "Copy both files"):
+        data = path.with_name(name).read_bytes()  # not mapped: a file that is cut later would crash the process
+        found = checksum(data)
+        if found != record.tensors_checksum:
+            raise PromptError(
+                f"{where}: its checksum is {found}, and the prompt names {shortened(record.tensors_checksum, 80)}: it belongs to "
+                "another prompt, or is damaged. Copy both files, or save the prompt again"
+            )
+        return load(data)
 
 
 def _numbered(tensors: Mapping[str, torch.Tensor], kind: str, path: Path) -> list[torch.Tensor]:

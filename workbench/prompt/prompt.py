@@ -122,7 +122,7 @@ class Prompt:
         return len(self.input_ids)
 
     def save(self, path: str | Path) -> None:
-        """Write a JSON file that can be read and edited, and next to it a safetensors file with the rows.
+        """Write a JSON file that can be read and edited, and next to it `<name>.<checksum>.safetensors` with the rows.
 
         Raises:
             PromptError: the prompt contains processed images, which cannot be saved; or the files cannot be written.

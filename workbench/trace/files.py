@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from ..errors import TraceError
+from ..atomic_write import AtomicFile
+from ..checksums import checksum
+from ..errors import TraceError, reason
 from .provenance import check_provenance
 
-FORMAT = "workbench-trace-2"
+FORMAT = "workbench-trace-3"
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class TraceWriter:
     """Writes one trace file. Every tap's offset is known in advance, so taps may arrive in any order and none is buffered.
 
-    The file is written as `<name>.part` and renamed when all taps are written; an interrupted run leaves no file. Checksums
-    (CRC-32) detect damage, not tampering: anyone who can write the file can write them too.
+    The file is renamed to `path` when all taps are written (`AtomicFile`); an interrupted run leaves no file. Checksums (CRC-32 per
+    tap, XXH3 of the metadata) detect damage, not tampering: anyone who can write the file can write them too.
 
         with TraceWriter(path, shapes, dtype, positions, provenance) as writer:
             writer.write("embed", state)
@@ -55,16 +56,15 @@ class TraceWriter:
             end += rows * width * dtype.itemsize
         self._missing = set(self.shapes)
         self._begin = len(self._header())
-        self._part = self.path.with_name(self.path.name + ".part")
         try:
-            self._file = open(self._part, "wb")  # noqa: SIM115, closed in __exit__
+            self._new = AtomicFile(self.path)
+            self._file = self._new.file
             try:
                 self._file.truncate(self._begin + end)
             except OSError:
-                self._file.close()
-                self._part.unlink(missing_ok=True)
+                self._new.discard()
                 raise
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise TraceError(f"the trace cannot be written to {path}: {error}") from error
 
     def __enter__(self) -> TraceWriter:
@@ -76,14 +76,11 @@ class TraceWriter:
             if complete:
                 self._file.seek(0)
                 self._file.write(self._header())
-            self._file.close()
-            if complete:
-                os.replace(self._part, self.path)
+                self._new.commit()
         except OSError as problem:
             raise TraceError(f"the trace cannot be written to {self.path}: {problem}") from problem
         finally:
-            self._file.close()
-            self._part.unlink(missing_ok=True)
+            self._new.discard()
         if kind is None and not complete:
             raise TraceError(f"{self.path} was not written: the engine gave no {', '.join(sorted(self._missing))}")
 
@@ -108,15 +105,14 @@ class TraceWriter:
 
     def _header(self) -> bytes:
         """Return the safetensors header; its length does not depend on the checksums."""
-        entries: dict[str, Any] = {
-            "__metadata__": {
-                "format": FORMAT,
-                "positions": json.dumps(self._positions.tolist()),
-                "taps": json.dumps(list(self.shapes)),
-                "crc32": json.dumps(self._sums),
-                "provenance": json.dumps(self._provenance),
-            }
+        metadata = {
+            "format": FORMAT,
+            "positions": json.dumps(self._positions.tolist()),
+            "taps": json.dumps(list(self.shapes)),
+            "crc32": json.dumps(self._sums),
+            "provenance": json.dumps(self._provenance),
         }
+        entries: dict[str, Any] = {"__metadata__": {**metadata, "checksum": metadata_checksum(metadata)}}
         for tap, (rows, width) in self.shapes.items():
             start = self._offsets[tap]
             stop = start + rows * width * self.dtype.itemsize
@@ -144,15 +140,18 @@ class StoredStates(Mapping[str, torch.Tensor]):
                 raise TraceError(
                     f"{path} is not a trace of this version (its format is {found}, not {FORMAT}): record it again"
                 )
+            check_metadata(metadata, path)
             self.provenance = check_provenance(json.loads(metadata["provenance"]), path)
             self.taps: list[str] = json.loads(metadata["taps"])
             kept, sums = json.loads(metadata["positions"]), json.loads(metadata["crc32"])
             names = set(self._file.keys())
             shapes = {name: self._file.get_slice(name) for name in names}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            if isinstance(error, TraceError):
-                raise
-            raise TraceError(f"{path} cannot be read as a trace: {error}") from error
+        except TraceError:
+            raise
+        except Exception as error:
+            raise TraceError(
+                f"{path} cannot be read as a trace: {reason(error)}. Copy it again, or record it again"
+            ) from error
         tokens = self.provenance["tokens"]
         if not isinstance(kept, list) or not all(type(each) is int and 0 <= each < tokens for each in kept):
             raise TraceError(f"{path}: its positions are not a list of integers within {tokens} tokens")
@@ -178,8 +177,8 @@ class StoredStates(Mapping[str, torch.Tensor]):
             raise KeyError(tap)
         try:
             state: torch.Tensor = self._file.get_tensor(tap)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise TraceError(f"tap {tap!r} of {self.path} cannot be read: {error}") from error
+        except Exception as error:
+            raise TraceError(f"tap {tap!r} of {self.path} cannot be read: {reason(error)}") from error
         if tap not in self._checked:
             found = f"{zlib.crc32(raw_bytes(state)):08x}"
             if found != self._sums[tap]:
@@ -206,6 +205,19 @@ class StoredStates(Mapping[str, torch.Tensor]):
 def readable(taps: Sequence[str], most: int = 6) -> str:
     """Format a list of taps for an error message, shortened to one line."""
     return ", ".join(taps) if len(taps) <= most else f"{', '.join(taps[: most - 1])}, ... {taps[-1]}"
+
+
+def metadata_checksum(metadata: Mapping[str, str]) -> str:
+    """Return the checksum of a file's metadata, without its entry "checksum"."""
+    return checksum(json.dumps(sorted((name, text) for name, text in metadata.items() if name != "checksum")).encode())
+
+
+def check_metadata(metadata: Mapping[str, str], path: str | Path) -> None:
+    """Raise TraceError if the metadata of a file at `path` is not what its checksum was made of."""
+    if metadata.get("checksum") != metadata_checksum(metadata):
+        raise TraceError(
+            f"the metadata of {path} (positions, taps, provenance) was damaged or changed: copy it again, or record it again"
+        )
 
 
 def raw_bytes(state: torch.Tensor) -> memoryview:

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import re
-import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from ..errors import ModelError
+from ..atomic_write import atomic_write
+from ..checksums import checksum
+from ..errors import ModelError, reason
 from ..models.checkpoint import parse_header
+from ..trace.files import raw_bytes
 from .architectures import Features
 
 SUFFIX = ".safetensors"
 # Paths of entries, and of temporary files. Others are never counted or removed: the folder of a store may contain other
 # files.
 _OURS = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}\.safetensors")
-_LEFT = re.compile(r"([0-9a-f]{2})/\.\1[0-9a-f]{62}\.\d+\.[0-9a-f]+")
+_LEFT = re.compile(r"([0-9a-f]{2})/\.\1[0-9a-f]{62}\.safetensors\.\d+\.[0-9a-f]+\.tmp")
 
 
 class LocalEntries:
@@ -38,20 +40,23 @@ class LocalEntries:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ModelError(f"the feature store {folder} cannot be created: {error}") from error
 
     def read(self, key: str) -> Features:
-        """Return an entry, memory-mapped, and record that it was used now.
+        """Return an entry, and record that it was used now.
 
         Raises:
             FileNotFoundError: the entry is missing. ModelError, ValueError, KeyError and others: it is damaged.
         """
         path = self._path(key)
-        with open(path, "rb") as file:
-            # A private mapping: torch requires writable memory, and writes never reach the file.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        features = _parse(mapped, path)
+        with open(path, "rb", buffering=0) as file:
+            data = bytearray(
+                os.fstat(file.fileno()).st_size
+            )  # not mapped: a file that is cut later would crash the process
+            if file.readinto(data) != len(data):
+                raise ModelError(f"{path} was cut while it was read")
+        features = _parse(data, path)
         with contextlib.suppress(OSError):
             os.utime(path)  # eviction goes by last use
         return features
@@ -63,18 +68,10 @@ class LocalEntries:
             ModelError: the folder cannot be written.
         """
         path = Path(self._path(key))
-        # A leading dot and no entry suffix: a file left by a killed writer is never read as an entry.
-        temporary = path.parent / f".{key}.{os.getpid()}.{secrets.token_hex(4)}"
         try:
             path.parent.mkdir(exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            atomic_write(path, data)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise ModelError(f"the feature store {self.folder} cannot be written: {error}") from error
 
     def scan(self) -> Iterator[tuple[float, int, str]]:
@@ -129,8 +126,8 @@ class RemoteEntries:
 
         try:
             self.files, self.root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise ModelError(f"the feature store {url!r} cannot be opened: {error}") from error
+        except Exception as error:  # each driver has errors of its own
+            raise ModelError(f"the feature store {url!r} cannot be opened: {reason(error)}. Check the URL") from error
 
     def read(self, key: str) -> Features:
         path = self._path(key)
@@ -161,15 +158,29 @@ class RemoteEntries:
         return f"{self.root.rstrip('/')}/{key[:2]}/{key}{SUFFIX}"
 
 
-def _parse(data: mmap.mmap | bytearray, where: str) -> Features:
+def entry_checksum(tensors: Mapping[str, torch.Tensor], about: str) -> str:
+    """Return the checksum of an entry: of its metadata `about`, and of the names, dtypes, shapes and bytes of its tensors."""
+    parts: list[Any] = [about.encode()]
+    for name, tensor in sorted(tensors.items()):
+        parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), raw_bytes(tensor)]
+    return checksum(*parts)
+
+
+def _parse(data: bytearray, where: str) -> Features:
     """Parse features from a safetensors file's bytes, without a copy. (With the library's reader a hit
-    took 0.17 ms instead of 0.13 ms.)"""
+    took 0.17 ms instead of 0.13 ms.)
+
+    Raises:
+        ModelError, KeyError, ValueError, TypeError: damaged.
+    """
     length = int.from_bytes(data[:8], "little")
     entries, metadata = parse_header(bytes(data[8 : 8 + length]), "", where, len(data))
     tensors = {
         name: torch.frombuffer(data, dtype=entry.dtype, count=prod(entry.shape), offset=entry.start).view(entry.shape)
         for name, entry in entries.items()
     }
+    if entry_checksum(tensors, metadata["about"]) != metadata["checksum"]:
+        raise ModelError(f"{where} is damaged: its checksum does not match")
     about = json.loads(metadata["about"])
     grid = about["grid"]
     return Features(tensors["rows"], tuple(grid) if grid else None, tensors.get("deepstack"), tuple(about["tiles"]))

@@ -1,8 +1,9 @@
 """A content-addressed feature store: the features of an image are computed once per tower.
 
 An entry's key is the SHA-256 of the image's content and the tower's fingerprint (weights, processor settings, dtype),
-so a changed image or tower has another key, and no entry can be stale. Entries are safetensors files, written
-atomically: a reader finds a complete entry or none, even if a writer is killed.
+so a changed image or tower has another key, and no entry can be stale. An image file is read once: the hash is of the bytes that
+are decoded. Entries are safetensors files with a checksum, written atomically: a reader finds a complete entry or none, even if a
+writer is killed; a damaged entry is computed again.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 from PIL import Image
 from safetensors.torch import save
 
-from ..errors import ModelError
+from ..schema import shortened
 from .architectures import Features
-from .feature_storage import LocalEntries, RemoteEntries
+from .feature_storage import LocalEntries, RemoteEntries, entry_checksum
 from .images import ImageError, ImageLike, open_image
+from .media_file import MediaFile, read_media
 from .tower import VisionTower
 
 _KEPT_AFTER_EVICTION = 0.9  # of the limit, so that not every write evicts
@@ -78,6 +80,7 @@ class FeatureStore:
             ImageError: an image cannot be used; then no new features are stored.
             ModelError: a local store cannot be written.
         """
+        items = [read_once(item) for item in items]
         keys = self.keys(tower, items)
         found = [self.get(key) for key in keys]
         missing = [index for index, features in enumerate(found) if features is None]
@@ -106,13 +109,13 @@ class FeatureStore:
         ]
 
     def get(self, key: str) -> Features | None:
-        """Return the features stored under a key, memory-mapped if stored locally; None if missing or damaged."""
+        """Return the features stored under a key; None if missing or damaged."""
         try:
             features = self._entries.read(key)
         except FileNotFoundError:
             self.stats.misses += 1
             return None
-        except (ModelError, ValueError, KeyError, TypeError, RuntimeError, OSError):
+        except Exception:
             # Damage from outside this class: a truncated copy, a bad disk. The entry is computed again and replaced.
             self.stats.damaged += 1
             self.stats.misses += 1
@@ -132,8 +135,8 @@ class FeatureStore:
         tensors = {"rows": features.rows.contiguous()}
         if features.deepstack is not None:
             tensors["deepstack"] = features.deepstack.contiguous()
-        about = {"grid": features.grid, "tiles": features.tiles}
-        data = save(tensors, metadata={"about": json.dumps(about)})
+        about = json.dumps({"grid": features.grid, "tiles": features.tiles})
+        data = save(tensors, metadata={"about": about, "checksum": entry_checksum(tensors, about)})
         self._entries.write(key, data)
         self._written += len(data)
         # Scanning the whole store at each write would cost more than the write.
@@ -175,25 +178,32 @@ class FeatureStore:
 
 
 def content_digest(item: Any) -> str:
-    """Return the SHA-256 of an image: of a file's bytes, or, for an image in memory, of its size and RGB pixels.
+    """Return the SHA-256 of an image: of a file's bytes (a path or a `MediaFile`), or, for an image in memory, of size and RGB pixels.
 
     Raises:
         ImageError: a file that cannot be read, or a value that is not an image.
     """
-    if isinstance(item, int):  # `open` would take it for a file descriptor
-        raise ImageError(f"{item!r} is not an image: give a PIL image or the path of a file")
+    content = read_once(item)
+    if isinstance(content, MediaFile):
+        return content.digest
+    sha = hashlib.sha256(f"{content.mode} {content.size} ".encode())
+    sha.update(content.tobytes())
+    return sha.hexdigest()
+
+
+def read_once(item: Any) -> MediaFile | Image.Image:
+    """Return a file's content, or an image in memory as the tower gets it: palette and orientation applied, limits checked.
+
+    Raises:
+        ImageError: see `content_digest`.
+    """
     if isinstance(item, Image.Image):
-        image = open_image(item)  # as the tower gets it: palette and orientation applied, limits checked
-        sha = hashlib.sha256(f"{image.mode} {image.size} ".encode())
-        sha.update(image.tobytes())
-        return sha.hexdigest()
-    try:
-        with open(item, "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()
-    except (TypeError, ValueError) as error:
-        raise ImageError(f"{item!r} is not an image: give a PIL image or the path of a file") from error
-    except OSError as error:
-        raise ImageError(f"{item} cannot be read: {error}") from error
+        return open_image(item)
+    if isinstance(item, MediaFile):
+        return item
+    if isinstance(item, str | os.PathLike):
+        return read_media(item, ImageError)
+    raise ImageError(f"{shortened(item)} is not an image: give a PIL image or the path of a file")
 
 
 def _depends_on_other_images(tower: VisionTower) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from pathlib import Path
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from ..errors import PromptError
+from ..errors import PromptError, reason
+from ..schema import shortened
+from .media_file import MediaFile, read_media
 
 MAX_PIXELS = 64_000_000  # 8,000 x 8,000, 192 MB in memory
 
@@ -17,12 +18,7 @@ MAX_PIXELS = 64_000_000  # 8,000 x 8,000, 192 MB in memory
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _READ_AS = {*FORMATS, "MPO"}  # JPEG files with several frames, as many phones write them; opened by the JPEG decoder
 
-# Pillow's decoders raise all of these for damaged files.
-_DECODER_ERRORS = (
-    OSError, SyntaxError, ValueError, RuntimeError, MemoryError, IndexError, TypeError, Image.DecompressionBombError,
-)  # fmt: skip
-
-ImageLike = Image.Image | str | os.PathLike
+ImageLike = Image.Image | str | os.PathLike | MediaFile
 
 
 class ImageError(PromptError):
@@ -30,7 +26,7 @@ class ImageError(PromptError):
 
 
 def open_image(image: ImageLike) -> Image.Image:
-    """Return the image as RGB, rotated upright by its EXIF orientation; `image` is a PIL image or the path of a file.
+    """Return the image as RGB, rotated upright by its EXIF orientation; `image` is a PIL image, a path or a `MediaFile`.
 
     Raises:
         ImageError: the message names the file and what is wrong with it.
@@ -45,11 +41,11 @@ def open_image(image: ImageLike) -> Image.Image:
             raise ImageError(
                 f"{name} is a {image.format} file; images are read from {', '.join(FORMATS)} files only: convert it first"
             )
-    elif isinstance(image, str | os.PathLike):
-        name = os.fspath(image)
-        opened = _open(name)
+    elif isinstance(image, str | os.PathLike | MediaFile):
+        file = image if isinstance(image, MediaFile) else read_media(image, ImageError)
+        name, opened = file.name, _open(file)
     else:
-        raise ImageError(f"{image!r} is not an image: give a PIL image or the path of a file")
+        raise ImageError(f"{shortened(image)} is not an image: give a PIL image or the path of a file")
     width, height = opened.size
     if width * height > MAX_PIXELS:
         raise ImageError(
@@ -69,24 +65,22 @@ def open_image(image: ImageLike) -> Image.Image:
         return upright.convert("RGB")
     except ImageError:  # it is a ValueError, too
         raise
-    except _DECODER_ERRORS as error:
-        raise ImageError(f"{name} is damaged or cut short: {error}. Fetch it again") from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, AttributeError and others
+        raise ImageError(f"{name} is damaged or cut short: {reason(error)}. Fetch it again") from error
 
 
-def _open(name: str) -> Image.Image:
+def _open(file: MediaFile) -> Image.Image:
+    name = file.name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by our own, lower limit
-            return Image.open(name, formats=FORMATS)
-    except FileNotFoundError as error:
-        raise ImageError(f"{name} does not exist") from error
+            return Image.open(file.open(), formats=FORMATS)
     except UnidentifiedImageError as error:
-        size = Path(name).stat().st_size
         raise ImageError(
-            f"{name} ({size} bytes) is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file by its content, whatever its name: it "
+            f"{name} ({len(file.data)} bytes) is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file by its content, whatever its name: it "
             "is damaged, or in another format and must be converted first"
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is a decompression bomb: {error}") from error
-    except _DECODER_ERRORS as error:
-        raise ImageError(f"{name} cannot be opened: {error}") from error
+    except Exception as error:
+        raise ImageError(f"{name} cannot be opened: {reason(error)}") from error

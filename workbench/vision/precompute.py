@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, PromptError
-from .feature_store import FeatureStore
+from .feature_store import FeatureStore, read_once
 from .tower import load_vision_tower
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -99,10 +99,11 @@ class Worker:
 
     def _one(self, path: str) -> str:
         try:
-            (key,) = self.store.keys(self.tower, [path])
+            content = read_once(path)
+            (key,) = self.store.keys(self.tower, [content])
             if self.store.get(key) is not None:
                 return "found"
-            self.store.put(key, self.tower.features([path])[0])
+            self.store.put(key, self.tower.features([content])[0])
             return "computed"
         except PromptError as error:  # only this image fails; the others go on
             return str(error)
