@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ModelError
+from ..errors import ModelError, reason
 from . import digit_cards, internlm2
 from .checkpoint import Checkpoint
 from .pypi import GEMMA3, SMOLLM2
@@ -182,13 +182,27 @@ def load_model(name: str | os.PathLike, *, trust_remote_code: bool = False) -> M
     )
 
 
+_HUB_SECONDS = 20.0
+
+
 def _from_hub(name: str, trust_remote_code: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HfHubHTTPError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * trust_remote_code
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        try:
+            # The client sets no limit for this request, so a server that never answers would be waited for without end.
+            revision = None if HF_HUB_OFFLINE else HfApi().model_info(name, timeout=_HUB_SECONDS).sha
+        except HfHubHTTPError:
+            raise
+        except Exception as offline:  # what was fetched before can be used
+            try:
+                return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+            except Exception:
+                raise offline from None
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HfHubHTTPError as error:
         raise ModelError(
             f"Hugging Face refuses model {name!r}: {str(error).splitlines()[0]} Check the id; for a gated model "
@@ -197,5 +211,5 @@ def _from_hub(name: str, trust_remote_code: bool) -> Path:
     except Exception as error:  # the hub client raises many error types without a network; wrap them all
         raise ModelError(
             f"model {name!r} is not a folder on this machine and could not be fetched from Hugging Face "
-            f"({type(error).__name__}: {error}). Check the network, or pass the path of a folder you already have"
+            f"({reason(error)}). Check the network, or pass the path of a folder you already have"
         ) from error

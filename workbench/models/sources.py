@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import mmap
-import time
+import os
 from pathlib import Path
-from typing import Protocol
-from urllib.parse import urlsplit
+from typing import BinaryIO, Protocol
 
 from ..errors import ModelError
-
-_TRIES = 3
-_TIMEOUT = 30.0  # seconds without a byte
+from .http_source import HttpSource
 
 
 class Source(Protocol):
@@ -49,6 +46,7 @@ class FolderSource:
         self.folder = folder
         self.bytes_read = 0
         self._maps: dict[str, mmap.mmap] = {}
+        self._files: dict[str, BinaryIO] = {}  # of the maps, to see when a file is cut
 
     def exists(self, name: str) -> bool:
         return (self.folder / name).is_file()
@@ -58,7 +56,7 @@ class FolderSource:
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         try:
-            with (self.folder / name).open("rb", buffering=0) as file:
+            with (self.folder / name).open("rb") as file:
                 file.seek(start)
                 data = file.read(stop - start)
         except OSError as error:
@@ -68,12 +66,17 @@ class FolderSource:
         return data
 
     def map(self, name: str) -> mmap.mmap:
-        if name not in self._maps:
-            try:
-                with (self.folder / name).open("rb") as file:
-                    self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            except (OSError, ValueError) as error:
-                raise ModelError(f"{self.where(name)} cannot be read: {error}") from error
+        try:
+            if name not in self._maps:
+                file = (self.folder / name).open("rb")
+                self._maps[name], self._files[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), file
+            size = os.fstat(self._files[name].fileno()).st_size
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self.where(name)} cannot be read: {error}") from error
+        if size < len(self._maps[name]):  # reading the mapped bytes that are gone would kill the process
+            raise ModelError(
+                f"{self.where(name)} was cut to {size} bytes while it was in use (it had {len(self._maps[name])}): fetch it again"
+            )
         return self._maps[name]
 
     def release(self, name: str, start: int, stop: int) -> None:
@@ -87,109 +90,28 @@ class FolderSource:
         return str(self.folder / name)
 
 
-class HttpSource:
-    """Files below a URL, read by HTTP range requests (RFC 9110, section 14); failed requests are tried three times.
-
-    Args:
-        base: URL of the folder.
-        headers: sent with every request, for example for authorization.
-    """
-
-    def __init__(self, base: str, headers: dict[str, str] | None = None) -> None:
-        import httpx
-
-        self.base = base.rstrip("/")
-        self.bytes_read = 0
-        self._sizes: dict[str, int | None] = {}
-        self._client = httpx.Client(headers=headers, timeout=_TIMEOUT, follow_redirects=True)
-
-    def exists(self, name: str) -> bool:
-        return self._find(name) is not None
-
-    def size(self, name: str) -> int:
-        size = self._find(name)
-        if size is None:
-            raise ModelError(f"{self.where(name)} does not exist (404): check the address")
-        return size
-
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        data = self._request(name, start, stop)[0] if stop > start else b""
-        _check_length(self.where(name), start, stop, len(data))
-        self.bytes_read += len(data)
-        return data
-
-    def map(self, name: str) -> None:
-        return None
-
-    def release(self, name: str, start: int, stop: int) -> None:
-        return None
-
-    def where(self, name: str) -> str:
-        return f"{self.base}/{name}"
-
-    def _find(self, name: str) -> int | None:
-        """Return the file's size; None if the server has no such file."""
-        if name not in self._sizes:
-            try:
-                data, self._sizes[name] = self._request(name, 0, 1)
-                self.bytes_read += len(data)
-            except FileNotFoundError:
-                self._sizes[name] = None
-        return self._sizes[name]
-
-    def _request(self, name: str, start: int, stop: int) -> tuple[bytes, int]:
-        """Return the bytes of a range, and the whole file's size."""
-        import httpx
-
-        url = self.where(name)
-        for attempt in range(_TRIES):
-            try:
-                with self._client.stream("GET", url, headers={"Range": f"bytes={start}-{stop - 1}"}) as answer:
-                    if answer.status_code == 404:
-                        raise FileNotFoundError(url)
-                    if answer.status_code == 200:  # the whole file would follow
-                        raise ModelError(
-                            f"{url}: the server ignores range requests and would send the whole file; use a server that "
-                            "supports them (Hugging Face does), or download the checkpoint and give its folder"
-                        )
-                    total = answer.headers.get("content-range", "").rpartition("/")[2]
-                    if answer.status_code == 416 and total == "0":  # an empty file has no first byte
-                        return b"", 0
-                    if answer.status_code >= 500 and attempt + 1 < _TRIES:
-                        time.sleep(0.2 * 2**attempt)
-                        continue
-                    if answer.status_code != 206:
-                        hint = " (gated? log in with `hf auth login`)" if answer.status_code in (401, 403) else ""
-                        raise ModelError(f"{url}: the server answers {answer.status_code} to a range request{hint}")
-                    if not total.isdigit():
-                        raise ModelError(f"{url}: the server does not report the file's size in Content-Range")
-                    return answer.read(), int(total)
-            except httpx.TransportError as error:
-                if attempt + 1 == _TRIES:
-                    raise ModelError(
-                        f"{url} cannot be read: {type(error).__name__}: {error}. Check the network"
-                    ) from error
-                time.sleep(0.2 * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
-
-
 def open_source(location: str) -> Source:
     """Open a folder on this machine, an `http(s)://` address of a folder, or a Hugging Face id `org/name`.
 
     Raises:
         ModelError: `location` is none of these.
     """
-    if urlsplit(location).scheme in ("http", "https"):
+    if location.lower().startswith(("http://", "https://")):
         return HttpSource(location)
-    if Path(location).expanduser().is_dir():
-        return FolderSource(Path(location).expanduser())
+    try:
+        folder = Path(location).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"no checkpoint {location[:80]!r}: {error}") from error
+    if is_folder:
+        return FolderSource(folder)
     if location.count("/") == 1 and not location.startswith((".", "/", "~")):
         from huggingface_hub import constants
         from huggingface_hub.utils import build_hf_headers
 
         return HttpSource(f"{constants.ENDPOINT}/{location}/resolve/main", build_hf_headers())
     raise ModelError(
-        f"no checkpoint {location!r}: give a folder on this machine, the http(s) address of one, or a Hugging Face id org/name"
+        f"no checkpoint {location[:200]!r}: give a folder on this machine, the http(s) address of one, or a Hugging Face id org/name"
     )
 
 

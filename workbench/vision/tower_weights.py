@@ -15,8 +15,9 @@ import torch
 
 from ..errors import ModelError
 from ..models.checkpoint import INDEX, SINGLE, Checkpoint
+from ..models.http_source import HttpSource
 from ..models.remote_code import python_files, refuse_remote_code
-from ..models.sources import FolderSource, HttpSource, Source
+from ..models.sources import FolderSource, Source
 from ..models.transformers_logging import silenced_transformers
 
 _LANGUAGE = re.compile(r"^(model\.)*(language_model|text_model|llm|layers|embed_tokens|norm)\.|^(\w+\.)*lm_head\.")
