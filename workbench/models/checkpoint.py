@@ -10,10 +10,13 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 
-from ..errors import ModelError
+from ..errors import ModelError, foreign_errors
+from ..schema import Record, shortened, validate
 from .sources import Source
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -68,10 +71,11 @@ class Checkpoint:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._headers: dict[str, dict[str, Entry]] = {}
-        if source.exists(INDEX):
-            self._shard_of = self._read_index()
-        elif source.exists(SINGLE):
+        # A folder may have both. Transformers reads the single file then, and both engines must read the same weights.
+        if source.exists(SINGLE):
             self._shard_of = dict.fromkeys(self._header(SINGLE), SINGLE)
+        elif source.exists(INDEX):
+            self._shard_of = self._read_index()
         else:
             raise ModelError(
                 f"{source.where('')} contains no safetensors weights ({SINGLE} or {INDEX}): convert the checkpoint with "
@@ -126,14 +130,12 @@ class Checkpoint:
     def _read_index(self) -> dict[str, str]:
         where = self.source.where(INDEX)
         text = self.source.read(INDEX, 0, self.source.size(INDEX))
-        try:
+        with foreign_errors(ModelError, f"{where} is not a safetensors index", "Fetch the checkpoint again"):
             shard_of = dict(json.loads(text)["weight_map"])
             if not all(
                 isinstance(shard, str) and "/" not in shard and "\\" not in shard for shard in shard_of.values()
             ):
                 raise ValueError("weight_map must name files of this folder")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ModelError(f"{where} is not a safetensors index: {error}. Fetch the checkpoint again") from error
         missing = sorted(shard for shard in set(shard_of.values()) if not self.source.exists(shard))
         if missing:
             raise ModelError(
@@ -203,16 +205,18 @@ def parse_header(text: bytes, shard: str, where: str, size: int) -> tuple[dict[s
     Raises:
         ModelError: the header is damaged; the message names the file, and the tensor whose offsets are impossible.
     """
-    try:
-        header = json.loads(text)
+    with foreign_errors(ModelError, f"{where} has a damaged header", "Fetch the file again"):
+        header = json.loads(text, object_pairs_hook=_without_repeats)
         metadata = header.pop("__metadata__", {})
-        items = [(name, each["dtype"], tuple(each["shape"]), *each["data_offsets"]) for name, each in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{where} has a damaged header ({error}): fetch the file again") from error
-    entries, data = {}, 8 + len(text)
-    for name, dtype, shape, start, stop in items:
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is not a JSON object")
+    entries: dict[str, Entry] = {}
+    data = 8 + len(text)
+    for name, fields in header.items():
+        record = validate(_TensorRecord, fields, f"tensor {shortened(name)} of {where}", ModelError)
+        dtype, shape, (start, stop) = record.dtype, tuple(record.shape), record.data_offsets
         if dtype not in _DTYPES:
-            raise ModelError(f"tensor {name!r} of {where} has dtype {dtype!r}, which is not supported here")
+            raise ModelError(f"tensor {name!r} of {where} has dtype {shortened(dtype)}, which is not supported here")
         wanted = prod(shape) * _DTYPES[dtype].itemsize
         if not 0 <= start <= stop or stop - start != wanted:
             raise ModelError(
@@ -223,7 +227,33 @@ def parse_header(text: bytes, shard: str, where: str, size: int) -> tuple[dict[s
                 f"{where} is cut short: tensor {name!r} ends at byte {data + stop}, the file at {size}. Fetch it again"
             )
         entries[name] = Entry(shard, dtype, shape, data + start, data + stop)
+    end = data
+    for name, entry in sorted(entries.items(), key=lambda each: (each[1].start, each[1].stop)):
+        if entry.start != end:
+            kind = "overlaps the tensor before it" if entry.start < end else "leaves a gap before it"
+            raise ModelError(
+                f"tensor {shortened(name)} of {where} {kind} (bytes {end} and {entry.start}). Fetch the file again"
+            )
+        end = entry.stop
     return entries, metadata
+
+
+class _TensorRecord(Record):
+    """One tensor in a safetensors header."""
+
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0, lt=1 << 48)]] = Field(max_length=64)
+    data_offsets: tuple[Annotated[int, Field(ge=0, lt=1 << 62)], Annotated[int, Field(ge=0, lt=1 << 62)]] = Field(
+        strict=False
+    )
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict; ValueError if a name occurs twice, of which json would keep the last."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
 
 
 def _neighbours(entries: dict[str, Entry]) -> Iterator[list[str]]:

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from ..errors import ModelError, reason
+from ..errors import ModelError, foreign_errors, reason
 from . import digit_cards, internlm2
+from .chat_template import template_limits
 from .checkpoint import Checkpoint
 from .pypi import GEMMA3, SMOLLM2
+from .remote_code import python_files
 from .sources import FolderSource
 
 BUILT_IN: dict[str, Callable[[], Path]] = {
@@ -108,15 +110,11 @@ class Model:
 
     def _read(self, auto_class, what: str):
         internlm2.register()
-        try:
+        fix = "Fetch its files again"
+        if not self.trust_remote_code and python_files(self.path):
+            fix = "If the model needs its own Python code, pass trust_remote_code=True, if you trust its author"
+        with foreign_errors(ModelError, f"the {what} of model {self.name!r} in {self.path} cannot be read", fix):
             return auto_class.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # Transformers and its validators raise many error types for a damaged folder
-            hint = "; it contains its own Python code: pass trust_remote_code=True if you trust its author" * (
-                not self.trust_remote_code and "trust_remote_code" in str(error)
-            )
-            raise ModelError(
-                f"the {what} of model {self.name!r} in {self.path} cannot be read: {error}{hint}"
-            ) from error
 
     def chat_ids(self, text: str | list[dict]) -> list[int]:
         """Token ids of a chat by the model's chat template, ready for its answer.
@@ -124,8 +122,10 @@ class Model:
         `text` is the text of one user turn, or a list of messages `{"role": ..., "content": ...}`.
         """
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else text
-        encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        return list(encoded["input_ids"])
+        tokenizer = self.tokenizer
+        with template_limits(self.name):
+            encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            return list(encoded["input_ids"])
 
     def position_of(self, text: str, ids: list[int], otherwise: int) -> int:
         """Index of the first occurrence in `ids` of the first token of `text`, whose leading space counts; `otherwise` if absent."""

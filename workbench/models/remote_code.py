@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..errors import ModelError
+from ..errors import ModelError, foreign_errors
 
 
 def python_files(folder: Path) -> list[str]:
@@ -19,10 +19,8 @@ def refuse_remote_code(folder: Path, name: str) -> None:
     Raises:
         ModelError: it does, and the message names the files that would run; or the configuration cannot be read.
     """
-    try:
+    with foreign_errors(ModelError, f"{folder / 'config.json'} cannot be read", "Fetch it again"):
         config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from error
     wanted = config.get("auto_map") if isinstance(config, dict) else None
     if wanted:
         modules = sorted({str(entry).rpartition("--")[2].split(".")[0] + ".py" for entry in wanted.values()})

@@ -7,15 +7,17 @@ torchvision, which images do not need.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ..errors import ModelError, PromptError
+from ..errors import ModelError, PromptError, foreign_errors
+from ..models.chat_template import template_limits
 from .audio import AudioError, open_audio
+from .images import MAX_PIXELS
 
 
 class Processor:
@@ -46,6 +48,7 @@ class Processor:
             from transformers import AutoImageProcessor
 
             self._reader = self._load(AutoImageProcessor, folder, "image processor", backend="pil")
+            _check_image_sizes(self._reader, folder)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -61,10 +64,8 @@ class Processor:
             PromptError: the processor rejects the images.
         """
         grouped = [list(images)] if nested else list(images)
-        try:
+        with foreign_errors(PromptError, f"{self.model_type}'s image processor rejects the images", "Try other images"):
             return dict(self._reader(images=grouped, return_tensors="pt", **options))
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise PromptError(f"{self.model_type}'s image processor rejects the images: {error}") from error
 
     def audio(self, waves: Sequence[Any]) -> dict[str, Any]:
         """Return mel features `[sounds, bins, frames]` and their mask, of WAV files or waveforms.
@@ -81,13 +82,16 @@ class Processor:
                     f"sound {number} lasts {len(sound) / rate:.1f} s but {self.model_type} takes {longest / rate:.0f} s: cut it "
                     "into shorter sounds"
                 )
-        output = self._reader(
-            sounds,
-            sampling_rate=rate,
-            return_tensors="pt",
-            return_attention_mask=True,
-            padding="max_length",
-        )
+        with foreign_errors(
+            PromptError, f"{self.model_type}'s feature extractor rejects the sounds", "Try other sounds"
+        ):
+            output = self._reader(
+                sounds,
+                sampling_rate=rate,
+                return_tensors="pt",
+                return_attention_mask=True,
+                padding="max_length",
+            )
         processed = dict(output)
         if "attention_mask" in processed:
             processed["feature_attention_mask"] = processed.pop("attention_mask")
@@ -103,22 +107,44 @@ class Processor:
             raise PromptError(
                 f"{self.model_type}: the model folder has no chat template; give build_prompt a text instead"
             )
-        text = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
-        )
+        with template_limits(self.model_type):
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+            )
         return str(text)
 
     def _load(self, auto_class: Any, folder: Path, what: str, **options: Any) -> Any:
-        try:
+        with foreign_errors(ModelError, f"the {what} in {folder} cannot be read", "Fetch its files again"):
             return auto_class.from_pretrained(folder, trust_remote_code=self.trusted, **options)
-        except Exception as error:  # Transformers raises many error types for a damaged folder
-            raise ModelError(f"the {what} in {folder} cannot be read: {error}") from error
+
+
+def _check_image_sizes(reader: Any, folder: Path) -> None:
+    """Raise ModelError if a processor would make images of more than `MAX_PIXELS`, for example because its settings are damaged."""
+    for name in ("size", "crop_size", "pad_size"):
+        sizes = getattr(reader, name, None)
+        sides = dict(sizes) if isinstance(sizes, Mapping) else {}
+        width, height = (sides.get(side) for side in ("width", "height"))
+        edge = sides.get("shortest_edge")
+        if isinstance(width, int) and isinstance(height, int) and width * height > MAX_PIXELS:
+            found = f"{width} x {height}"
+        elif isinstance(edge, int) and "longest_edge" not in sides and edge * edge > MAX_PIXELS:
+            found = f"at least {edge} x {edge}"
+        else:
+            continue
+        raise ModelError(
+            f"{name} in the image processor's settings in {folder} is {found} pixels, over the limit of {MAX_PIXELS:,}: correct "
+            "preprocessor_config.json, or fetch it again"
+        )
 
 
 def _stored_template(folder: Path) -> str | None:
     for name in ("chat_template.jinja", "chat_template.json"):
         path = folder / name
         if path.is_file():
-            text = path.read_text()
-            return json.loads(text)["chat_template"] if name.endswith(".json") else text
+            with foreign_errors(ModelError, f"{path} is not a chat template", "Correct it, or fetch it again"):
+                text = path.read_text(encoding="utf-8")
+                template = json.loads(text)["chat_template"] if name.endswith(".json") else text
+                if not isinstance(template, str):
+                    raise TypeError("the chat template is not a string")
+                return template
     return None

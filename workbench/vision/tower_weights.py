@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from ..errors import ModelError
+from ..errors import ModelError, foreign_errors, reason
 from ..models.checkpoint import INDEX, SINGLE, Checkpoint
 from ..models.http_source import HttpSource
 from ..models.remote_code import python_files, refuse_remote_code
+from ..models.sizes import check_part
 from ..models.sources import FolderSource, Source
 from ..models.transformers_logging import silenced_transformers
 
@@ -100,10 +101,8 @@ def read_configuration(folder: Path, name: str, trusted: bool) -> Any:
 
     if not trusted:
         refuse_remote_code(folder, name)
-    try:
+    with foreign_errors(ModelError, f"the configuration of {name!r} cannot be read", "Correct or fetch config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-    except Exception as error:  # Transformers and its validators raise many error types for a damaged folder
-        raise ModelError(f"the configuration of {name!r} cannot be read: {error}") from error
     if getattr(config, "vision_config", None) is None and getattr(config, "audio_config", None) is None:
         raise ModelError(f"{name!r} ({config.model_type}) has no vision or audio part: it is a language model")
     return config
@@ -162,6 +161,9 @@ def build_network(
         ModelError: the model cannot be built, or vision tensors are missing or have another shape than the
             configuration requires.
     """
+    for part in ("vision_config", "audio_config"):
+        if hasattr(getattr(config, part, None), "to_dict"):
+            check_part(getattr(config, part), {key: value.shape for key, value in tensors.items()}, config.model_type)
     small = copy.deepcopy(config)
     text = small.get_text_config()
     empty: dict[str, Any] = {
@@ -189,7 +191,7 @@ def build_network(
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"the vision part of {config.model_type!r} cannot be built: {error}") from error
+        raise ModelError(f"the vision part of {config.model_type!r} cannot be built: {reason(error)}") from error
     missing = [name for name in loaded["missing_keys"] if not is_language(name)]
     wrong = [str(entry) for entry in loaded["mismatched_keys"] if not is_language(str(entry[0]))]
     if missing or wrong:

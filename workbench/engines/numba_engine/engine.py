@@ -13,8 +13,10 @@ import torch
 from ...errors import ModelError, PromptError
 from ...models import Model
 from ...models.options import parse_device, parse_dtype
+from ...models.sizes import check_sizes
 from ...prompt import Prompt
 from ...prompt.packing import plan_batch
+from ...schema import shortened
 from ...trace.taps import decoder_taps
 from ..base import Engine, Sink
 from ..cancellation import Cancellation
@@ -81,6 +83,7 @@ class NumbaEngine(Engine):
         for name, value in (("max_batch_size", max_batch_size), ("max_prefill_token_num", max_prefill_token_num)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r}: give an integer of at least 1")
+        check_sizes(model.config, model.weights, model.name)
         self.runner = ModelRunner(model, self.dtype, self.device)
         self._config = self.runner.decoder.config
         pages = self._count_pages(cache_max_entry_count, cache_block_seq_len, max_batch_size)
@@ -113,12 +116,20 @@ class NumbaEngine(Engine):
             raise ValueError(
                 f"cache_max_entry_count={size!r}: give a fraction of the free memory between 0 and 1, or a number of pages"
             )
-        if isinstance(size, int):
-            return size
         on_cpu = self.device.type == "cpu"
         free = psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info(self.device)[0]
         config = self._config
-        page = 2 * config.layers * page_size * config.kv_heads * config.head_dim * self.dtype.itemsize
+        page = (
+            2 * config.layers * page_size * config.kv_heads * config.head_dim * (4 if on_cpu else self.dtype.itemsize)
+        )
+        if isinstance(size, int):
+            if size * page > free:
+                raise ValueError(
+                    f"cache_max_entry_count={shortened(size)}: {shortened(size)} pages of {page_size} tokens take "
+                    f"{size * page / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB are free: give at most {free // page} pages, or a "
+                    "fraction of the free memory"
+                )
+            return size
         max_pages = max_batch_size * -(-self.decoder.context // page_size)
         return max(min(int(size * free / page), max_pages), 1)
 

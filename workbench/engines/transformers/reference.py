@@ -17,6 +17,7 @@ import torch
 from ...errors import EmbeddingRangeError, ModelError
 from ...models import Model
 from ...models.options import parse_device, parse_dtype
+from ...models.sizes import check_sizes
 from ...models.transformers_logging import silenced_transformers
 from ...progress import Progress, part
 from ...prompt import Prompt
@@ -317,6 +318,7 @@ _RESIDENT_BYTES = 1 << 28
 
 def _load(model: Model, dtype: torch.dtype, device: torch.device) -> Any:
     """Transformers' model, with its weights in memory or, on the CPU, streamed if they are large."""
+    check_sizes(model.config, model.weights, model.name)
     size = sum(entry.bytes // entry.dtype.itemsize for entry in model.weights.entries(model.weights).values())
     streamed = None
     if device.type == "cpu" and size * dtype.itemsize > _RESIDENT_BYTES:
