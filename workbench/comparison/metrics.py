@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 import torch
+from range_kernels.cpu.kernel_cache import checked_cache
 
 
 def relative_error(state: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -110,6 +111,7 @@ def _readable(state: torch.Tensor) -> np.ndarray:
 
 
 # Of the fast-math flags only those that reorder and fuse operations: with others, NaN might not stay NaN.
+@checked_cache
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
 def _sums(state, reference, out):
     for row in range(reference.shape[0]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
@@ -33,6 +34,21 @@ Sink = Callable[[str, torch.Tensor], object]
 """Called as `sink(tap, states)`, with states `[positions, width]`."""
 
 
+_engines_were_opened: list[
+    bool
+] = []  # not empty once this process, or the one it was forked from, has opened an engine
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = bool(_engines_were_opened)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class Engine(ABC):
     """A language model that takes prompts with spliced embeddings.
 
@@ -50,8 +66,15 @@ class Engine(ABC):
     device: torch.device
 
     def __init__(self) -> None:
+        if _forked:
+            raise ModelError(
+                "this process was forked from one that had opened engines, whose threads and locks it lacks: start it with "
+                "multiprocessing's 'spawn' method"
+            )
+        _engines_were_opened.append(True)
         self._sessions = Sessions()
         self._closed = False
+        self._process_id = os.getpid()
 
     def close(self) -> None:
         """Release the engine's memory and threads; a second call does nothing.
@@ -60,8 +83,9 @@ class Engine(ABC):
         """
         if not self._closed:
             self._closed = True
-            self._release()
-            return_freed_memory()
+            if self._process_id == os.getpid():  # in a forked child, threads and processes are the parent's
+                self._release()
+                return_freed_memory()
 
     def __enter__(self) -> Self:
         return self
@@ -140,10 +164,9 @@ class Engine(ABC):
                 bidirectional spans or deepstack features if the engine does not support them.
             PromptError: any other invalid prompt: longer than the model's context together with the new tokens, with images or
                 M-RoPE positions that the engine does not take, ...
-            ModelError: the engine was closed.
+            ModelError: the engine was closed, or this process was forked from the one that opened it.
         """
-        if self._closed:
-            raise ModelError(f"this {self.capabilities.name} engine was closed: open it again")
+        self._check_usable()
         config = self.model.text_config
         if isinstance(prompt, MultimodalPrompt) and not self.capabilities.vision_inside:
             raise PromptError(
@@ -180,6 +203,15 @@ class Engine(ABC):
                 )
             if prompt.position_ids.min() < 0:
                 raise PromptError(f"position_ids contains {int(prompt.position_ids.min())}: positions start at 0")
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ModelError(f"this {self.capabilities.name} engine was closed: open it again")
+        if self._process_id != os.getpid():
+            raise ModelError(
+                f"this {self.capabilities.name} engine was opened in process {self._process_id}, and this is a fork of it, in which its "
+                "threads do not exist: open it in a process started with multiprocessing's 'spawn' method"
+            )
 
     def stream_infer(
         self,
@@ -263,6 +295,7 @@ class Engine(ABC):
             raise ValueError(f"gen_config={shortened(gen_config)}: give a workbench.GenerationConfig")
         if session_id is not None and (isinstance(session_id, bool) or not hasattr(session_id, "__index__")):
             raise ValueError(f"session_id={shortened(session_id)}: it must be an integer")
+        self._check_usable()
         config = gen_config or GenerationConfig()
         prompt = prompt.owned()
         remaining = self.model.context - len(prompt)

@@ -25,6 +25,10 @@ from .types import Capabilities, EngineOutput, GenerationConfig
 _ERRORS: dict[str, type[Exception]] = {
     each.__name__: each for each in (EmbeddingRangeError, PromptError, ModelError, TraceError, ValueError, TypeError)
 }
+_UNGUARDED = (
+    "isolated=True starts a new process, which imports your script and would open the engine again: put the script's code under "
+    '`if __name__ == "__main__":`'
+)
 _END, _OUTPUT, _STATE, _ERROR, _READY = range(5)
 
 
@@ -45,6 +49,10 @@ class ProcessEngine(Engine):
 
     def __init__(self, kind: str, engine_class: tuple[str, str], model: Model, **options: Any) -> None:
         super().__init__()
+        if getattr(
+            multiprocessing.current_process(), "_inheriting", False
+        ):  # a child that is importing its parent's script
+            raise ModelError(_UNGUARDED)
         self.model, self.kind = model, kind
         self._checks = bool(options.get("check", True))
         context = multiprocessing.get_context("spawn")  # a forked CUDA context does not work
@@ -62,6 +70,10 @@ class ProcessEngine(Engine):
         kind_of, value = opened.get()
         if kind_of == _ERROR:
             self.close()
+            if isinstance(value, EngineDied):
+                raise EngineDied(
+                    f'{value}. A script must open it under `if __name__ == "__main__":` (messages of the process are above)'
+                )
             raise value
         self._capabilities, self.dtype, self.device = value
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numba
 import numpy as np
 import torch
+from range_kernels.cpu.kernel_cache import checked_cache
 
 from ..models import Model
 from ..models.model import embedding_scale
@@ -113,6 +114,7 @@ def _norms(item: torch.Tensor) -> np.ndarray:
     return out
 
 
+@checked_cache
 @numba.njit(cache=True, fastmath={"reassoc", "contract"})
 def _row_norms(rows, out):
     for row in range(rows.shape[0]):

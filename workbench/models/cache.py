@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_dir
+from safetensors import SafetensorError
 
 from ..errors import ModelError
 
@@ -32,22 +35,41 @@ def cached_folder(name: str, make: Callable[[Path], None], source: dict[str, str
         source: what the folder is built from (versions, digests); stored with it and compared.
 
     Raises:
-        ModelError: the folder cannot be written (an OSError). Other errors of `make` are raised unchanged.
+        ModelError: the folder cannot be written. Other errors of `make` are raised unchanged.
     """
     target = cache_folder() / name
     if _complete(target, source):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / f".{name}.lock"):
+        with _lock(target.parent / f".{name}.lock", name):
             if not _complete(target, source):
                 _make(target, make, source)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the safetensors library has its own error for a full disk
         raise ModelError(
             f"{name} could not be written to {target.parent} ({error}): free about 1 GB there, or set WORKBENCH_CACHE to "
             "another folder"
         ) from error
     return target
+
+
+@contextmanager
+def _lock(path: Path, name: str) -> Iterator[None]:
+    """Hold a lock; report on stderr if another process has it for more than two seconds."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=2)
+    except Timeout:
+        print(
+            f"Waiting for another process that is making {name} in {path.parent} (it holds {path.name})",
+            file=sys.stderr,
+            flush=True,
+        )
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _complete(target: Path, source: dict[str, str]) -> bool:

@@ -44,7 +44,11 @@ def draw_token_strip(axes: Axes, tokens: Sequence[str]) -> None:
 
 def mark_strip(axes: Axes, tokens: Sequence[str], ranges: Sequence[tuple[int, int]]) -> list[Artist]:
     """Draw the boxes inside ranges again, in colour, with the position of each range's start; return what was drawn."""
-    inside = {position for start, stop in ranges for position in range(start, stop)}
+    inside = {
+        position
+        for start, stop in ranges
+        for position in range(max(start, 0), min(stop, len(tokens)))  # ranges may be invalid
+    }
     starts = {start for start, _ in ranges}
     marks: list[Artist] = []
     for row, line in enumerate(_lines(tokens)):

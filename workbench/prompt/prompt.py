@@ -160,7 +160,8 @@ class Prompt:
         """The ids to look up in the embedding table, with 0 inside ranges: placeholders there may be outside the vocabulary."""
         ids = list(self.input_ids)
         for start, stop in self.embedding_ranges:
-            ids[start:stop] = [0] * (stop - start)
+            for position in range(max(start, 0), min(stop, len(ids))):  # ranges may be invalid
+                ids[position] = 0
         return ids
 
     @property

@@ -16,9 +16,12 @@ import numpy as np
 import torch
 
 from . import attention as kernels
-from . import ops
+from . import ops, simd
 from . import splice as splicing
+from .kernel_cache import check_caches
 from .simd import COLUMNS
+
+check_caches(kernels, ops, simd, splicing)
 
 # GNU OpenMP's threads spin at the end of a parallel loop before they sleep, so long that two processes on the same cores (a second
 # notebook) wait a time slice for each other in every loop. On two cores with two notebook panels opened at once: ready after 10 s

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -211,7 +212,8 @@ class NumbaEngine(Engine):
         channel: asyncio.Queue[Any] = asyncio.Queue()
 
         def deliver(output: Any) -> None:
-            events.call_soon_threadsafe(channel.put_nowait, output)
+            with suppress(RuntimeError):  # the consumer's event loop is closed: nobody waits for the output
+                events.call_soon_threadsafe(channel.put_nowait, output)
 
         loop = self._loop  # as in `run_generation`
         request = self.make_request(prompt, config, deliver)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ class Loop:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._numbers = 0
+        self._process_id = os.getpid()
         _LOOPS.add(self)
 
     def submit(self, request: Request, alone: bool = False) -> None:
@@ -232,4 +234,5 @@ _LOOPS: WeakSet[Loop] = WeakSet()
 @atexit.register
 def _stop_all() -> None:
     for loop in list(_LOOPS):
-        loop.stop()
+        if loop._process_id == os.getpid():  # a forked child has the objects, but not the threads that hold their locks
+            loop.stop()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numba import njit
+from range_kernels.cpu.kernel_cache import checked_cache
 
 from ...errors import ModelError
 
@@ -64,6 +65,7 @@ class Rope:
         return torch.from_numpy(cosine), torch.from_numpy(sine)
 
 
+@checked_cache
 @njit(cache=True)
 def _fill_cos_sin(positions, chosen, frequencies, scaling, cosine, sine):
     for token in range(len(positions)):
