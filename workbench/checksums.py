@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import xxhash
@@ -13,6 +14,11 @@ def checksum(*parts: Any) -> str:
     Args:
         parts: bytes, or anything with a contiguous buffer.
     """
+    return checksum_of(parts)
+
+
+def checksum_of(parts: Iterable[Any]) -> str:
+    """Return `checksum` of parts that are made one after the other, so that only one must be in memory."""
     hashed = xxhash.xxh3_128()
     for part in parts:
         hashed.update(part)

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel
 
 import workbench
 from tests.workbench.small_models import random_prompt, save_llama
@@ -218,9 +219,14 @@ class TestFirstDivergence:
         from workbench.models.truncate_checkpoint import truncate_checkpoint
 
         whole = reference_engine(llama, "float32").trace(random_prompt(), ["depth.*", "norm"])
-        cut = workbench.load_model(truncate_checkpoint(llama.path, tmp_path, 2))
-        short = workbench.open_engine("transformers", cut).trace(random_prompt(), ["norm"])
-        assert torch.equal(whole["depth.2"], short["norm"])
+        prompt = random_prompt()
+        network = AutoModel.from_pretrained(truncate_checkpoint(llama.path, tmp_path, 2), dtype=torch.float32)
+        rows = llama.embedding_table[torch.tensor(prompt.lookup_ids)].clone()
+        for item, (start, stop) in zip(prompt.input_embeddings, prompt.embedding_ranges, strict=True):
+            rows[start:stop] = item
+        with torch.no_grad():
+            short = network(inputs_embeds=rows[None]).last_hidden_state[0]
+        assert torch.equal(whole["depth.2"], short)
         assert torch.equal(whole["depth.3"], whole["norm"])
 
 

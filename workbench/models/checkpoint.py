@@ -166,15 +166,6 @@ class Checkpoint:
         for shard in self._headers:
             self.source.release(shard, 0, self.source.size(shard))
 
-    def fingerprints(self) -> Iterator[bytes]:
-        """Yield for every tensor, sorted by name, one byte string: name, dtype, shape, and 1 KiB from its start, middle and end."""
-        for name, entry in sorted(self.entries(self).items()):
-            size = min(_SAMPLE, entry.bytes)
-            samples = [repr((name, entry.dtype_name, list(entry.shape))).encode()]
-            for start in (entry.start, (entry.start + entry.stop - size) // 2, entry.stop - size):
-                samples.append(self.source.read(entry.shard, start, start + size))
-            yield b"".join(samples)
-
     def _header(self, shard: str) -> dict[str, Entry]:
         """Return the header of a shard, checked against the file's size."""
         if shard not in self._headers:

@@ -102,7 +102,7 @@ class HttpSource:
             except httpx.TransportError as error:
                 if last or isinstance(error, httpx.UnsupportedProtocol) or time.monotonic() > deadline:
                     raise ModelError(
-                        f"{url} cannot be read: {reason(error)}. Check the address and the network"
+                        f"{url} cannot be read: {reason(error)}. Check the network and the address"
                     ) from error
             except Exception as error:  # redirect loops, invalid addresses, damaged encodings
                 raise ModelError(f"{url} cannot be read: {reason(error)}. Check the address and the server") from error

