@@ -15,11 +15,14 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest
 ONE_THREAD := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
+SECONDS ?= 60
+KILLS ?= 200
+
 # OpenMP's threads spin only briefly before they sleep; otherwise two notebooks, or two test processes, on the same cores wait for
 # each other in every parallel loop (range_kernels/cpu/launch.py has the figures).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help setup model lab test test-fast test-python test-simulator test-browser test-notebooks test-gpu check format bench soak update-pins clean
+.PHONY: help setup model lab test test-fast test-python test-simulator test-browser test-notebooks test-gpu check format bench soak fuzz crash-test update-pins clean
 
 help:
 	@echo "make lab        set up, fetch the model once, open JupyterLab on notebook 01"
@@ -28,6 +31,8 @@ help:
 	@echo "make test-gpu   the GPU tests, on this machine's GPU"
 	@echo "make check      ruff and mypy"
 	@echo "make bench      speed of kernels and engine on this machine"
+	@echo "make fuzz       mutated files, answers and settings for every reader, a minute each (SECONDS=60)"
+	@echo "make crash-test kills of every writer at random moments, and full disks (KILLS=200)"
 	@echo "make soak       ten thousand requests with cancellations, bad input and a cache that is too small"
 
 $(READY): pyproject.toml constraints.txt
@@ -85,6 +90,12 @@ bench: model
 
 soak: $(READY)
 	$(BIN)/python -m tests.workbench.soak
+
+fuzz: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+crash-test: $(READY)
+	$(ONE_THREAD) $(BIN)/python -m tests.crash --kills $(KILLS)
 
 update-pins: $(READY)
 	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | grep -vE '^pip=='; } > constraints.new

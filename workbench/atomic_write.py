@@ -16,16 +16,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import psutil
+
 _LOCK = ".making"
 _ABANDONED = 3600.0
-"""Seconds after which a temporary file is taken for the remains of a killed process."""
+"""Seconds after which a temporary file is taken for the remains of a killed process, whatever process has its number now."""
+_QUIET = 60.0
+"""The same if no process here has its number; a process on another machine that shares the folder still writes to its file."""
 
 
 class AtomicFile:
     """A new file that replaces `path` on `commit`.
 
     It is written next to `path`, on the same file system, under a hidden random name that no other writer has. Temporary files of
-    `path` that a killed process left an hour ago or earlier are removed.
+    `path` that killed processes left are removed.
 
     Attributes:
         file: the binary file to write to.
@@ -185,5 +189,6 @@ def _remove_abandoned(path: Path) -> None:
         for entry in found:
             if ours.fullmatch(entry.name):
                 with suppress(OSError):
-                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED:
+                    age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+                    if age > _ABANDONED or (age > _QUIET and not psutil.pid_exists(int(entry.name.split(".")[-3]))):
                         os.unlink(entry.path)

@@ -35,9 +35,14 @@ def _whole(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    if _is_flag(value) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError("it must be a finite number")
-    return float(value)
+    if not _is_flag(value) and isinstance(value, numbers.Real):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond the floats
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    raise ValueError("it must be a finite number")
 
 
 def _flag(value: Any) -> bool:

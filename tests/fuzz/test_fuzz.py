@@ -13,6 +13,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.mark.parametrize("name", READERS)
+def test_valid_input_is_read(name):
+    for data in READERS[name].bases():
+        READERS[name].read(data)
+
+
+@pytest.mark.parametrize("name", READERS)
 def test_mutated_input_gives_a_right_result_or_an_error(name):
     for data in islice(inputs(READERS[name], seed=1), 60):
         READERS[name].check(data)

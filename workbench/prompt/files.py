@@ -46,7 +46,7 @@ class PromptRecord(Record):
     input_ids: list[Index]
     embedding_ranges: list[Pair] = Field(default=[])
     spans: list[SpanRecord] = Field(default=[])
-    tensors: str | None = None
+    tensors: str | None = Field(default=None, max_length=255)
     tensors_checksum: str | None = None
 
 

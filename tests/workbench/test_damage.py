@@ -1,0 +1,251 @@
+"""Damaged, hostile and unlucky surroundings: no code runs, nothing is silently wrong, nothing hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import workbench
+from tests import crash
+from tests.workbench.small_models import random_prompt, save_llama
+from workbench import EmbeddingRangeError, GenerationConfig, ModelError, Prompt, PromptError, Span
+from workbench.models.chat_template import template_limits
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama"))
+
+
+def changed(model, tmp_path, **fields) -> Path:
+    """Return a copy of the model with other fields in its configuration."""
+    folder = tmp_path / "changed"
+    shutil.copytree(model.path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_new_tokens": np.float32(2.5)}, "max_new_tokens=.*it must be an integer"),
+        ({"do_sample": "False"}, "do_sample='False': it must be True or False"),
+        ({"top_k": [1]}, r"top_k=\[1\]: it must be an integer"),
+        ({"temperature": 1j}, "temperature=1j: it must be a finite number"),
+        ({"top_p": float("nan")}, "top_p=nan: it must be a finite number"),
+        ({"stop_token_ids": {1: 2}}, "stop_token_ids=.*it must be a list of integers"),
+        ({"output_logits": ["all"]}, "output_logits=.*use 'all', 'generation' or None"),
+    ],
+)
+def test_settings_of_the_wrong_type_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        GenerationConfig(**settings)
+
+
+def test_numpy_scalars_are_accepted_as_settings():
+    made = GenerationConfig(
+        max_new_tokens=np.int64(3), random_seed=np.uint8(4), do_sample=np.bool_(True), top_p=np.float32(0.5)
+    )
+    assert (made.max_new_tokens, made.random_seed, made.do_sample, made.top_p) == (3, 4, True, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: Prompt([5], position_ids=[None]), PromptError, "position_ids=.*give integers"),
+        (lambda: Prompt([5], 5), EmbeddingRangeError, "input_embeddings=5: give a list"),
+        (lambda: Span(block=("a", "b")), EmbeddingRangeError, "block=.*a pair"),
+        (lambda: Span(grid="7x7"), EmbeddingRangeError, "grid=.*integers"),
+        (lambda: Prompt([5, 6], position_ids=[2**62] * 2).check(), PromptError, "positions are below"),
+        (lambda: Prompt([[5] * 10**6]), PromptError, "^.{1,300}$"),
+    ],
+)
+def test_prompt_fields_of_the_wrong_type_are_refused(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_item_with_too_small_a_storage_is_refused():
+    rows = torch.zeros(4, 48)
+    rows.untyped_storage().resize_(100)
+    with pytest.raises(EmbeddingRangeError, match="a storage smaller than its shape"):
+        Prompt([5] * 9, [rows], [(2, 6)]).check()
+    assert len(Prompt([5] * 9, [rows], [(2, 6)]).digest) == 64
+
+
+def test_request_keeps_its_rows_when_the_caller_reuses_the_buffer(llama):
+    config = GenerationConfig(max_new_tokens=8, ignore_eos=True)
+    prompt = random_prompt()
+    clean = prompt.owned()
+    with workbench.open_engine("numba", llama) as engine:
+        expected = engine.generate(clean, config).token_ids
+        engine.forget_prefixes()
+        stream = engine.stream(prompt, config)
+        for item in prompt.input_embeddings:
+            item.zero_()
+        assert [token for output in stream for token in output.token_ids] == expected
+        assert engine.generate(clean, config).token_ids == expected
+    assert prompt.digest != clean.digest
+
+
+@pytest.mark.parametrize("kind", ["numba", "transformers"])
+@pytest.mark.parametrize("layers", [2, 0, -1, 10**9])
+def test_number_of_layers_is_compared_with_the_checkpoint(llama, tmp_path, kind, layers):
+    folder = changed(llama, tmp_path, num_hidden_layers=layers)
+    with pytest.raises(ModelError, match=f"{layers}.* checkpoint has 3"):
+        workbench.open_engine(kind, workbench.load_model(folder))
+
+
+@pytest.mark.parametrize("kind", ["numba", "transformers"])
+def test_impossible_sizes_are_refused_before_memory_is_taken(llama, tmp_path, kind):
+    folder = changed(llama, tmp_path, head_dim=10**9)
+    with pytest.raises(ModelError, match="head_dim=1000000000 .*no dimension of a tensor"):
+        workbench.open_engine(kind, workbench.load_model(folder))
+
+
+def test_cache_larger_than_the_memory_is_refused(llama):
+    with pytest.raises(ValueError, match=r"cache_max_entry_count=1000000000: .* GiB are free: give at most \d+ pages"):
+        workbench.open_engine("numba", llama, cache_max_entry_count=10**9)
+
+
+def test_both_engines_read_the_single_file_beside_an_index_of_other_weights(llama, tmp_path):
+    folder = changed(llama, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor + 1 for name, tensor in tensors.items()}, folder / "other.safetensors", metadata={"format": "pt"}
+    )
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "other.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = workbench.load_model(folder)
+    with workbench.open_engine("numba", model) as engine:
+        assert workbench.check_engine(engine, random_prompt()).verdict in ("same", "noise")
+
+
+def test_model_digest_covers_every_byte(llama, tmp_path):
+    folder = changed(llama, tmp_path)
+    before = workbench.load_model(folder).digest
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[len(content) // 2 + 777] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    assert workbench.load_model(folder).digest != before == llama.digest
+
+
+def test_weights_cut_while_in_use_raise(llama, tmp_path):
+    model = workbench.load_model(changed(llama, tmp_path))
+    names = list(model.weights)
+    model.weights.get(names[0])
+    os.truncate(model.path / "model.safetensors", 5000)
+    with pytest.raises(ModelError, match="was cut to 5000 bytes while it was in use"):
+        model.weights.get(names[-1])
+
+
+def test_template_that_does_not_end_is_stopped():
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    template = ImmutableSandboxedEnvironment().from_string(loop)
+    began = time.monotonic()
+    with (
+        pytest.raises(ModelError, match="the chat template of 'x' failed: .*stopped after 0.5 s"),
+        template_limits("x", 0.5),
+    ):
+        template.render()
+    assert time.monotonic() - began < 5
+    assert sys.gettrace() is None
+
+
+def test_cancel_works_after_the_event_loop_is_closed(llama):
+    engine = workbench.open_engine("numba", llama)
+
+    async def first():
+        stream = engine.async_stream(
+            random_prompt(), GenerationConfig(max_new_tokens=60, ignore_eos=True), session_id=9
+        )
+        await anext(stream)
+        return stream
+
+    events = asyncio.new_event_loop()
+    stream = events.run_until_complete(first())
+    events.close()
+    assert engine.cancel(9) in (True, False)
+    engine.close()
+    del stream
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("reopened", [False, True], ids=["used", "reopened"])
+def test_forked_engine_raises_in_the_child(llama, reopened):
+    engine = workbench.open_engine("numba", llama)
+    engine.generate(random_prompt(), GenerationConfig(max_new_tokens=2))
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            workbench.open_engine("numba", llama) if reopened else engine.generate(random_prompt())
+        except ModelError as error:
+            status = 0 if "'spawn' method" in str(error) else 2
+        finally:
+            os._exit(status)
+    until = time.monotonic() + 30
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < until:
+        time.sleep(0.05)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0), "the child hangs, or got another error"
+    engine.close()
+
+
+@pytest.mark.slow
+def test_damaged_kernel_cache_is_compiled_again(llama, tmp_path):
+    code = (
+        "from workbench import *\n"
+        f"with open_engine('numba', load_model({str(llama.path)!r})) as engine:\n"
+        "    print(engine.generate(Prompt([5, 6, 7]), GenerationConfig(max_new_tokens=2)).token_ids)"
+    )
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
+
+    def run() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=250
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    expected = run()
+    files = [*tmp_path.rglob("*.nbc"), *tmp_path.rglob("*.nbi")]
+    assert len(files) > 5
+    for number, file in enumerate(files):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content[:100] if number % 2 else content)
+    assert run() == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(250)
+def test_killed_writers_leave_the_old_or_the_new_file():
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    command = [sys.executable, "-m", "tests.crash", "--kills", "15"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert done.stdout.count(": 0 wrong") == len(crash.WRITERS)
