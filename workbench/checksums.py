@@ -18,7 +18,11 @@ def checksum(*parts: Any) -> str:
 
 
 def checksum_of(parts: Iterable[Any]) -> str:
-    """Return `checksum` of parts that are made one after the other, so that only one must be in memory."""
+    """Return `checksum` (XXH3-128, 32 hexadecimal digits) of an iterable of parts; a generator keeps only one in memory at a time.
+
+    Args:
+        parts: bytes, or anything with a contiguous buffer.
+    """
     hashed = xxhash.xxh3_128()
     for part in parts:
         hashed.update(part)

@@ -139,7 +139,13 @@ def _check_offsets(cu_seqlens_q, cu_seqlens_k) -> None:
 def query_bounds(key_start, key_stop, cu_seqlens_q, cu_seqlens_k, window, q) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `key_start` and `key_stop`, int32 `[queries]`, contiguous and on the device of `q`.
 
-    A bound that is None is replaced by that of causal attention, restricted to a sliding window if `window` is given.
+    A bound that is None is replaced by that of causal attention, restricted to a sliding window of `window` tokens if that is
+    given. A given bound is not restricted to the window.
+
+    Args:
+        key_start, key_stop: int32 `[queries]`, or None.
+        cu_seqlens_q, cu_seqlens_k: NumPy arrays `[sequences + 1]`, cumulative numbers of queries and of keys.
+        q: `[queries, heads, head_dim]`; only its length and device are used.
 
     Raises:
         ValueError: a given bound is not int32 `[queries]`.

@@ -72,7 +72,7 @@ class KVPages:
 
 
 def check_layout(plan: tuple[int, int], pages: tuple[int, int]) -> None:
-    """Raise ValueError if a plan was made for another `KVPages.layout`."""
+    """Raise ValueError if the layout that a plan was made for is not that of the pages; both are `KVPages.layout`."""
     if plan != pages:
         raise ValueError(
             f"pages of (tokens, KV heads) {pages}: this plan is for {plan}; make one with the pages that the call reads"

@@ -1,4 +1,4 @@
-"""Distances between two hidden states, one number per token."""
+"""Distances between two hidden states: one number per token, or, for `ulp_distance`, per element."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def unit_roundoff(dtype: str) -> float:
 def ulp_distance(state: torch.Tensor, reference: torch.Tensor, dtype: str) -> torch.Tensor:
     """Distance of each element from the reference, in units in the last place (ulp) of `dtype`: float64 `[positions, width]`.
 
-    The unit at x is the gap between the numbers of `dtype` around x, `2**max(floor(log2 |x|), least exponent) * epsilon`
+    The unit is that of the reference's element x: the gap between the numbers of `dtype` around it, `2**max(floor(log2 |x|), least exponent) * epsilon`
     (Goldberg 1991, section 1.2; subnormal numbers share the gap of the smallest normal one).
     Rounding changes a number by at most half a unit.
     """

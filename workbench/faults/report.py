@@ -35,7 +35,12 @@ def fault_prompt(ids: Sequence[int], rows: torch.Tensor, bidirectional: bool = F
 
 
 def report_row(fault: Fault, model_name: str, found: FirstDivergence, layers: int) -> dict[str, str]:
-    """Return a row of the table: the fault, the tap of the first divergence that was found, and whether it is the expected one."""
+    """Return a row of the table, text by column: fault, description, model, found, first divergence, right place, diagnosis.
+
+    Args:
+        found: the result of `first_divergence` for an engine or a prompt with this fault.
+        layers: number of layers of the model; `{last}` in `fault.tap` is the last one.
+    """
     tap = fault.tap.format(last=layers - 1)
     first = found.divergence
     return {

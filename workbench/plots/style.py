@@ -62,7 +62,7 @@ def token_label(axes: Axes, tokens: Sequence[str], position: int, color: str) ->
 
 
 def tap_axis(axes: Axes, taps: Sequence[str]) -> None:
-    """Write tap names on the left, thinned so that they stay readable; the first and the last are always shown."""
+    """Label row i of a plot (y = i) with `taps[i]`, on the left, thinned so that it stays readable; first and last are always shown."""
     short = [tap.removeprefix("layers.") for tap in taps]
     step = max(1, -(-len(short) // 10))
     at = [*range(0, max(len(short) - step, 1), step), len(short) - 1]

@@ -200,9 +200,9 @@ class Compiled:
 
 
 def compiled(head_dim: int, dtype: str, softcap: bool, paged: bool, device: int) -> Compiled:
-    """Return the kernel for a device, compiled now (seconds) if it is neither in memory nor on disk.
+    """Return the kernel for a CUDA device index, compiled now (seconds) if it is neither in memory nor on disk.
 
-    Requires `can_run`.
+    Not checked here: `can_run` must be true for the calls that it is launched for.
     """
     shape = choose_shape(head_dim, max_smem_per_block(device))
     assert shape is not None

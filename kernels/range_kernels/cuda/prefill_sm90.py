@@ -397,9 +397,9 @@ class PersistentKernel(prefill_sm80.Compiled):
 
 @cache
 def compiled(head_dim: int, dtype: str, softcap: bool, paged: bool, device: int) -> prefill_sm80.Compiled:
-    """Return the kernel for a device, compiled now (seconds) if it is neither in memory nor on disk.
+    """Return the kernel for a CUDA device index, compiled now (seconds) if it is neither in memory nor on disk.
 
-    Requires `can_run`.
+    Not checked here: `can_run` must be true for the calls that it is launched for.
     """
     kernel = Kernel(source(head_dim, dtype, softcap, paged), device)
     return PersistentKernel(kernel, rows_of(head_dim), keys_of(head_dim))

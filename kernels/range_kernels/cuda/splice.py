@@ -131,7 +131,7 @@ def make_kernel(dtype: str, converts: bool):
 
 
 def source(dtype: str, converts: bool) -> Source:
-    """Return the `Source` of a kernel: its function, its name in the cache, and its threads."""
+    """Return the `Source` of the kernel for a table of `dtype`; `converts`: whether an item has another dtype, so that its rows are cast."""
     address, number = types.uint64, types.int32
     kinds = types.void(
         address, address, number, address, types.int64, types.uint32, address, types.float32, number

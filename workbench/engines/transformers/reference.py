@@ -28,7 +28,7 @@ from ..cancellation import Cancellation
 from ..sampling import generate, stop_tokens
 from ..types import Capabilities, EngineOutput, GenerationConfig
 from .float64 import KeepFloat64, rebuild_rotary_embeddings, widen
-from .streamed_weights import StreamedWeights, checkpoint_names
+from .streamed_weights import RESIDENT_BYTES, StreamedWeights, checkpoint_names
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -312,16 +312,12 @@ class _Run:
         return engine.head(hidden), hidden
 
 
-_RESIDENT_BYTES = 1 << 28
-"""If a reference on the CPU has more bytes of weights, they are streamed from the checkpoint, provided that its layout allows it."""
-
-
 def _load(model: Model, dtype: torch.dtype, device: torch.device) -> Any:
     """Transformers' model, with its weights in memory or, on the CPU, streamed if they are large."""
     check_sizes(model.config, model.weights, model.name)
     size = sum(entry.bytes // entry.dtype.itemsize for entry in model.weights.entries(model.weights).values())
     streamed = None
-    if device.type == "cpu" and size * dtype.itemsize > _RESIDENT_BYTES:
+    if device.type == "cpu" and size * dtype.itemsize > RESIDENT_BYTES:
         streamed = _streamed(model, dtype)
     return _resident(model, dtype).to(device).eval() if streamed is None else streamed
 

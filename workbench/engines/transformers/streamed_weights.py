@@ -19,6 +19,8 @@ from ...models import Model
 from ...models.checkpoint import Checkpoint
 from ...models.sources import FolderSource
 
+RESIDENT_BYTES = 1 << 28
+"""If its weights take more bytes, a reference on the CPU reads them when a layer runs, if the checkpoint allows it."""
 _HEAD_ROWS = 4096
 
 
