@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
@@ -51,10 +52,9 @@ class LocalEntries:
         """
         path = self._path(key)
         with open(path, "rb", buffering=0) as file:
-            data = bytearray(
-                os.fstat(file.fileno()).st_size
-            )  # not mapped: a file that is cut later would crash the process
-            if file.readinto(data) != len(data):
+            # Not mapped: a file that is cut later would crash the process. Not zeroed first, as a bytearray would be.
+            data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+            if file.readinto(memoryview(data)) != len(data):
                 raise ModelError(f"{path} was cut while it was read")
         features = _parse(data, path)
         with contextlib.suppress(OSError):
@@ -166,14 +166,14 @@ def entry_checksum(tensors: Mapping[str, torch.Tensor], about: str) -> str:
     return checksum(*parts)
 
 
-def _parse(data: bytearray, where: str) -> Features:
+def _parse(data: np.ndarray | bytearray, where: str) -> Features:
     """Parse features from a safetensors file's bytes, without a copy. (With the library's reader a hit
     took 0.17 ms instead of 0.13 ms.)
 
     Raises:
         ModelError, KeyError, ValueError, TypeError: damaged.
     """
-    length = int.from_bytes(data[:8], "little")
+    length = int.from_bytes(bytes(data[:8]), "little")
     entries, metadata = parse_header(bytes(data[8 : 8 + length]), "", where, len(data))
     tensors = {
         name: torch.frombuffer(data, dtype=entry.dtype, count=prod(entry.shape), offset=entry.start).view(entry.shape)
