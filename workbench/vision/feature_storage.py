@@ -54,7 +54,7 @@ class LocalEntries:
         with open(path, "rb", buffering=0) as file:
             # Not mapped: a file that is cut later would crash the process. Not zeroed first, as a bytearray would be.
             data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
-            if file.readinto(memoryview(data)) != len(data):
+            if file.readinto(data.data) != len(data):
                 raise ModelError(f"{path} was cut while it was read")
         features = _parse(data, path)
         with contextlib.suppress(OSError):
