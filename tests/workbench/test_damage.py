@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 import workbench
 from tests import crash
 from tests.workbench.small_models import random_prompt, save_llama
-from workbench import EmbeddingRangeError, GenerationConfig, ModelError, Prompt, PromptError, Span
+from workbench import EmbeddingRangeError, GenerationConfig, ModelError, Prompt, PromptError, Span, Trace, TraceError
 from workbench.models.chat_template import template_limits
+from workbench.package_data import data_folder
+from workbench.recording import Recording
 
 ROOT = Path(__file__).parents[2]
 
@@ -246,3 +248,47 @@ def test_killed_writers_leave_the_old_or_the_new_file():
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert done.stdout.count(": 0 wrong") == len(crash.WRITERS)
+
+
+def recorded(tmp_path) -> Path:
+    folder = tmp_path / "recording"
+    shutil.copytree(data_folder("data/runs") / crash.RECORDED, folder)
+    return folder
+
+
+def test_recording_with_another_prompt_is_refused(tmp_path):
+    folder = recorded(tmp_path)
+    prompt = Prompt.load(folder / "prompt.json")
+    prompt.replace(input_ids=[*prompt.input_ids[:-1], 5]).save(folder / "prompt.json")
+    with pytest.raises(TraceError, match="reference.safetensors is of another prompt than prompt.json"):
+        Recording.load(folder)
+
+
+def test_recording_with_a_changed_record_is_refused(tmp_path):
+    folder = recorded(tmp_path)
+    record = json.loads((folder / "record.json").read_text())
+    (folder / "record.json").write_text(json.dumps({**record, "verdict": "bug"}))
+    with pytest.raises(TraceError, match="record.json was damaged or changed"):
+        Recording.load(folder)
+
+
+def test_trace_with_changed_positions_is_refused(tmp_path):
+    path = recorded(tmp_path) / "run.safetensors"
+    content = path.read_bytes()
+    positions = json.dumps(Trace.load(path).positions.tolist()).encode()
+    changed = positions.replace(b"3, 4", b"3, 5", 1)
+    assert content.count(positions) == 1
+    assert changed != positions
+    path.write_bytes(content.replace(positions, changed))
+    with pytest.raises(TraceError, match=r"the metadata of .* was damaged or changed"):
+        Trace.load(path)
+
+
+def test_recording_does_not_replace_a_folder_with_other_files(llama, tmp_path):
+    folder = recorded(tmp_path)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(TraceError, match=r"contains notes.txt, which is not part of a recording"):
+        workbench.record("numba", llama, random_prompt(), folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    with pytest.raises(TraceError, match="the recording cannot be written"):
+        workbench.record("numba", llama, random_prompt(), folder / "notes.txt" / "below")
