@@ -21,6 +21,7 @@ import workbench
 from tests import crash
 from tests.workbench.small_models import random_prompt, save_llama
 from workbench import EmbeddingRangeError, GenerationConfig, ModelError, Prompt, PromptError, Span, Trace, TraceError
+from workbench.models.cache import cached_folder
 from workbench.models.chat_template import template_limits
 from workbench.package_data import data_folder
 from workbench.recording import Recording
@@ -292,3 +293,22 @@ def test_recording_does_not_replace_a_folder_with_other_files(llama, tmp_path):
     assert (folder / "notes.txt").read_text() == "mine"
     with pytest.raises(TraceError, match="the recording cannot be written"):
         workbench.record("numba", llama, random_prompt(), folder / "notes.txt" / "below")
+
+
+def test_damaged_cached_model_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    made = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"0123456789")
+
+    folder = cached_folder("small", make, {"of": "nothing"})
+    os.utime(folder / "weights", (5, 5))  # another time, the same content
+    assert cached_folder("small", make, {"of": "nothing"}) == folder
+    assert len(made) == 1
+    (folder / "weights").write_bytes(b"0123x56789")
+    assert cached_folder("small", make, {"of": "nothing"}) == folder
+    assert len(made) == 2
+    assert (folder / "weights").read_bytes() == b"0123456789"

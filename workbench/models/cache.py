@@ -8,13 +8,15 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_dir
 from safetensors import SafetensorError
 
+from ..atomic_write import atomic_write
+from ..checksums import checksum_of
 from ..errors import ModelError
 
 _MANIFEST = "workbench.json"
@@ -73,15 +75,33 @@ def _lock(path: Path, name: str) -> Iterator[None]:
 
 
 def _complete(target: Path, source: dict[str, str]) -> bool:
-    """Whether every file that `make` wrote exists with its full size and was made from this source."""
+    """Whether every file that `make` wrote exists with its content and was made from this source.
+
+    The content is compared by its checksum if size, modification time or inode of a file changed since it was last compared.
+    """
     try:
         manifest = json.loads((target / _MANIFEST).read_text())
-        sizes = manifest["sizes"]
-        return manifest["source"] == source and all(
-            (target / name).stat().st_size == size for name, size in sizes.items()
-        )
+        if manifest["source"] != source:
+            return False
+        stamps = {name: _stamp(target / name) for name in manifest["checksums"]}
+        if stamps != manifest["stamps"]:
+            if any(_checksum(target / name) != expected for name, expected in manifest["checksums"].items()):
+                return False
+            with suppress(OSError):  # a cache that this user cannot write is compared each time
+                atomic_write(target / _MANIFEST, json.dumps({**manifest, "stamps": stamps}, indent=1).encode())
+        return True
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
+
+
+def _stamp(path: Path) -> list[int]:
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns, about.st_ino]
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return checksum_of(iter(lambda: file.read(1 << 24), b""))
 
 
 def _make(target: Path, make: Callable[[Path], None], source: dict[str, str]) -> None:
@@ -91,8 +111,9 @@ def _make(target: Path, make: Callable[[Path], None], source: dict[str, str]) ->
     try:
         made = work / "model"
         make(made)
-        sizes = {file.name: file.stat().st_size for file in made.iterdir()}
-        (made / _MANIFEST).write_text(json.dumps({"source": source, "sizes": sizes}, indent=1))
+        files = sorted(made.iterdir())
+        sums, stamps = ({file.name: function(file) for file in files} for function in (_checksum, _stamp))
+        (made / _MANIFEST).write_text(json.dumps({"source": source, "checksums": sums, "stamps": stamps}, indent=1))
         if target.exists():  # incomplete, otherwise _make would not run
             target.rename(work / "broken")
         made.rename(target)
