@@ -135,7 +135,12 @@ class CUDAGraphPlan:
         )
 
     def check(self, pages: KVPages, scale: float, path: str | None) -> None:
-        """Raise ValueError if the call is not for the tensor-core path, or the pages have another layout."""
+        """Check that a call of `paged_attention` can use this plan.
+
+        Raises:
+            ValueError: `path` is neither None nor "tensor-core", that path does not support these pages, `scale` is not positive, or
+                the layout of the pages is not the one that the plan was made for.
+        """
         check_layout(self.layout, pages.layout)
         if path not in (None, "tensor-core") or not self.supported(pages, self.q_heads, scale):
             raise ValueError(

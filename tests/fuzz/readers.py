@@ -427,7 +427,7 @@ READERS = {
         Reader("entry", _entry_bases, _read_entry, ()),
         Reader("image", _image_bases, _read_image, (PromptError,)),
         Reader("sound", _sound_bases, _read_sound, (PromptError,)),
-        Reader("answer", _answer_bases, _read_answer, (ModelError, FileNotFoundError)),
+        Reader("answer", _answer_bases, _read_answer, (ModelError,)),
         Reader("settings", _settings_bases, _read_settings, (ValueError,)),
     )
 }

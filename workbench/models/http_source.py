@@ -57,7 +57,10 @@ class HttpSource:
     def read(self, name: str, start: int, stop: int) -> bytes:
         if stop <= start:
             return b""
-        data = self._request(name, start, stop)[0]
+        try:
+            data = self._request(name, start, stop)[0]
+        except FileNotFoundError as error:
+            raise ModelError(f"{self.where(name)} does not exist (404): check the address") from error
         if len(data) != stop - start:
             raise ModelError(
                 f"{self.where(name)} is cut short: bytes [{start}, {stop}) were requested and {len(data)} arrived. Try again, or fetch "
@@ -112,13 +115,15 @@ class HttpSource:
     def _answer(self, name: str, start: int, stop: int, deadline: float, last: bool) -> tuple[bytes, int]:
         url = self.where(name)
         headers = {"Range": f"bytes={start}-{stop - 1}"}
-        if name in self._validators:
+        if self._validators.get(name, "").startswith(
+            '"'
+        ):  # a date may be too coarse for If-Range (RFC 9110, section 13.1.5)
             headers["If-Range"] = self._validators[name]
         with self._client.stream("GET", f"{self.base}/{name}", headers=headers) as answer:
             status = answer.status_code
             if status == 404:
                 raise FileNotFoundError(url)
-            if status == 200 and name in self._validators:
+            if status == 200 and "If-Range" in headers:
                 raise self._changed(name)
             if status == 200:  # the whole file would follow
                 raise ModelError(

@@ -38,10 +38,17 @@ def check_sizes(config: Any, checkpoint: Checkpoint, name: str) -> None:
 
 
 def check_part(config: Any, shapes: Mapping[str, Sequence[int]], name: str) -> None:
-    """Check a configuration, or the part of one, against its tensors' shapes by name, except for the exact number of layers.
+    """Check the sizes in a configuration, of a model or of a part such as its vision tower, against the shapes of its tensors.
+
+    Unlike `check_sizes`, it does not require that the number of layers is exactly that of the tensors.
+
+    Args:
+        config: Transformers' configuration of the model or part.
+        shapes: the tensors' shapes, by tensor name.
+        name: of the model, for messages.
 
     Raises:
-        ModelError: a size is impossibly large.
+        ModelError: a size is impossibly large for these tensors; the message has both numbers.
     """
     largest = max((size for shape in shapes.values() for size in shape), default=0)
     layers = {int(found) for tensor in shapes for found in _LAYER.findall(tensor)}
@@ -57,10 +64,10 @@ def _check_layers(config: Any, tensors: list[str], name: str) -> None:
     inside = re.compile(re.escape(bases[0]) + r"layers\.(\d+)\.")
     found = {int(match[1]) for tensor in tensors if (match := inside.match(tensor))}
     extra = getattr(config, "num_nextn_predict_layers", None) or 0
-    if found and found not in (set(range(wanted)), set(range(wanted + extra))):
+    if found and max(found) + 1 not in (wanted, wanted + extra):
         raise ModelError(
-            f"the configuration of {name!r} has {wanted} layers, but its checkpoint has {len(found)} (numbers {min(found)} to "
-            f"{max(found)}): correct num_hidden_layers in config.json, or fetch the checkpoint again"
+            f"the configuration of {name!r} has {wanted} layers, but its checkpoint has {max(found) + 1}: correct num_hidden_layers in "
+            "config.json, or fetch the checkpoint again"
         )
 
 

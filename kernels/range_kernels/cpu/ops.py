@@ -32,7 +32,10 @@ def _long_product(x, weights, target, stride, inputs):
 
 @njit(parallel=True, cache=CACHE)
 def linear(x, panels, out):
-    """out[rows, :] = x[rows, inputs] @ weights; `panels` [n, inputs, COLUMNS], `out` [rows, n * COLUMNS]."""
+    """Write x @ weights to `out`: x [rows, inputs], out [rows, n * COLUMNS].
+
+    `panels` [n, inputs, COLUMNS] are the weights [inputs, n * COLUMNS] cut into blocks of COLUMNS columns.
+    """
     rows, inputs = x.shape
     whole = rows // ROWS * ROWS
     rest = np.zeros((ROWS if whole < rows else 0, inputs), np.float32)  # the last rows, padded to a block
