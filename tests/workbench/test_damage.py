@@ -312,3 +312,21 @@ def test_damaged_cached_model_is_made_again(tmp_path, monkeypatch):
     assert cached_folder("small", make, {"of": "nothing"}) == folder
     assert len(made) == 2
     assert (folder / "weights").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"crop_size": {"height": 10**6, "width": 10**6}}, {"size": {"shortest_edge": 10**6}, "do_center_crop": False}],
+)
+def test_image_processor_with_impossible_sizes_is_refused(tmp_path, sizes):
+    from workbench.vision.processors import Processor
+
+    model = workbench.load_model("digit-cards")
+    for file in model.path.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+    settings = {"image_processor_type": "CLIPImageProcessor", "do_resize": True, **sizes}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="1000000 x 1000000 pixels, over the limit"):
+        Processor(tmp_path, model.config, False)

@@ -122,12 +122,13 @@ def _check_image_sizes(reader: Any, folder: Path) -> None:
     """Raise ModelError if a processor would make images of more than `MAX_PIXELS`, for example because its settings are damaged."""
     for name in ("size", "crop_size", "pad_size"):
         sizes = getattr(reader, name, None)
-        sides = dict(sizes) if isinstance(sizes, Mapping) else {}
-        width, height = (sides.get(side) for side in ("width", "height"))
-        edge = sides.get("shortest_edge")
+        width, height, edge, longest = (  # a dict, or Transformers' SizeDict
+            sizes.get(side) if isinstance(sizes, Mapping) else getattr(sizes, side, None)
+            for side in ("width", "height", "shortest_edge", "longest_edge")
+        )
         if isinstance(width, int) and isinstance(height, int) and width * height > MAX_PIXELS:
             found = f"{width} x {height}"
-        elif isinstance(edge, int) and "longest_edge" not in sides and edge * edge > MAX_PIXELS:
+        elif isinstance(edge, int) and longest is None and edge * edge > MAX_PIXELS:
             found = f"at least {edge} x {edge}"
         else:
             continue
