@@ -30,7 +30,8 @@ def album(tmp_path):
     for number, path in enumerate(sorted(IMAGES.glob("*_*.png"))[:5]):
         shutil.copy(path, (inner if number % 2 else inner.parent) / f"{number}.png")
     (inner / "broken.png").write_bytes(b"not an image")
-    (inner / "cut.png").write_bytes((inner.parent / "0.png").read_bytes()[:20_000])
+    whole = (inner.parent / "0.png").read_bytes()
+    (inner / "cut.png").write_bytes(whole[: len(whole) // 2])
     (inner / "notes.txt").write_text("no image")
     return inner.parent
 
