@@ -190,6 +190,8 @@ def _record(
 def _check_target(folder: Path) -> None:
     """Raise TraceError if a folder contains anything but an earlier recording, which would be lost."""
     with _writing(folder):
+        if folder.is_symlink():
+            raise OSError("it is a link, which is not replaced")
         found = sorted(each.name for each in folder.iterdir()) if folder.exists() else []
     others = [name for name in found if not _OURS.fullmatch(name)]
     if others:

@@ -34,15 +34,13 @@ Sink = Callable[[str, torch.Tensor], object]
 """Called as `sink(tap, states)`, with states `[positions, width]`."""
 
 
-_engines_were_opened: list[
-    bool
-] = []  # not empty once this process, or the one it was forked from, has opened an engine
-_forked = False
+_engines_were_opened = False  # in this process, or in the one that it was forked from
+_forked = False  # from a process that had opened engines
 
 
 def _after_fork() -> None:
     global _forked
-    _forked = bool(_engines_were_opened)
+    _forked = _engines_were_opened
 
 
 if hasattr(os, "register_at_fork"):
@@ -66,12 +64,13 @@ class Engine(ABC):
     device: torch.device
 
     def __init__(self) -> None:
+        global _engines_were_opened
         if _forked:
             raise ModelError(
                 "this process was forked from one that had opened engines, whose threads and locks it lacks: start it with "
                 "multiprocessing's 'spawn' method"
             )
-        _engines_were_opened.append(True)
+        _engines_were_opened = True
         self._sessions = Sessions()
         self._closed = False
         self._process_id = os.getpid()
