@@ -111,7 +111,7 @@ class Counters:
     def rate(self, seconds: float = 2.0) -> float:
         """New tokens per second, over the last `seconds` that were spent in steps; time without requests does not count."""
         tokens, worked = 0, 0.0
-        for step in reversed(self.history):
+        for step in reversed(tuple(self.history)):  # a copy: the engine's thread appends meanwhile
             tokens += sum(len(chunk) for chunk in step.chunks if chunk.decoding)
             worked += step.seconds
             if worked >= seconds:
