@@ -113,9 +113,7 @@ class Run(Protocol):
 
 def stop_tokens(model, config: GenerationConfig) -> frozenset[int]:
     """The ids that end a request: the model's end-of-sequence ids (unless `ignore_eos`) and the request's `stop_token_ids`."""
-    eos = model.text_config.eos_token_id
-    own = [] if config.ignore_eos or eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return frozenset([*own, *(config.stop_token_ids or ())])
+    return frozenset([*(() if config.ignore_eos else model.stop_token_ids), *(config.stop_token_ids or ())])
 
 
 class GenerationState:

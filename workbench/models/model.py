@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError, foreign_errors, reason
+from ..schema import shortened
 from . import digit_cards, internlm2
 from .chat_template import template_limits
 from .checkpoint import Checkpoint
@@ -28,6 +29,10 @@ BUILT_IN: dict[str, Callable[[], Path]] = {
     digit_cards.NAME: digit_cards.folder,
 }
 """Models that need no hub, by name; each function returns the model's folder, fetched or assembled on first use."""
+
+
+UNLIMITED = 1 << 20
+"""The context of models whose configuration names none."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +101,32 @@ class Model:
             sha.update(repr((name, entry.dtype_name, list(entry.shape), sums[name])).encode())
         return sha.hexdigest()
 
+    @cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The ids that end generation, where Transformers' `generate` takes them from: generation_config.json, else the configuration."""
+        from transformers import GenerationConfig
+
+        if (self.path / "generation_config.json").exists():
+            with foreign_errors(
+                ModelError, f"generation_config.json of model {self.name!r} in {self.path} cannot be read", "Fetch it again"
+            ):
+                ends = GenerationConfig.from_pretrained(self.path).eos_token_id
+        else:
+            ends = GenerationConfig.from_model_config(self.config).eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+        if not all(isinstance(each, int) and not isinstance(each, bool) for each in ends):
+            raise ModelError(f"eos_token_id of model {self.name!r} is {shortened(ends)}: it must be an id or a list of ids")
+        return tuple(ends)
+
     @property
     def context(self) -> int:
-        """The largest number of tokens of a sequence: the trained length, times the factor of dynamic NTK scaling if it has that."""
+        """The largest number of tokens of a sequence: the trained length, times the factor of dynamic NTK scaling if it has that.
+
+        Models without such a limit (recurrent ones, ALiBi) get `UNLIMITED`.
+        """
         config = self.text_config
+        if getattr(config, "max_position_embeddings", None) is None:
+            return UNLIMITED
         rope = getattr(config, "rope_parameters", None) or {}
         factor = rope.get("factor", 1.0) if rope.get("rope_type") == "dynamic" else 1.0
         return int(config.max_position_embeddings * factor)

@@ -58,13 +58,14 @@ def check_part(config: Any, shapes: Mapping[str, Sequence[int]], name: str) -> N
 def _check_layers(config: Any, tensors: list[str], name: str) -> None:
     """Compare the language model's number of layers with its tensors; extra ones that predict further tokens are allowed."""
     bases = [tensor.removesuffix(table) for table in _TABLES for tensor in tensors if tensor.endswith(table)]
-    wanted = getattr(config, "num_hidden_layers", None)
+    wanted = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
     if len(bases) != 1 or wanted is None:
         return
     inside = re.compile(re.escape(bases[0]) + r"layers\.(\d+)\.")
     found = {int(match[1]) for tensor in tensors if (match := inside.match(tensor))}
     extra = getattr(config, "num_nextn_predict_layers", None) or 0
-    if found and max(found) + 1 not in (wanted, wanted + extra):
+    blocks = getattr(config, "num_layers", None)  # LongCat counts two attention layers in each of these
+    if found and max(found) + 1 not in (wanted, wanted + extra, blocks):
         raise ModelError(
             f"the configuration of {name!r} has {wanted} layers, but its checkpoint has {max(found) + 1}: correct num_hidden_layers in "
             "config.json, or fetch the checkpoint again"

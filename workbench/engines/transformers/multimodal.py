@@ -7,7 +7,7 @@ placeholder tokens; this engine rejects them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ...models import Model
 from ...models.model import placeholder_id
 from ...prompt import MultimodalPrompt, Prompt
 from ..types import Capabilities
+from .network import Output
 from .reference import TransformersReference
 
 
@@ -31,6 +32,7 @@ class TransformersMultimodal(TransformersReference):
         if all(getattr(model.config, part, None) is None for part in ("vision_config", "audio_config")):
             raise ModelError(f"{model.name!r} has no vision or audio part: open it with 'transformers' or 'numba'")
         super().__init__(model, dtype=dtype, device=device)
+        self._taken = set(inspect.signature(self.network.model.forward).parameters)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -67,24 +69,20 @@ class TransformersMultimodal(TransformersReference):
         if placeholders and not groups:
             raise PromptError(f"the prompt has {placeholders} placeholders but no images: pass multimodal=[...]")
 
-    def hidden(self, prompt: Prompt, cache: Any = None) -> torch.Tensor:
-        """Run the whole prompt with its images; return `[seq, hidden]` after the final norm.
-
-        Args:
-            cache: Transformers' KV cache, which the run fills; None for a run without one.
+    def forward(
+        self, prompt: Prompt, *, keep: int | torch.Tensor, cache: Mapping[str, Any] | None = None, new: Sequence[int] = ()
+    ) -> Output:
+        """Run the whole model on a prompt with its images; see `TransformersReference.forward`.
 
         Raises:
             PromptError: the images do not fit the placeholders.
         """
         groups = prompt.multimodal if isinstance(prompt, MultimodalPrompt) else ()
-        ids = torch.tensor([prompt.input_ids], device=self.device)
-        taken = inspect.signature(self.network.model.forward).parameters
+        ids = torch.tensor([[*prompt.input_ids, *new]], device=self.device)
+        given = _join(groups, self.device, self.dtype)
+        inputs = {name: value for name, value in given.items() if name in self._taken}
         try:
-            inputs = {name: value for name, value in _join(groups, self.device, self.dtype).items() if name in taken}
-            with self.precision():
-                return self.network.model(
-                    input_ids=ids, past_key_values=cache, use_cache=cache is not None, **inputs
-                ).last_hidden_state[0]
+            return self._net.forward(ids, keep=keep, cache=cache, **inputs)
         except (ValueError, IndexError, RuntimeError) as error:
             raise PromptError(f"the images do not fit the prompt: {error}") from error
 
