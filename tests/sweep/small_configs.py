@@ -88,7 +88,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 9, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 3},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 48]},
+    "glm5_next_text": {"num_key_value_heads": 4},
+    "inkling2_vision": {"text_hidden_size": 64},
+    "mistral_large4_text": _MLA, "mistral4": _MLA, "mistral4_text": _MLA,
     "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+# Types with M-RoPE, and the part of each head that it rotates.
+MROPE = {
+    "qwen2_vl_text": 1, "qwen2_5_vl_text": 1, "qwen2_5_omni_text": 1, "paddleocr_vl_text": 1, "glm4v_text": 1, "glm4v_moe_text": 0.5,
+    "glm_ocr_text": 1, "hunyuan_vl_text": 1, "cosmos3_edge_text": 1,
 }  # fmt: skip
 # Without `is_decoder` these are encoders, whose tokens attend to later ones.
 ENCODERS = (
@@ -128,6 +137,10 @@ def small_config(config_class: Any) -> Any:
             settings[name] = small_config(type(part)).to_dict()
     if model_type in ENCODERS:
         settings["is_decoder"] = True
+    if model_type in MROPE:
+        pairs = 16 * MROPE[model_type] // 2  # of a head of 16
+        sections = [int(pairs - 2 * (3 * pairs // 8)), int(3 * pairs // 8), int(3 * pairs // 8)]
+        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, "partial_rotary_factor": MROPE[model_type]}
     return config_class(**{**settings, **SETTINGS.get(model_type, {})})
 
 

@@ -84,6 +84,9 @@ def explain_splice(
     """
     tolerance = 16 * unit_roundoff(dtype)
     total = int(wrong.sum())
+    factor = _embedding_factor(prompt, reference)
+    own_rows = own_rows * factor
+    prompt = prompt.replace(input_embeddings=[item.double() * factor for item in prompt.input_embeddings])
 
     def explains(expected: torch.Tensor) -> float:
         """Share of the wrong tokens at which the engine's state equals that of a hypothesis."""
@@ -101,6 +104,14 @@ def explain_splice(
     return _permuted(prompt, state, tolerance) or Explanation(
         "unknown", f"{total} rows of hidden state 0 are wrong, but not moved, exchanged or scaled rows of this prompt"
     )
+
+
+def _embedding_factor(prompt: Prompt, reference: torch.Tensor) -> float:
+    """The factor by which the model multiplies all embeddings before the first layer, injected ones as well (Granite: 12)."""
+    rows = torch.cat([item.double() for item in prompt.input_embeddings])
+    entered = torch.cat([reference[start:stop].double() for start, stop in prompt.embedding_ranges])
+    factor = float((rows * entered).sum() / rows.square().sum().clamp(min=1e-300))
+    return factor if float((entered - factor * rows).norm()) <= 1e-6 * float(entered.norm()) else 1.0
 
 
 def _hypotheses(

@@ -27,7 +27,11 @@ def widen(model: torch.nn.Module) -> torch.nn.Module:
 
     Its forward passes must run inside `KeepFloat64`.
     """
-    model = model.to(torch.float64)
+    for module in model.modules():  # Module.to would cast complex buffers to real numbers
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
+                    tensor.data = tensor.data.to(torch.float64 if tensor.is_floating_point() else torch.complex128)
     rebuild_rotary_embeddings(model)
     return model
 

@@ -27,7 +27,7 @@ class CachedRun:
     @torch.no_grad()
     def prefill(self, all_logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
         with self.engine._lock:
-            out = self.engine.forward(self.prompt, keep=0 if all_logits else 1, cache={})
+            out = self.engine.forward(self.prompt, keep=0 if all_logits else 1, cache=self.engine._net.new_cache())
         return self._keep(out), out.hidden
 
     @torch.no_grad()

@@ -45,7 +45,8 @@ class Network:
         decoder: its language decoder.
         layers: the decoder's layers; None if they are not one list of modules.
         layers_name: the list's name in the decoder.
-        norm: the norm after the last layer; None if it was not found.
+        mrope: whether its positions have three axes.
+        norm: what seems to be the norm after the last layer (`final_norm` makes sure); None if there is none.
 
     Raises:
         ModelError: the model has no decoder of its own, or no embedding table.
@@ -53,7 +54,10 @@ class Network:
 
     def __init__(self, module: Any, dtype: torch.dtype) -> None:
         self.module, self.dtype = module, dtype
-        self.embedding = module.get_input_embeddings()
+        try:
+            self.embedding = module.get_input_embeddings()
+        except NotImplementedError:
+            self.embedding = None
         self.decoder, self.layers_name = _find_decoder(module)
         if self.decoder is None or self.embedding is None:
             raise ModelError(
@@ -63,7 +67,9 @@ class Network:
         self.layers: nn.ModuleList | None = (
             self.decoder.get_submodule(self.layers_name) if self.layers_name is not None else None
         )
+        self.mrope = "mrope_section" in (getattr(self.decoder.config, "rope_parameters", None) or {})
         self.norm = _norm_after(self.decoder, self.layers_name)
+        self._norm_works: bool | None = None
         parameters = inspect.signature(module.forward).parameters
         self._takes = set(parameters)
         if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
@@ -117,6 +123,58 @@ class Network:
         kept = {name: out[name] for name in _CACHES if cache is not None and self.takes(name) and out.get(name) is not None}
         return Output(first(returned[-1])[0], logits, kept)
 
+    def final_norm(self) -> nn.Module:
+        """The norm between the last layer and what the decoder returns, as a short pass shows.
+
+        Raises:
+            ModelError: there is no such module, or something else happens there.
+        """
+        if self._norm_works is None:
+            self._norm_works = self.norm is not None and self._try_norm()
+        if not self._norm_works:
+            raise ModelError(
+                f"what {type(self.module).__name__} does between its last layer and its head is not one norm: choose other taps, or states "
+                "after the norm"
+            )
+        assert self.norm is not None
+        return self.norm
+
+    @torch.no_grad()
+    def _try_norm(self) -> bool:
+        last: list[torch.Tensor] = []
+        assert self.layers is not None and self.norm is not None
+        hook = self.layers[-1].register_forward_hook(lambda module, args, output: last.append(first(output)))
+        try:
+            ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+            hidden = self.forward(ids, keep=1, **self.text_positions(ids)).hidden
+        finally:
+            hook.remove()
+        with self.precision():
+            normed = self.norm(last[-1]).reshape(hidden.shape)
+        return bool((normed - hidden).abs().max() <= 64 * torch.finfo(self.dtype).eps * hidden.abs().max())
+
+    def text_positions(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The positions of text `[batch, seq]` as an argument, for models with M-RoPE, which would look for images; else {}."""
+        if not self.mrope or not self.takes("position_ids"):
+            return {}
+        return {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)}
+
+    def new_cache(self) -> dict[str, Any]:
+        """The cache for the first pass of several: {} if the class must make its own.
+
+        With its configuration, Transformers' cache drops keys outside `sliding_window`, whether the class uses that window or not.
+        """
+        from transformers import DynamicCache
+
+        if not self.takes("past_key_values"):
+            return {}
+        try:
+            own = DynamicCache(config=self.decoder.config)
+        except Exception:  # a configuration that only its class can read
+            return {}
+        plain = all(type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer") for layer in own.layers)
+        return {"past_key_values": DynamicCache()} if plain else {}
+
     def run(self, **inputs: Any) -> Any:
         """Call the class's own forward, without a cache, and return what it returns.
 
@@ -165,7 +223,7 @@ class Network:
                 self.decoder.forward = lambda *args, states=block, **kwargs: States(last_hidden_state=states[None])
                 try:
                     ids = torch.zeros((1, len(block)), dtype=torch.long, device=self.device)
-                    blocks.append(self.module(input_ids=ids).logits[0])
+                    blocks.append(self.module(input_ids=ids, **self.text_positions(ids)).logits[0])
                 finally:
                     self.decoder.forward = own
         return torch.cat(blocks)
@@ -239,9 +297,21 @@ def _find_decoder(module: Any) -> tuple[Any, str | None]:
     for candidate in candidates:
         name = _layer_list(candidate, lengths)
         if name is not None:
-            return candidate, name
+            return _innermost(candidate, name)
     whole = [each for each in candidates if not isinstance(each, nn.Linear)]
     return (whole[0], None) if whole else (None, None)
+
+
+def _innermost(decoder: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The innermost model that has the list: what is called language model may have a head of its own (Llama 4)."""
+    from transformers import PreTrainedModel
+
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        inner = decoder.get_submodule(".".join(parts[:depth]))
+        if isinstance(inner, PreTrainedModel):
+            return inner, ".".join(parts[depth:])
+    return decoder, name
 
 
 def _layer_list(decoder: nn.Module, lengths: set[int | None]) -> str | None:

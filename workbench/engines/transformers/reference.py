@@ -105,7 +105,7 @@ class TransformersReference(Engine):
             DTYPES,
             ("cpu", "cuda"),
             bidirectional_spans=takes_masks(self.decoder),
-            mrope="mrope_section" in (getattr(self.decoder.config, "rope_parameters", None) or {}),
+            mrope=self._net.mrope,
             deepstack=hasattr(self.decoder, "_deepstack_process"),
         )
 
@@ -162,9 +162,10 @@ class TransformersReference(Engine):
         def layer_done(number: int, state: torch.Tensor) -> None:
             pass_on(f"layers.{number}", state)
             if (depth := f"depth.{number + 1}") in wanted:
-                assert self._net.norm is not None
-                sink(depth, self._net.norm(state.reshape(-1, state.shape[-1]))[rows])
+                sink(depth, self._net.final_norm()(state.reshape(-1, state.shape[-1]))[rows])
 
+        if any(tap.startswith("depth.") for tap in taps):
+            self._net.final_norm()  # not inside the pass: it runs one of its own
         with self._lock, self._layer_hooks(wanted, pass_on, layer_done):
             out = self.forward(prompt, keep=rows if "logits" in wanted else 1)
         pass_on("norm", out.hidden)
@@ -266,12 +267,11 @@ class TransformersReference(Engine):
 
     @torch.no_grad()
     def logit_lens(self, states: torch.Tensor, *, normed: bool = False) -> torch.Tensor:
-        norm = self._net.norm
-        if norm is None and not normed:
-            raise ModelError(f"the norm after the last layer of {type(self.network).__name__} is not known: no logit lens")
-        with self._lock, self._net.precision():
-            states = states.to(self.device, self.dtype)
-            return self._net.logits(states if normed or norm is None else norm(states))
+        with self._lock:
+            norm = None if normed else self._net.final_norm()
+            with self._net.precision():
+                states = states.to(self.device, self.dtype)
+                return self._net.logits(states if norm is None else norm(states))
 
     @torch.no_grad()
     def splice(self, prompt: Prompt) -> torch.Tensor:

@@ -111,7 +111,8 @@ def _examine(network: Network, mask: Any) -> _Findings:
     fault = None
     try:
         given = {} if mask is None else {"attention_mask": mask}
-        network.forward(_two_sequences(network, config), decoder_inputs=given, keep=1)
+        ids = _two_sequences(network, config)
+        network.forward(ids, decoder_inputs=given, keep=1, **network.text_positions(ids))
         if layers:
             unused = sorted({type(layer).__name__ for layer in layers} - called)
             fault = f"layers of kind {', '.join(unused) or type(layers[last]).__name__} do not run on tokens and embeddings alone"
@@ -148,7 +149,7 @@ def _injection_fault(network: Network) -> str | None:
     try:
         for given in ({"input_ids": ids}, {"inputs_embeds": network.embedding(ids)}):
             with contextlib.suppress(_Enough):
-                network.run(**given)
+                network.run(**given, **network.text_positions(ids))
     except Exception:  # a class that needs ids: its rows are replaced where it looks them up
         return None
     finally:
