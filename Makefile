@@ -22,7 +22,7 @@ KILLS ?= 200
 # each other in every parallel loop (range_kernels/cpu/launch.py has the figures).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help setup model lab test test-fast test-python test-simulator test-browser test-notebooks test-gpu check format bench soak fuzz crash-test update-pins clean
+.PHONY: help setup model lab test test-fast test-python test-simulator test-browser test-notebooks test-gpu check format bench soak fuzz sweep crash-test update-pins clean
 
 help:
 	@echo "make lab        set up, fetch the model once, open JupyterLab on notebook 01"
@@ -32,6 +32,7 @@ help:
 	@echo "make check      ruff and mypy"
 	@echo "make bench      speed of kernels and engine on this machine"
 	@echo "make fuzz       mutated files, answers and settings for every reader, a minute each (SECONDS=60)"
+	@echo "make sweep      the reference against every model class of the installed Transformers; writes data/coverage.md"
 	@echo "make crash-test kills of every writer at random moments, and full disks (KILLS=200)"
 	@echo "make soak       ten thousand requests with cancellations, bad input and a cache that is too small"
 
@@ -93,6 +94,9 @@ soak: $(READY)
 
 fuzz: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+sweep: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.sweep --write
 
 crash-test: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m tests.crash --kills $(KILLS)

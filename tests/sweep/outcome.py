@@ -92,7 +92,9 @@ def _faults(model: workbench.Model, class_name: str) -> Iterator[str]:
                 yield f"{dtype} logit lens of the last layer is off by {error:.1e}"
         yield from _injected(engine, truth, tolerance)
     greedy = engine.generate(prompt, workbench.GenerationConfig(max_new_tokens=NEW_TOKENS, ignore_eos=True)).token_ids
-    greedy, tokens, generated = (_before_padding(each) for each in (greedy, _greedy(truth, engine), _generated(truth.func)))
+    greedy, tokens, generated = (
+        _before_padding(each) for each in (greedy, _greedy(truth, engine), _generated(truth.func))
+    )
     if greedy not in (tokens, generated):
         yield f"greedy tokens {greedy} instead of {tokens} (uncached) or {generated} (generate)"
     verdict = workbench.check_engine(engine, prompt).verdict
@@ -182,7 +184,9 @@ def _before_padding(tokens: list[int]) -> list[int]:
 def _generated(truth: Any) -> list[int]:
     """Greedy tokens by Transformers' `generate`, with the class's cache: not in every class are they those of the uncached forward."""
     try:
-        out = truth.generate(torch.tensor([IDS]), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0)
+        out = truth.generate(
+            torch.tensor([IDS]), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0
+        )
     except Exception:  # it cannot generate from text alone
         return []
     return out[0, len(IDS) :].tolist()
@@ -199,7 +203,13 @@ def _taps(taps: tuple[str, ...]) -> str:
     parts = sum(tap.endswith(".attention") for tap in taps)
     if not layers:
         return "norm and logits only"
-    return "all taps" if parts == layers else f"all taps, but parts of {parts} of {layers} layers" if parts else "no attention and MLP taps"
+    return (
+        "all taps"
+        if parts == layers
+        else f"all taps, but parts of {parts} of {layers} layers"
+        if parts
+        else "no attention and MLP taps"
+    )
 
 
 def _off(state: torch.Tensor, expected: torch.Tensor) -> float:

@@ -16,7 +16,9 @@ from transformers.models.auto.modeling_auto import (
 LARGEST = 30_000_000
 """Parameters above which a configuration was not made small: its sizes have other names than those below."""
 
-_LAYERS = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 4)
+_LAYERS = dict.fromkeys(
+    ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 4
+)
 _WIDTHS = dict.fromkeys(
     ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "emb_dim", "hidden_dim", "model_dim", "embed_dim", "lru_width"), 64
 )  # fmt: skip
@@ -53,7 +55,10 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 _FULL = ["sliding_attention", "full_attention"] * 2
-_MLA = {"head_dim": 8, "num_key_value_heads": 4}  # latent attention has as many keys as queries; its rope has 8 dimensions
+_MLA = {
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}  # latent attention has as many keys as queries; its rope has 8 dimensions
 _INDEXED = {**_MLA, "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2}
 SETTINGS: dict[str, dict[str, Any]] = {
     "axk2": _INDEXED, "deepseek_v32": _INDEXED, "glm_moe_dsa": _INDEXED,
@@ -140,7 +145,12 @@ def small_config(config_class: Any) -> Any:
     if model_type in MROPE:
         pairs = 16 * MROPE[model_type] // 2  # of a head of 16
         sections = [int(pairs - 2 * (3 * pairs // 8)), int(3 * pairs // 8), int(3 * pairs // 8)]
-        settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, "partial_rotary_factor": MROPE[model_type]}
+        settings["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": sections,
+            "partial_rotary_factor": MROPE[model_type],
+        }
     return config_class(**{**settings, **SETTINGS.get(model_type, {})})
 
 
@@ -152,7 +162,9 @@ def small_network(class_name: str, model_type: str) -> Any:
     """
     network_class = getattr(transformers, class_name)
     own = network_class.config_class
-    config = small_config(own if own.model_type and not getattr(own, "sub_configs", None) else CONFIG_MAPPING[model_type])
+    config = small_config(
+        own if own.model_type and not getattr(own, "sub_configs", None) else CONFIG_MAPPING[model_type]
+    )
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in network_class(config).parameters())
     if size > LARGEST:

@@ -57,7 +57,7 @@ def reference_run(
     Recent ones are kept in memory, so that several engines can be compared without running the reference again.
 
     Args:
-        taps: names, without patterns. Those that the reference does not have are left out: of some classes it does not know what
+        taps: names or patterns. Those names that the reference does not have are left out: of some classes it does not know what
             attention and MLP add.
         progress: called with the fraction done; an exception that it raises stops the runs.
     """
@@ -67,7 +67,7 @@ def reference_run(
     if kept is None:
         # The float64 run takes about as long as three of the four runs in the engine's dtype.
         exact = reference_engine(model, "float64", device)
-        taps = [tap for tap in taps if tap in exact.capabilities.taps] or taps
+        taps = [tap for tap in taps if "*" in tap or tap in exact.capabilities.taps] or taps
         kept = exact.trace(prompt, taps, positions, progress=part(progress, 0.0, 0.4)), {}
         return_freed_memory(collect=False)
     expected, floors = kept

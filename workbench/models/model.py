@@ -108,14 +108,18 @@ class Model:
 
         if (self.path / "generation_config.json").exists():
             with foreign_errors(
-                ModelError, f"generation_config.json of model {self.name!r} in {self.path} cannot be read", "Fetch it again"
+                ModelError,
+                f"generation_config.json of model {self.name!r} in {self.path} cannot be read",
+                "Fetch it again",
             ):
                 ends = GenerationConfig.from_pretrained(self.path).eos_token_id
         else:
             ends = GenerationConfig.from_model_config(self.config).eos_token_id
         ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
         if not all(isinstance(each, int) and not isinstance(each, bool) for each in ends):
-            raise ModelError(f"eos_token_id of model {self.name!r} is {shortened(ends)}: it must be an id or a list of ids")
+            raise ModelError(
+                f"eos_token_id of model {self.name!r} is {shortened(ends)}: it must be an id or a list of ids"
+            )
         return tuple(ends)
 
     @property

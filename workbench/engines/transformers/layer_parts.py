@@ -73,7 +73,9 @@ def find_parts(layer: nn.Module, args: tuple, kwargs: dict[str, Any], config: An
         with _in_dtype(layer, dtype):
             given = x.clone()
             y = _states(
-                layer.forward(given, *args[1:], **kwargs) if args else layer.forward(**{**kwargs, "hidden_states": given})
+                layer.forward(given, *args[1:], **kwargs)
+                if args
+                else layer.forward(**{**kwargs, "hidden_states": given})
             )
     except Exception:  # the layer needs what only a call in its place can give it
         return None

@@ -70,7 +70,12 @@ class TransformersMultimodal(TransformersReference):
             raise PromptError(f"the prompt has {placeholders} placeholders but no images: pass multimodal=[...]")
 
     def forward(
-        self, prompt: Prompt, *, keep: int | torch.Tensor, cache: Mapping[str, Any] | None = None, new: Sequence[int] = ()
+        self,
+        prompt: Prompt,
+        *,
+        keep: int | torch.Tensor,
+        cache: Mapping[str, Any] | None = None,
+        new: Sequence[int] = (),
     ) -> Output:
         """Run the whole model on a prompt with its images; see `TransformersReference.forward`.
 

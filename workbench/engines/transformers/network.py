@@ -120,7 +120,9 @@ class Network:
         logits = out.logits[0]
         if not self.takes("logits_to_keep"):
             logits = logits[-keep:] if isinstance(keep, int) else logits[keep]
-        kept = {name: out[name] for name in _CACHES if cache is not None and self.takes(name) and out.get(name) is not None}
+        kept = {
+            name: out[name] for name in _CACHES if cache is not None and self.takes(name) and out.get(name) is not None
+        }
         return Output(first(returned[-1])[0], logits, kept)
 
     def final_norm(self) -> nn.Module:
@@ -142,7 +144,8 @@ class Network:
     @torch.no_grad()
     def _try_norm(self) -> bool:
         last: list[torch.Tensor] = []
-        assert self.layers is not None and self.norm is not None
+        assert self.layers is not None
+        assert self.norm is not None
         hook = self.layers[-1].register_forward_hook(lambda module, args, output: last.append(first(output)))
         try:
             ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
@@ -331,5 +334,7 @@ def _norm_after(decoder: nn.Module, layers: str | None) -> nn.Module | None:
     parent = decoder.get_submodule(layers.rpartition(".")[0])
     names = [name for name, _ in parent.named_children()]
     after = names[names.index(layers.rpartition(".")[2]) + 1 :]
-    norms = [parent.get_submodule(name) for name in after if "norm" in type(parent.get_submodule(name)).__name__.lower()]
+    norms = [
+        parent.get_submodule(name) for name in after if "norm" in type(parent.get_submodule(name)).__name__.lower()
+    ]
     return norms[0] if len(norms) == 1 else None

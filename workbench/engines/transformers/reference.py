@@ -62,7 +62,9 @@ class TransformersReference(Engine):
         self._net = Network(load_network(model, self.dtype, self.device), self.dtype)
         self._structure = examine(self._net)
         if self._structure.fault is not None:
-            raise ModelError(f"{type(self.network).__name__} of {model.name!r} cannot be a reference: {self._structure.fault}")
+            raise ModelError(
+                f"{type(self.network).__name__} of {model.name!r} cannot be a reference: {self._structure.fault}"
+            )
         (self._filler,) = plain_tokens(self.network.config, 1)
         self._capabilities = self._find_capabilities()
 
@@ -173,7 +175,9 @@ class TransformersReference(Engine):
             sink("logits", out.logits)
 
     @contextlib.contextmanager
-    def _layer_hooks(self, wanted: set[str], pass_on: Sink, layer_done: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    def _layer_hooks(
+        self, wanted: set[str], pass_on: Sink, layer_done: Callable[[int, torch.Tensor], None]
+    ) -> Iterator[None]:
         """Hooks that pass on the states of the layers. In float64 what a layer adds is compared with the sum of its two parts."""
         hooks: list[Any] = []
         sums: dict[int, torch.Tensor] = {}
@@ -236,7 +240,12 @@ class TransformersReference(Engine):
             )
 
     def forward(
-        self, prompt: Prompt, *, keep: int | torch.Tensor, cache: Mapping[str, Any] | None = None, new: Sequence[int] = ()
+        self,
+        prompt: Prompt,
+        *,
+        keep: int | torch.Tensor,
+        cache: Mapping[str, Any] | None = None,
+        new: Sequence[int] = (),
     ) -> Output:
         """Run the model's own forward on a prompt.
 
@@ -250,7 +259,9 @@ class TransformersReference(Engine):
         if (positions := self.positions(prompt, len(new))) is not None:
             own["position_ids"] = positions
         own = {name: value for name, value in own.items() if value is not None}
-        return self._net.forward(ids, self._inject(prompt), decoder_inputs=own, keep=keep, cache=cache, **self._inputs(prompt))
+        return self._net.forward(
+            ids, self._inject(prompt), decoder_inputs=own, keep=keep, cache=cache, **self._inputs(prompt)
+        )
 
     def forward_one(self, prompt: Prompt, new: Sequence[int], cache: Mapping[str, Any]) -> Output:
         """Run the last of the tokens `new`, which follow the prompt, with the cache of the pass before."""
@@ -318,9 +329,7 @@ class TransformersReference(Engine):
         """The mask of a prompt and of `new` tokens after it; None: the model makes its own, which is causal."""
         if not prompt.bidirectional_ranges and not self._structure.needs_mask:
             return None
-        return span_mask(
-            self.decoder.config, len(prompt) + new, prompt.bidirectional_ranges, self.dtype, self.device
-        )
+        return span_mask(self.decoder.config, len(prompt) + new, prompt.bidirectional_ranges, self.dtype, self.device)
 
     def _deepstack(self, prompt: Prompt) -> dict[str, Any]:
         """Extra arguments of Qwen3-VL's decoder: the positions of image tokens, and the features that each early layer adds there."""

@@ -53,7 +53,9 @@ def examine(network: Network) -> Structure:
         found = replace(found, injection_fault=_injection_fault(network))
     if not found.leaks:
         return found.structure(False)
-    multimodal = any(getattr(network.module.config, part, None) is not None for part in ("vision_config", "audio_config"))
+    multimodal = any(
+        getattr(network.module.config, part, None) is not None for part in ("vision_config", "audio_config")
+    )
     if multimodal and takes_masks(network.decoder):
         mask = span_mask(network.decoder.config, _TOKENS, (), network.dtype, network.device)
         masked = _examine(network, mask)
@@ -118,7 +120,9 @@ def _examine(network: Network, mask: Any) -> _Findings:
             fault = f"layers of kind {', '.join(unused) or type(layers[last]).__name__} do not run on tokens and embeddings alone"
     except _Enough:
         pass
-    except Exception as error:  # whatever a class raises for two plain sequences of tokens, it is no causal language model here
+    except (
+        Exception
+    ) as error:  # whatever a class raises for two plain sequences of tokens, it is no causal language model here
         fault = f"its forward pass fails on plain tokens: {reason(error.__cause__ or error)}"
     finally:
         for hook in hooks:
@@ -168,7 +172,9 @@ def plain_tokens(config: Any, count: int) -> list[int]:
         for name, value in part.items():
             if name.endswith(("token_id", "token_index", "token_ids")) and value is not None:
                 named |= set(value) if isinstance(value, list | tuple) else {value}
-    return list(itertools.islice((token for token in range(text.vocab_size // 2, text.vocab_size) if token not in named), count))
+    return list(
+        itertools.islice((token for token in range(text.vocab_size // 2, text.vocab_size) if token not in named), count)
+    )
 
 
 def _two_sequences(network: Network, config: Any) -> torch.Tensor:
@@ -184,4 +190,3 @@ def _leaks(state: torch.Tensor) -> bool:
         return True  # a layout in which nothing can be told
     one, two = state.movedim((batch, batch + 1), (0, 1))[:, :-1].double()
     return bool((one - two).abs().max() > 64 * torch.finfo(state.dtype).eps * one.abs().max())
-
