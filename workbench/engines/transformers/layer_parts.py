@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +90,15 @@ def find_parts(layer: nn.Module, args: tuple, kwargs: dict[str, Any], config: An
 @contextlib.contextmanager
 def _in_dtype(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Give a layer parameters and buffers in another dtype for a while."""
-    own = [(tensors, name, tensor) for module in layer.modules() for tensors in (module._parameters, module._buffers)
-           for name, tensor in tensors.items() if tensor is not None and tensor.is_floating_point() and tensor.dtype is not dtype]  # fmt: skip
+    held: list[dict[str, Any]] = [
+        tensors for module in layer.modules() for tensors in (module._parameters, module._buffers)
+    ]
+    own = [
+        (tensors, name, tensor)
+        for tensors in held
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype is not dtype
+    ]
     try:
         for tensors, name, tensor in own:
             cast = tensor.detach().to(dtype)
@@ -116,7 +123,7 @@ _DEPTH = 2
 
 
 def _fit(
-    x: torch.Tensor, y: torch.Tensor, outputs: list[tuple[str, torch.Tensor]], factors: Iterable[float], eps: float
+    x: torch.Tensor, y: torch.Tensor, outputs: list[tuple[str, torch.Tensor]], factors: Sequence[float], eps: float
 ) -> LayerParts | None:
     added, noise = y - x, 4 * eps * float(y.square().mean().sqrt())
     outputs = _distinct(outputs)
@@ -124,7 +131,7 @@ def _fit(
     for (first, a), (second, b) in itertools.combinations(outputs, 2):
         pair = torch.stack([a.flatten(), b.flatten()], dim=1)
         fitted = torch.linalg.lstsq(pair, added.flatten()[:, None]).solution.flatten().tolist()
-        known = [min(factors, key=lambda each, value=value: abs(each - value)) for value in fitted]
+        known = [_nearest(factors, value) for value in fitted]
         close = all(abs(one - other) <= 0.05 * abs(other) for one, other in zip(fitted, known, strict=True))
         if not close:
             continue
@@ -139,6 +146,10 @@ def _fit(
         return None
     one, two = (Addend(path, factor) for path, factor in zip(*best[1:], strict=True))
     return LayerParts(two, one) if _mixes_tokens(two.path) and not _mixes_tokens(one.path) else LayerParts(one, two)
+
+
+def _nearest(factors: Sequence[float], value: float) -> float:
+    return min(factors, key=lambda each: abs(each - value))
 
 
 def _distinct(outputs: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:

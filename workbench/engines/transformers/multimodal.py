@@ -85,7 +85,7 @@ class TransformersMultimodal(TransformersReference):
         groups = prompt.multimodal if isinstance(prompt, MultimodalPrompt) else ()
         ids = torch.tensor([[*prompt.input_ids, *new]], device=self.device)
         given = _join(groups, self.device, self.dtype)
-        inputs = {name: value for name, value in given.items() if name in self._taken}
+        inputs: dict[str, Any] = {name: value for name, value in given.items() if name in self._taken}
         try:
             return self._net.forward(ids, keep=keep, cache=cache, **inputs)
         except (ValueError, IndexError, RuntimeError) as error:

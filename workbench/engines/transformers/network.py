@@ -156,7 +156,7 @@ class Network:
             normed = self.norm(last[-1]).reshape(hidden.shape)
         return bool((normed - hidden).abs().max() <= 64 * torch.finfo(self.dtype).eps * hidden.abs().max())
 
-    def text_positions(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def text_positions(self, ids: torch.Tensor) -> dict[str, Any]:
         """The positions of text `[batch, seq]` as an argument, for models with M-RoPE, which would look for images; else {}."""
         if not self.mrope or not self.takes("position_ids"):
             return {}

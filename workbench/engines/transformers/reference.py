@@ -268,7 +268,7 @@ class TransformersReference(Engine):
         ids = torch.tensor([[new[-1]]], device=self.device)
         positions = self.positions(prompt, len(new))
         own = {} if positions is None else {"position_ids": positions[..., -1:]}
-        given = own if self._net.takes("position_ids") else {}
+        given: dict[str, Any] = dict(own) if self._net.takes("position_ids") else {}
         return self._net.forward(ids, decoder_inputs=own, keep=1, cache=cache, **given)
 
     def _inputs(self, prompt: Prompt) -> dict[str, Any]:
