@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .comparison.check import check_engine
     from .comparison.divergence import first_divergence
+    from .comparison.local_error import local_error
     from .comparison.probes import probe
     from .comparison.verdict import Comparison, compare
     from .engines import open_engine
@@ -57,6 +58,7 @@ _MODULES = {
     "explore": "exploring",
     "first_divergence": "comparison.divergence",
     "lint": "linting",
+    "local_error": "comparison.local_error",
     "load_model": "models",
     "load_vision_tower": "vision",
     "open_engine": "engines",

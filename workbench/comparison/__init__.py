@@ -2,6 +2,7 @@
 
 from .check import check_engine
 from .divergence import FirstDivergence, first_divergence
+from .local_error import LocalError, local_error
 from .logits import compare_logits, compare_text
 from .noise_floor import NoiseFloor
 from .verdict import FACTOR, Comparison, Divergence, compare
@@ -11,10 +12,12 @@ __all__ = [
     "Comparison",
     "Divergence",
     "FirstDivergence",
+    "LocalError",
     "NoiseFloor",
     "check_engine",
     "compare",
     "compare_logits",
     "compare_text",
     "first_divergence",
+    "local_error",
 ]

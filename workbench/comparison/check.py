@@ -47,11 +47,11 @@ def check_engine(
 
 
 def check_with_traces(
-    engine: Engine, prompt: Prompt, progress: Progress | None = None
+    engine: Engine, prompt: Prompt, progress: Progress | None = None, *, factor: float = FACTOR, device: str = "cpu"
 ) -> tuple[Comparison, Trace, Trace]:
     """`check_engine` for all taps and positions; return the comparison, the reference's float64 trace and the engine's trace."""
-    expected, floor, run = _run_both(engine, prompt, EVERY_TAP, slice(None), "cpu", progress)
-    return compare(expected, run, floor=floor), expected, run
+    expected, floor, run = _run_both(engine, prompt, EVERY_TAP, slice(None), device, progress)
+    return compare(expected, run, floor=floor, factor=factor), expected, run
 
 
 def shared_taps(engine: Engine, patterns: Sequence[str]) -> list[str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..engines.base import Engine
 from ..prompt import Prompt
 from ..trace.taps import EVERY_TAP
 from .check import shared_taps
 from .diagnosis import Explanation, explain
+from .local_error import compare_local
 from .reference_cache import reference_run
 from .verdict import FACTOR, Comparison, Divergence, compare
 
@@ -27,6 +28,8 @@ class FirstDivergence:
         explanation: the diagnosis; None without a divergence.
         comparison: the comparison of the taps that were traced last.
         runs: number of runs of the engine.
+        local: the comparison of what each layer does to the engine's own input (`local_error`); None if it was not made: the engine
+            does not expose every layer, or the traces did not fit.
     """
 
     divergence: Divergence | None
@@ -34,12 +37,24 @@ class FirstDivergence:
     explanation: Explanation | None
     comparison: Comparison
     runs: int
+    local: Comparison | None = None
 
     def __str__(self) -> str:
         if self.divergence is None:
             return f"no divergence: {self.comparison}"
         before = f"{self.last_good} is right; " if self.last_good else ""
-        return f"diverges first at {self.divergence}\n{before}{self.explanation}"
+        return f"diverges first at {self.divergence}\n{before}{self.explanation}{self._origin()}"
+
+    def _origin(self) -> str:
+        """Whether the layer at the divergence adds the fault or inherits it."""
+        if self.local is None:
+            return ""
+        found = self.local.first_divergence
+        if found is None:
+            return "\non the engine's own input no layer is wrong: rounding grows from layer to layer more than the floor's runs show"
+        if self.comparison.verdict == "bug":
+            return ""
+        return "\nmeasured on the engine's own input to each layer; in the accumulated rounding of all layers the fault drowns"
 
 
 def first_divergence(
@@ -47,7 +62,9 @@ def first_divergence(
 ) -> FirstDivergence:
     """Find the first tap (named hidden state), token and span at which `engine` differs from the reference by more than rounding.
 
-    If the traces of all taps fit into `max_bytes`, one run finds it. Otherwise the layers are bisected, one tap per run, and then
+    If the traces of all taps fit into `max_bytes`, one run finds it, and the reference's layers are also run on the engine's own states
+    (`local_error`): the first layer that adds more than rounding is the first divergence, even if its fault drowns in the rounding of
+    the layers before it. Otherwise the layers are bisected, one tap per run, and then
     attention and MLP of the layer found are compared. Bisection assumes that a wrong state stays wrong in all later layers; an error
     that becomes smaller than the noise of later layers is found only by a run over all taps. Engines that do not expose layers are
     bisected by the taps `depth.k` if they have them.
@@ -65,7 +82,7 @@ def first_divergence(
     # In memory: the engine's trace, the reference in float64, and its four runs in the engine's dtype.
     whole = engine.plan_trace(prompt, taps).nbytes * (1 + 8 // engine.dtype.itemsize + 4)
     if whole <= max_bytes:
-        return search.result(search.compare_at(taps), taps)
+        return search.result_of_all(taps)
     stream = [tap for tap in taps if tap.count(".") < 2]
     bad = _bisect(stream, lambda tap: search.compare_at([tap]).verdict == "bug")
     if bad is None:
@@ -87,6 +104,11 @@ def _bisect(taps: Sequence[str], wrong: Callable[[str], bool]) -> int | None:
     return low
 
 
+def _exposes_layers(engine: Engine) -> bool:
+    layers = engine.model.text_config.num_hidden_layers
+    return {"embed", *(f"layers.{number}" for number in range(layers))} <= set(engine.capabilities.taps)
+
+
 class _Search:
     """Runs engine and reference over chosen taps, and keeps the traces of the last comparison for the diagnosis."""
 
@@ -99,6 +121,20 @@ class _Search:
         self.reference, self.state = reference, self.engine.trace(self.prompt, taps)
         self.runs += 1
         return compare(reference, self.state, floor=floor, factor=self.factor)
+
+    def result_of_all(self, taps: Sequence[str]) -> FirstDivergence:
+        """The result of a comparison of all taps: of what each layer adds, if the engine exposes the states before every layer."""
+        comparison = self.compare_at(taps)
+        whole = self.result(comparison, taps)
+        if comparison.verdict == "same" or not _exposes_layers(self.engine):
+            return whole
+        local, reference = compare_local(self.engine, self.prompt, self.state, self.factor, self.device)
+        found = local.first_divergence
+        if found is None or (whole.divergence is not None and whole.divergence.tap == found.tap):
+            return replace(whole, local=local)
+        at = local.taps.index(found.tap)
+        explanation = explain(local, reference, self.state, self.prompt, self.engine.model)
+        return FirstDivergence(found, local.taps[at - 1] if at else None, explanation, comparison, self.runs, local)
 
     def result(self, comparison: Comparison, taps: Sequence[str]) -> FirstDivergence:
         found = comparison.first_divergence

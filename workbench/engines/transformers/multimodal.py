@@ -76,6 +76,7 @@ class TransformersMultimodal(TransformersReference):
         keep: int | torch.Tensor,
         cache: Mapping[str, Any] | None = None,
         new: Sequence[int] = (),
+        hidden: torch.Tensor | None = None,
     ) -> Output:
         """Run the whole model on a prompt with its images; see `TransformersReference.forward`.
 
@@ -87,7 +88,7 @@ class TransformersMultimodal(TransformersReference):
         given = _join(groups, self.device, self.dtype)
         inputs: dict[str, Any] = {name: value for name, value in given.items() if name in self._taken}
         try:
-            return self._net.forward(ids, keep=keep, cache=cache, **inputs)
+            return self._net.forward(ids, keep=keep, cache=cache, hidden=hidden, **inputs)
         except (ValueError, IndexError, RuntimeError) as error:
             raise PromptError(f"the images do not fit the prompt: {error}") from error
 

@@ -6,6 +6,7 @@ Nothing that the class computes is computed here: masks, positions, scales, caps
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ class Network:
         decoder_inputs: Mapping[str, Any] | None = None,
         keep: int | torch.Tensor = 0,
         cache: Mapping[str, Any] | None = None,
+        hidden: torch.Tensor | None = None,
         **inputs: Any,
     ) -> Output:
         """Run the class's own forward.
@@ -108,6 +110,7 @@ class Network:
             decoder_inputs: arguments of the decoder, in place of what the model passes to it.
             keep: logits of the last `keep` tokens (0: of all), or of the tokens with these indices.
             cache: `Output.cache` of the call before, or {} for the first of several calls; None for a single call.
+            hidden: `[seq, hidden]`, given to the head in place of what the decoder returns.
             inputs: further arguments of the model.
         """
         given = {"input_ids": ids, **inputs}
@@ -115,7 +118,7 @@ class Network:
             given["use_cache"] = cache is not None
         if self.takes("logits_to_keep"):
             given["logits_to_keep"] = keep
-        with self._own_errors(), self._injected(inject, decoder_inputs or {}) as returned, self.precision():
+        with self._own_errors(), self._injected(inject, decoder_inputs or {}, hidden) as returned, self.precision():
             out = self.module(**given, **(cache or {}))
         logits = out.logits[0]
         if not self.takes("logits_to_keep"):
@@ -232,7 +235,9 @@ class Network:
         return torch.cat(blocks)
 
     @contextlib.contextmanager
-    def _injected(self, inject: Inject | None, decoder_inputs: Mapping[str, Any]) -> Iterator[list[Any]]:
+    def _injected(
+        self, inject: Inject | None, decoder_inputs: Mapping[str, Any], hidden: torch.Tensor | None
+    ) -> Iterator[list[Any]]:
         """Hooks for one pass; yields a list to which the decoder's output is appended.
 
         A model that looks up embeddings itself passes them to its decoder; else the decoder looks them up.
@@ -259,9 +264,13 @@ class Network:
             waiting[0] = False
             return inject(output)
 
+        def leave(module: nn.Module, args: tuple, output: Any) -> Any:
+            returned.append(output)
+            return None if hidden is None else with_states(output, hidden[None])
+
         hooks = [
             self.decoder.register_forward_pre_hook(before, with_kwargs=True),
-            self.decoder.register_forward_hook(lambda module, args, output: returned.append(output)),
+            self.decoder.register_forward_hook(leave),
             self.embedding.register_forward_hook(looked_up),
         ]
         try:
@@ -284,6 +293,17 @@ def first(output: Any) -> torch.Tensor:
     if isinstance(output, torch.Tensor):
         return output
     return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+
+
+def with_states(output: Any, states: torch.Tensor) -> Any:
+    """A module's output with other states in it."""
+    if isinstance(output, torch.Tensor):
+        return states
+    if hasattr(output, "last_hidden_state"):
+        changed = copy.copy(output)
+        changed["last_hidden_state"] = states
+        return changed
+    return type(output)((states, *output[1:]))
 
 
 def _find_decoder(module: Any) -> tuple[Any, str | None]:

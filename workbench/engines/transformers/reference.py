@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import EmbeddingRangeError, ModelError
+from ...errors import EmbeddingRangeError, ModelError, TraceError
 from ...models import Model
 from ...models.options import parse_device, parse_dtype
 from ...progress import Progress, part
 from ...prompt import Prompt
 from ...trace import Trace
+from ...trace.provenance import provenance_of
 from ...trace.taps import decoder_taps
 from ..base import Engine, Sink
 from ..cancellation import Cancellation
@@ -28,7 +29,7 @@ from ..types import Capabilities, EngineOutput, GenerationConfig
 from .generation import CachedRun
 from .loading import load_network
 from .masks import span_mask, takes_masks
-from .network import Inject, Network, Output, first
+from .network import Inject, Network, Output, first, with_states
 from .structure import examine, plain_tokens
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -153,8 +154,42 @@ class TransformersReference(Engine):
                     self._jitter = None
         return traces
 
-    @torch.no_grad()
     def run_trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink) -> None:
+        self._run(prompt, taps, positions, sink, {})
+
+    def local_trace(self, prompt: Prompt, run: Trace, seed: int | None = None) -> Trace:
+        """Run each layer on another engine's states: its input is what that engine had before the layer, not what came of this run.
+
+        Args:
+            run: the other engine's trace of all positions; its taps are traced. The norm gets its last layer, the head its norm.
+            seed: if given, each element of those states gets a random relative error of about one unit roundoff.
+
+        Raises:
+            TraceError: the trace lacks positions, `embed` or a layer.
+        """
+        layers = [f"layers.{number}" for number in range(len(self._structure.parts))]
+        lacking = [tap for tap in ("embed", *layers) if tap not in run]
+        if lacking or len(run.positions) != len(prompt):
+            what = f"tap {lacking[0]!r}" if lacking else f"{len(prompt) - len(run.positions)} of {len(prompt)} positions"
+            raise TraceError(f"local errors need the engine's states before every layer: its trace lacks {what}")
+        self.check(prompt)
+        given = {tap: run[tap].to(self.device, self.dtype) for tap in ("embed", *layers, "norm") if tap in run}
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            given = {tap: self._jittered(state, generator) for tap, state in given.items()}
+        taps = [tap for tap in self.capabilities.taps if tap in run]
+        states: dict[str, torch.Tensor] = {}
+        self._run(prompt, taps, run.positions, lambda tap, state: states.update({tap: state.cpu()}), given)
+        made = provenance_of(
+            prompt, engine=self.capabilities.name, model=self.model, dtype=self.dtype, device=self.device
+        )
+        return Trace({tap: states[tap] for tap in taps}, run.positions, made)
+
+    @torch.no_grad()
+    def _run(
+        self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink, given: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Run the prompt; `given` states take the place of those of the run, after the run's own were passed on."""
         rows, wanted = positions.to(self.device), set(taps)
 
         def pass_on(tap: str, state: torch.Tensor) -> None:
@@ -168,27 +203,36 @@ class TransformersReference(Engine):
 
         if any(tap.startswith("depth.") for tap in taps):
             self._net.final_norm()  # not inside the pass: it runs one of its own
-        with self._lock, self._layer_hooks(wanted, pass_on, layer_done):
-            out = self.forward(prompt, keep=rows if "logits" in wanted else 1)
+        with self._lock, self._layer_hooks(wanted, pass_on, layer_done, given):
+            out = self.forward(prompt, keep=rows if "logits" in wanted else 1, hidden=given.get("norm"))
         pass_on("norm", out.hidden)
         if "logits" in wanted:
             sink("logits", out.logits)
 
     @contextlib.contextmanager
     def _layer_hooks(
-        self, wanted: set[str], pass_on: Sink, layer_done: Callable[[int, torch.Tensor], None]
+        self,
+        wanted: set[str],
+        pass_on: Sink,
+        layer_done: Callable[[int, torch.Tensor], None],
+        given: Mapping[str, torch.Tensor],
     ) -> Iterator[None]:
         """Hooks that pass on the states of the layers. In float64 what a layer adds is compared with the sum of its two parts."""
         hooks: list[Any] = []
         sums: dict[int, torch.Tensor] = {}
 
         def enter(number: int) -> Any:
-            def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            def look(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
                 state = args[0] if args else kwargs["hidden_states"]
+                changed = None
                 if number == 0:
                     pass_on("embed", state)
+                    if "embed" in given:
+                        state = given["embed"][None]
+                        changed = ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
                 if self.dtype is torch.float64:
                     sums[number] = state.clone()  # a layer may add to its input in place
+                return changed
 
             return look
 
@@ -203,11 +247,13 @@ class TransformersReference(Engine):
             return look
 
         def leave(number: int) -> Any:
-            def look(module: nn.Module, args: tuple, output: Any) -> None:
+            def look(module: nn.Module, args: tuple, output: Any) -> Any:
                 state, total = first(output), sums.pop(number, None)
                 if total is not None and self._parts_wanted(number, wanted):
                     self._check_sum(number, total, state)
                 layer_done(number, state)
+                other = given.get(f"layers.{number}")
+                return None if other is None else with_states(output, other[None])
 
             return look
 
@@ -246,6 +292,7 @@ class TransformersReference(Engine):
         keep: int | torch.Tensor,
         cache: Mapping[str, Any] | None = None,
         new: Sequence[int] = (),
+        hidden: torch.Tensor | None = None,
     ) -> Output:
         """Run the model's own forward on a prompt.
 
@@ -253,6 +300,7 @@ class TransformersReference(Engine):
             keep: the tokens whose logits are returned: the last `keep` (0: all), or these indices.
             cache: {} if the pass is continued by others, None if not (`Network.forward`).
             new: generated tokens that follow the prompt.
+            hidden: given to the head in place of the states after the final norm.
         """
         ids = torch.tensor([[*self._ids(prompt), *new]], device=self.device)
         own: dict[str, Any] = {"attention_mask": self._mask(prompt, len(new)), **self._deepstack(prompt)}
@@ -260,7 +308,13 @@ class TransformersReference(Engine):
             own["position_ids"] = positions
         own = {name: value for name, value in own.items() if value is not None}
         return self._net.forward(
-            ids, self._inject(prompt), decoder_inputs=own, keep=keep, cache=cache, **self._inputs(prompt)
+            ids,
+            self._inject(prompt),
+            decoder_inputs=own,
+            keep=keep,
+            cache=cache,
+            hidden=hidden,
+            **self._inputs(prompt),
         )
 
     def forward_one(self, prompt: Prompt, new: Sequence[int], cache: Mapping[str, Any]) -> Output:
@@ -307,12 +361,13 @@ class TransformersReference(Engine):
             rows = rows.clone()
             for item, (start, stop) in zip(prompt.input_embeddings, prompt.embedding_ranges, strict=True):
                 rows[0, start:stop] = item.to(rows)
-            if self._jitter is not None:
-                noise = torch.randn(rows.shape[1:], generator=self._jitter) * (torch.finfo(self.dtype).eps / 2)
-                rows = (rows.double() * (1.0 + noise.to(self.device))).to(rows.dtype)
-            return rows
+            return rows if self._jitter is None else self._jittered(rows[0], self._jitter)[None]
 
         return inject
+
+    def _jittered(self, state: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        noise = torch.randn(state.shape, generator=generator) * (torch.finfo(self.dtype).eps / 2)
+        return (state.double() * (1.0 + noise.to(self.device))).to(state.dtype)
 
     def positions(self, prompt: Prompt, new: int = 0) -> torch.Tensor | None:
         """Positions of a prompt and of `new` tokens after it, `[1, seq]` or `[3, 1, seq]`; None: the model computes its own.

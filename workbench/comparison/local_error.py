@@ -1,0 +1,119 @@
+"""Local errors: what each layer adds to an engine's error, apart from what it inherits from the layers before it.
+
+The reference runs each layer on the states that the engine had before that layer. A layer that computes correctly differs there by its
+own rounding only, however wrong its input is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..engines.base import Engine
+from ..progress import Progress, part
+from ..prompt import Prompt
+from ..trace import Trace
+from .check import check_with_traces
+from .noise_floor import NoiseFloor
+from .reference_cache import reference_engine
+from .verdict import FACTOR, Comparison, compare
+
+_FLOOR_RUNS = 4
+
+
+@dataclass(frozen=True)
+class LocalError:
+    """An engine's errors at each tap, as they accumulate from layer to layer, and those that each layer adds.
+
+    Attributes:
+        accumulated: the comparison with the reference's run of the prompt (`check_engine`).
+        local: the comparison with the reference's layers, each run on the engine's own input to that layer.
+    """
+
+    accumulated: Comparison
+    local: Comparison
+
+    @property
+    def origin(self) -> str | None:
+        """The first tap that adds more than rounding to the engine's error; None if none does."""
+        found = self.local.first_divergence
+        return None if found is None else found.tap
+
+    def table(self) -> list[dict[str, float | str]]:
+        """One row per tap: the largest error and multiple of the noise floor over all tokens, accumulated and local, and what follows.
+
+        `outcome` is "right", "adds" (the tap's local error is more than rounding) or "inherits" (only its accumulated error is).
+        """
+        rows = []
+        for tap in self.local.taps:
+            whole, own = self.accumulated.taps.index(tap), self.local.taps.index(tap)
+            adds, wrong = bool(self.local.wrong[own].any()), bool(self.accumulated.wrong[whole].any())
+            rows.append(
+                {
+                    "tap": tap,
+                    "accumulated": float(self.accumulated.errors[whole].max()),
+                    "accumulated_ratio": float(self.accumulated.ratios[whole].max()),
+                    "local": float(self.local.errors[own].max()),
+                    "local_ratio": float(self.local.ratios[own].max()),
+                    "outcome": "adds" if adds else "inherits" if wrong else "right",
+                }
+            )
+        return rows
+
+    def __str__(self) -> str:
+        if self.origin is None:
+            if self.accumulated.verdict == "bug":
+                return (
+                    f"no layer adds more than rounding, but {self.accumulated.first_divergence} accumulated: rounding that grows from layer "
+                    "to layer more than the floor's runs show"
+                )
+            return "no layer adds more than rounding"
+        inherited = [row["tap"] for row in self.table() if row["outcome"] == "inherits"]
+        after = f"; {len(inherited)} later taps only inherit it" if inherited else ""
+        drowned = "" if self.accumulated.verdict == "bug" else "; it drowns in the accumulated noise"
+        return f"the fault is added at {self.local.first_divergence}, on the engine's own input{after}{drowned}"
+
+
+def local_error(
+    engine: Engine, prompt: Prompt, *, factor: float = FACTOR, device: str = "cpu", progress: Progress | None = None
+) -> LocalError:
+    """Run engine and reference on a prompt, and then the reference's layers on the engine's states.
+
+    Args:
+        factor: largest error that counts as rounding noise, as a multiple of the noise floor (accumulated and local).
+        device: the reference's device, "cpu" or "cuda".
+        progress: called with the fraction done; an exception that it raises stops the run.
+
+    Raises:
+        EmbeddingRangeError, PromptError: the engine cannot run the prompt.
+        TraceError: the engine does not expose the states before every layer, or they do not fit into memory.
+    """
+    accumulated, _, run = check_with_traces(engine, prompt, part(progress, 0.0, 0.5), factor=factor, device=device)
+    return LocalError(accumulated, compare_local(engine, prompt, run, factor, device, part(progress, 0.5, 1.0))[0])
+
+
+def compare_local(
+    engine: Engine, prompt: Prompt, run: Trace, factor: float, device: str, progress: Progress | None = None
+) -> tuple[Comparison, Trace]:
+    """Compare an engine's trace `run` with the reference's layers on its states; return the comparison and the reference's trace.
+
+    The floor is the error of the same in the engine's dtype, the worst of four runs, three of them on inputs that are off by one
+    rounding.
+
+    Raises:
+        TraceError: `run` lacks the states before a layer.
+    """
+    dtype = str(engine.dtype).removeprefix("torch.")
+    expected = reference_engine(engine.model, "float64", device).local_trace(prompt, run)
+    _report(progress, 0.4)
+    narrow = reference_engine(engine.model, dtype, device)
+    runs = []
+    for seed in range(_FLOOR_RUNS):
+        runs.append(narrow.local_trace(prompt, run, seed or None))
+        _report(progress, 0.4 + 0.6 * (seed + 1) / _FLOOR_RUNS)
+    floor = NoiseFloor.measure(expected, runs)
+    return compare(expected, run, floor=floor, factor=factor), expected
+
+
+def _report(progress: Progress | None, fraction: float) -> None:
+    if progress is not None:
+        progress(fraction)
