@@ -94,6 +94,7 @@ __all__ = [
     "lint",
     "load_model",
     "load_vision_tower",
+    "local_error",
     "open_engine",
     "probe",
     "record",

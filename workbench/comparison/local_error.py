@@ -43,7 +43,7 @@ class LocalError:
 
         `outcome` is "right", "adds" (the tap's local error is more than rounding) or "inherits" (only its accumulated error is).
         """
-        rows = []
+        rows: list[dict[str, float | str]] = []
         for tap in self.local.taps:
             whole, own = self.accumulated.taps.index(tap), self.local.taps.index(tap)
             adds, wrong = bool(self.local.wrong[own].any()), bool(self.accumulated.wrong[whole].any())

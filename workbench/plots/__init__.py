@@ -3,7 +3,7 @@
 `to_png` renders a Figure as PNG bytes.
 """
 
-from .errors import comparison_figure, error_by_layer, ratio_map
+from .errors import comparison_figure, error_by_layer, local_error_by_layer, ratio_map
 from .heat_map import hidden_state_map
 from .injection_effect import injection_effect_figure
 from .kernels import kernel_bars
@@ -18,6 +18,7 @@ __all__ = [
     "hidden_state_map",
     "injection_effect_figure",
     "kernel_bars",
+    "local_error_by_layer",
     "plan_figure",
     "ratio_map",
     "schedule_figure",

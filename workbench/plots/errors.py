@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from ..comparison import Comparison
+from ..comparison import Comparison, LocalError
 from .style import ENGINE, FLOOR, SPAN, mark_spans, mark_tokens, tap_axis, token_axis
 
 
@@ -21,6 +21,17 @@ def error_by_layer(comparison: Comparison) -> Figure:
     """
     figure = Figure(figsize=(11, 3.2), dpi=100, layout="constrained")
     _draw_errors(figure.add_subplot(), comparison)
+    return figure
+
+
+def local_error_by_layer(errors: LocalError) -> Figure:
+    """Plot the errors that accumulate from tap to tap above those that each layer adds on the engine's own input, each with its floor."""
+    figure = Figure(figsize=(11, 6), dpi=100, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.set_title("accumulated: the whole run", fontsize=9, loc="left")
+    _draw_errors(above, errors.accumulated)
+    below.set_title("local: each layer on the engine's own input", fontsize=9, loc="left")
+    _draw_errors(below, errors.local)
     return figure
 
 

@@ -170,7 +170,9 @@ class TransformersReference(Engine):
         layers = [f"layers.{number}" for number in range(len(self._structure.parts))]
         lacking = [tap for tap in ("embed", *layers) if tap not in run]
         if lacking or len(run.positions) != len(prompt):
-            what = f"tap {lacking[0]!r}" if lacking else f"{len(prompt) - len(run.positions)} of {len(prompt)} positions"
+            what = (
+                f"tap {lacking[0]!r}" if lacking else f"{len(prompt) - len(run.positions)} of {len(prompt)} positions"
+            )
             raise TraceError(f"local errors need the engine's states before every layer: its trace lacks {what}")
         self.check(prompt)
         given = {tap: run[tap].to(self.device, self.dtype) for tap in ("embed", *layers, "norm") if tap in run}
