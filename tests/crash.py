@@ -74,7 +74,7 @@ def read_trace(folder: Path) -> int:
 def write_floor(folder: Path, version: int) -> None:
     floor = NoiseFloor.load(data_folder("data/runs") / RECORDED / "floor.safetensors")
     errors = {tap: torch.full_like(error, float(version)) for tap, error in floor.errors.items()}
-    NoiseFloor(errors, floor.digests, floor.positions, floor.provenance).save(folder / "f.safetensors")
+    NoiseFloor(errors, floor.digests, floor.positions, floor.provenance, floor.typical).save(folder / "f.safetensors")
 
 
 def read_floor(folder: Path) -> int:
@@ -137,7 +137,9 @@ def prepare(base: Path) -> None:
                     writer.write(tap, state)
         floor = loaded.floor
         provenance = {**floor.provenance, "prompt": changed.digest}
-        NoiseFloor(floor.errors, floor.digests, floor.positions, provenance).save(target / "floor.safetensors")
+        NoiseFloor(floor.errors, floor.digests, floor.positions, provenance, floor.typical).save(
+            target / "floor.safetensors"
+        )
         shutil.copy(original / "record.json", target)
 
 

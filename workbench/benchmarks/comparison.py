@@ -66,7 +66,11 @@ def _traces(folder: Path) -> dict[str, Callable[[], object]]:
                 writer.write(tap, state.to(dtype))
     error = torch.full((POSITIONS,), 6e-8, dtype=torch.float64)
     floor = NoiseFloor(
-        dict.fromkeys(shapes, error), dict.fromkeys(shapes, ""), positions, {**record, "dtype": "float32"}
+        dict.fromkeys(shapes, error),
+        dict.fromkeys(shapes, ""),
+        positions,
+        {**record, "dtype": "float32"},
+        dict.fromkeys(shapes, 1e-6),
     )
 
     def read() -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..engines.base import Engine
+from ..engines.transformers.routers import RouterWatch
 from ..progress import Progress, part
 from ..prompt import Prompt
 from ..trace import Trace
 from .check import check_with_traces
+from .expert_choices import undecided_choices
 from .noise_floor import NoiseFloor
 from .reference_cache import reference_engine
 from .verdict import FACTOR, Comparison, compare
@@ -103,14 +105,22 @@ def compare_local(
         TraceError: `run` lacks the states before a layer.
     """
     dtype = str(engine.dtype).removeprefix("torch.")
-    expected = reference_engine(engine.model, "float64", device).local_trace(prompt, run)
+    exact, routers = reference_engine(engine.model, "float64", device), RouterWatch()
+    with exact.watching(routers):
+        expected = exact.local_trace(prompt, run)
     _report(progress, 0.4)
-    narrow = reference_engine(engine.model, dtype, device)
+    narrow, watch = reference_engine(engine.model, dtype, device), RouterWatch()
     runs = []
-    for seed in range(_FLOOR_RUNS):
-        runs.append(narrow.local_trace(prompt, run, seed or None))
-        _report(progress, 0.4 + 0.6 * (seed + 1) / _FLOOR_RUNS)
-    floor = NoiseFloor.measure(expected, runs)
+    with narrow.watching(watch):
+        for seed in range(_FLOOR_RUNS):
+            runs.append(narrow.local_trace(prompt, run, seed or None))
+            _report(progress, 0.4 + 0.6 * (seed + 1) / _FLOOR_RUNS)
+    choices, exchanges = undecided_choices(routers.passes[-1], watch.passes)
+    exchanged = None
+    if exchanges:
+        with narrow.watching(RouterWatch(exchanges)):
+            exchanged = narrow.local_trace(prompt, run)
+    floor = NoiseFloor.measure(expected, runs, expert_choices=choices, exchanged=exchanged)
     return compare(expected, run, floor=floor, factor=factor), expected
 
 

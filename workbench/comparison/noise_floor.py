@@ -6,7 +6,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from ..errors import TraceError, reason
 from ..trace import Trace
 from ..trace.files import check_metadata, metadata_checksum, raw_bytes
 from ..trace.provenance import check_provenance
+from .expert_choices import ExpertChoice
 from .metrics import relative_error
 
-FORMAT = "workbench-floor-2"
+FORMAT = "workbench-floor-3"
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,34 @@ class NoiseFloor:
         errors: `{tap: float64 [positions]}`, relative errors (2-norm), the largest of all runs.
         digests: `{tap: SHA-256 of the unperturbed run's states}`, by which an engine that computes exactly the same is recognised.
         positions, provenance: of the unperturbed run, as in `Trace`.
+        typical: `{tap: median over the positions}` of the errors of the runs in which no expert was exchanged.
+        expert_choices: tokens at which rounding decides which expert runs; the errors include those of the other choice.
     """
 
     errors: Mapping[str, torch.Tensor]
     digests: Mapping[str, str]
     positions: torch.Tensor
     provenance: Mapping[str, Any]
+    typical: Mapping[str, float]
+    expert_choices: tuple[ExpertChoice, ...] = ()
 
     @classmethod
-    def measure(cls, reference: Trace, runs: Trace | Sequence[Trace], taps: Sequence[str] | None = None) -> NoiseFloor:
+    def measure(
+        cls,
+        reference: Trace,
+        runs: Trace | Sequence[Trace],
+        taps: Sequence[str] | None = None,
+        expert_choices: Sequence[ExpertChoice] = (),
+        exchanged: Trace | None = None,
+    ) -> NoiseFloor:
         """Measure the noise floor from the reference's float64 trace and its traces in the engine's dtype.
 
         Args:
             reference: the float64 trace.
             runs: one trace or several in the engine's dtype, the unperturbed one first (`TransformersReference.noise_floor`).
             taps: the taps to measure; None: all that the first run and the reference share.
+            expert_choices: the undecided ones.
+            exchanged: a run in which they are exchanged; its errors count, too, but not as typical ones.
 
         Raises:
             TraceError: no run; runs in different dtypes; a run of another prompt, model or positions than the reference; NaN.
@@ -61,7 +75,10 @@ class NoiseFloor:
             check_comparable(reference, run, "floor")
             if run.provenance["dtype"] != dtype:
                 raise TraceError(f"runs in {dtype} and {run.provenance['dtype']}: rounding differs; use one dtype")
-        errors, digests = {}, {}
+        errors, digests, typical = {}, {}, {}
+        if exchanged is not None:
+            check_comparable(reference, exchanged, "floor")
+            several.append(exchanged)
         for tap in [tap for tap in reference if tap in several[0]] if taps is None else taps:
             worst = None
             for number, run in enumerate(several):
@@ -74,12 +91,14 @@ class NoiseFloor:
                     raise TraceError(
                         f"the floor or the reference contains NaN or infinity at tap {tap!r}: no error can be measured"
                     )
+                if run is not exchanged:
+                    typical[tap] = float((error if worst is None else torch.maximum(worst, error)).median())
                 worst = error if worst is None else torch.maximum(worst, error)
                 if number == 0:
                     digests[tap] = state_digest(state)
             assert worst is not None
             errors[tap] = worst
-        return cls(errors, digests, several[0].positions, several[0].provenance)
+        return cls(errors, digests, several[0].positions, several[0].provenance, typical, tuple(expert_choices))
 
     def save(self, path: str | Path) -> None:
         """Write the noise floor to one safetensors file.
@@ -93,6 +112,8 @@ class NoiseFloor:
             "digests": json.dumps(dict(self.digests)),
             "crc32": json.dumps({tap: f"{zlib.crc32(raw_bytes(error)):08x}" for tap, error in self.errors.items()}),
             "provenance": json.dumps(dict(self.provenance)),
+            "typical": json.dumps(dict(self.typical)),
+            "expert_choices": json.dumps([asdict(each) for each in self.expert_choices]),
         }
         metadata["checksum"] = metadata_checksum(metadata)
         try:
@@ -119,8 +140,12 @@ class NoiseFloor:
                 provenance = check_provenance(json.loads(metadata["provenance"]), path)
                 digests, positions = json.loads(metadata["digests"]), json.loads(metadata["positions"])
                 sums = json.loads(metadata["crc32"])
-                if not isinstance(digests, dict) or not isinstance(sums, dict):
-                    raise TraceError(f"{path}: its digests and checksums are not JSON objects")
+                choices = tuple(ExpertChoice(**each) for each in json.loads(metadata["expert_choices"]))
+                typical = json.loads(metadata["typical"])
+                if not all(isinstance(each, dict) for each in (digests, sums, typical)):
+                    raise TraceError(f"{path}: its digests, checksums and typical errors are not JSON objects")
+                if not all(isinstance(typical.get(tap), float) and 0 <= typical[tap] < float("inf") for tap in digests):
+                    raise TraceError(f"{path}: its typical errors are not one finite number >= 0 per tap")
                 errors = {tap: file.get_tensor(tap) for tap in digests}
         except TraceError:
             raise
@@ -139,7 +164,7 @@ class NoiseFloor:
                 or not ((sizes >= 0) & torch.isfinite(sizes)).all()
             ):
                 raise TraceError(f"{path}: the floor of tap {tap!r} is not one finite number >= 0 per position")
-        return cls(errors, digests, torch.tensor(positions, dtype=torch.int64), provenance)
+        return cls(errors, digests, torch.tensor(positions, dtype=torch.int64), provenance, typical, choices)
 
 
 def check_comparable(reference: Trace, other: Trace | NoiseFloor, name: str) -> None:

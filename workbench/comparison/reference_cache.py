@@ -9,10 +9,12 @@ from cachetools import LRUCache
 
 from ..engines.freed_memory import return_freed_memory
 from ..engines.transformers.reference import TransformersReference
+from ..engines.transformers.routers import RouterRead, RouterWatch
 from ..models import Model
 from ..progress import Progress, part
 from ..prompt import Prompt
 from ..trace import Trace
+from .expert_choices import undecided_choices
 from .noise_floor import NoiseFloor
 
 _MAX_WEIGHT_BYTES = 1 << 28
@@ -23,9 +25,9 @@ _MAX_TRACE_BYTES = 256 << 20
 _references: LRUCache[tuple, TransformersReference] = LRUCache(
     _MAX_WEIGHT_BYTES, getsizeof=lambda engine: max(engine.weight_bytes, 1 << 20)
 )
-_runs: LRUCache[tuple, tuple[Trace, dict[str, NoiseFloor]]] = LRUCache(
+_runs: LRUCache[tuple, tuple[Trace, dict[str, NoiseFloor], dict[int, RouterRead]]] = LRUCache(
     _MAX_TRACE_BYTES, getsizeof=lambda run: run[0].nbytes
-)  # (float64 trace, {dtype: noise floor})
+)  # (float64 trace, {dtype: noise floor}, what its routers did)
 _lock = threading.Lock()
 
 
@@ -68,17 +70,25 @@ def reference_run(
         # The float64 run takes about as long as three of the four runs in the engine's dtype.
         exact = reference_engine(model, "float64", device)
         taps = [tap for tap in taps if "*" in tap or tap in exact.capabilities.taps] or taps
-        kept = exact.trace(prompt, taps, positions, progress=part(progress, 0.0, 0.4)), {}
+        watch = RouterWatch()
+        with exact.watching(watch):
+            trace = exact.trace(prompt, taps, positions, progress=part(progress, 0.0, 0.4))
+        kept = trace, {}, watch.passes[-1]
         return_freed_memory(collect=False)
-    expected, floors = kept
+    expected, floors, routers = kept
     if expected.nbytes <= _MAX_TRACE_BYTES:  # stored before the floor runs, so that cancelling them does not lose it
         with _lock:
-            _runs[key] = expected, floors
+            _runs[key] = expected, floors, routers
     if dtype not in floors:
-        runs = reference_engine(model, dtype, device).noise_floor(
-            prompt, list(expected), positions, progress=part(progress, 0.4, 1.0)
-        )
-        floors[dtype] = NoiseFloor.measure(expected, runs)
+        engine, watch = reference_engine(model, dtype, device), RouterWatch()
+        with engine.watching(watch):
+            runs = engine.noise_floor(prompt, list(expected), positions, progress=part(progress, 0.4, 1.0))
+        choices, exchanges = undecided_choices(routers, watch.passes)
+        exchanged = None
+        if exchanges:
+            with engine.watching(RouterWatch(exchanges)):
+                exchanged = engine.trace(prompt, list(expected), positions)
+        floors[dtype] = NoiseFloor.measure(expected, runs, expert_choices=choices, exchanged=exchanged)
         del runs
         return_freed_memory(collect=False)
     return expected, floors[dtype]

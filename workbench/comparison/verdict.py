@@ -19,6 +19,7 @@ from ..errors import TraceError
 from ..prompt import Range
 from ..trace import Trace
 from ..trace.files import readable
+from .expert_choices import ExpertChoice
 from .metrics import RowSums, row_sums, unit_roundoff
 from .noise_floor import NoiseFloor, check_comparable, check_shape, state_digest
 
@@ -67,6 +68,7 @@ class Comparison:
         first_divergence: the first tap and token whose error exceeds rounding; None if the verdict is not "bug".
         factor: largest error that counted as noise, as a multiple of the noise floor.
         engine, dtype: the engine's name and dtype.
+        expert_choices: tokens of a mixture of experts at which rounding decides which expert runs; there either counts as right.
     """
 
     taps: tuple[str, ...]
@@ -83,6 +85,7 @@ class Comparison:
     factor: float
     engine: str
     dtype: str
+    expert_choices: tuple[ExpertChoice, ...] = ()
 
     @property
     def ratios(self) -> torch.Tensor:
@@ -137,6 +140,13 @@ class Comparison:
         return rows
 
     def __str__(self) -> str:
+        if self.expert_choices and self.verdict != "same":
+            closest = min(self.expert_choices, key=lambda choice: choice.margin)
+            more = f", and {len(self.expert_choices) - 1} more" if len(self.expert_choices) > 1 else ""
+            return f"{self._judgement()}; by rounding alone {closest}{more}"
+        return self._judgement()
+
+    def _judgement(self) -> str:
         if self.first_divergence is not None:
             return f"bug at {self.first_divergence}"
         if self.verdict == "same":
@@ -190,7 +200,8 @@ def compare(
     sums = _all_sums(reference, candidate, taps)
     errors = torch.stack([each.relative for each in sums])
     floors = torch.stack([floor.errors[tap] for tap in taps])
-    lowest = floors.nanquantile(0.5, dim=1, keepdim=True).clamp_min(unit_roundoff(dtype))
+    typical = torch.tensor([floor.typical[tap] for tap in taps], dtype=torch.float64)[:, None]
+    lowest = typical.clamp_min(unit_roundoff(dtype))
     floors = torch.maximum(floors, lowest)
     wrong = ~(errors <= factor * floors)  # NaN errors are wrong too
     divergence = None
@@ -222,6 +233,7 @@ def compare(
         factor,
         candidate.provenance["engine"],
         dtype,
+        floor.expert_choices,
     )
 
 

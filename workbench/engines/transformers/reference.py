@@ -30,6 +30,7 @@ from .generation import CachedRun
 from .loading import load_network
 from .masks import span_mask, takes_masks
 from .network import Inject, Network, Output, first, with_states
+from .routers import RouterWatch
 from .structure import examine, plain_tokens
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -59,6 +60,7 @@ class TransformersReference(Engine):
         self.dtype = parse_dtype(dtype, DTYPES, "transformers")
         self.device = parse_device(device, "transformers")
         self._jitter: torch.Generator | None = None
+        self._watch: RouterWatch | None = None
         self._lock = threading.RLock()  # hooks and jitter belong to one request, but the network is shared
         self._net = Network(load_network(model, self.dtype, self.device), self.dtype)
         self._structure = examine(self._net)
@@ -123,6 +125,16 @@ class TransformersReference(Engine):
         self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
     ) -> Generator[EngineOutput, None, None]:
         yield from generate(CachedRun(self, prompt), prompt, config, stop_tokens(self.model, config))
+
+    @contextlib.contextmanager
+    def watching(self, watch: RouterWatch) -> Iterator[None]:
+        """Read the routers of the runs inside this context; those of a mixture of experts."""
+        with self._lock:
+            self._watch = watch
+            try:
+                yield
+            finally:
+                self._watch = None
 
     def noise_floor(
         self,
@@ -205,7 +217,8 @@ class TransformersReference(Engine):
 
         if any(tap.startswith("depth.") for tap in taps):
             self._net.final_norm()  # not inside the pass: it runs one of its own
-        with self._lock, self._layer_hooks(wanted, pass_on, layer_done, given):
+        watched = contextlib.nullcontext() if self._watch is None else self._watch.hooks(self._net)
+        with self._lock, self._layer_hooks(wanted, pass_on, layer_done, given), watched:
             out = self.forward(prompt, keep=rows if "logits" in wanted else 1, hidden=given.get("norm"))
         pass_on("norm", out.hidden)
         if "logits" in wanted:

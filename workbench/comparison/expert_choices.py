@@ -1,0 +1,78 @@
+"""Experts that rounding may choose otherwise: where a router's choice is that close, neither expert is wrong.
+
+The choice is undecided if the score of the last chosen expert and that of the first one left out are no further apart than the scores'
+own noise allows. A run of the reference in which all undecided choices are exchanged then belongs to the noise floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..engines.transformers.routers import Exchange, RouterRead
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """A token at which rounding decides between two experts.
+
+    Attributes:
+        layer, token: where.
+        margin: difference between the scores of the two experts in the reference's float64 run.
+        noise: the largest error of that token's scores in the engine's dtype.
+    """
+
+    layer: int
+    token: int
+    margin: float
+    noise: float
+
+    def __str__(self) -> str:
+        return f"expert choice flips at layer {self.layer}, token {self.token}: margin {self.margin:.0e}, noise {self.noise:.0e}"
+
+
+_MARGIN = 4.0
+"""A choice is undecided up to this multiple of the scores' largest error in four runs: each of the two scores may be off by twice that.
+
+The verdict allows more, but with its factor of 8 most choices of a small model in bfloat16 would be undecided, and a wrong expert hidden."""
+
+
+def undecided_choices(
+    exact: Mapping[int, RouterRead], runs: Sequence[Mapping[int, RouterRead]]
+) -> tuple[list[ExpertChoice], dict[int, Exchange]]:
+    """Find the choices that rounding may turn, from the reference's routers in float64 and in the engine's dtype.
+
+    Returns:
+        the choices, and for each layer the exchanges that turn them all. A router whose scores are not known (`RouterRead`) has those
+        choices that differed between the runs.
+    """
+    choices, exchanges = [], {}
+    for layer, read in exact.items():
+        others = [run[layer] for run in runs if layer in run]
+        count = read.chosen.shape[1]
+        if read.scores is None or any(other.scores is None for other in others):
+            margin, noise, rivals = _seen(read, others)
+        else:
+            errors = torch.stack([(other.scores - read.scores).abs().amax(dim=1) for other in others]).amax(dim=0)  # type: ignore[operator]
+            noise = torch.maximum(errors, errors.median())
+            best = read.scores.topk(count + 1, dim=1)
+            margin, rivals = best.values[:, count - 1] - best.values[:, count], best.indices[:, count]
+        tokens = (margin <= _MARGIN * noise).nonzero().flatten()
+        choices += [ExpertChoice(layer, int(at), float(margin[at]), float(noise[at])) for at in tokens]
+        if len(tokens):
+            exchanges[layer] = Exchange(tokens, rivals[tokens])
+    return choices, exchanges
+
+
+def _seen(read: RouterRead, others: Sequence[RouterRead]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Margin 0 where a run chose another expert, infinity elsewhere; noise 0; and the expert that it chose."""
+    margin = torch.full((len(read.chosen),), torch.inf, dtype=torch.float64)
+    rivals = read.chosen[:, 0].clone()
+    for other in others:
+        for token in range(len(read.chosen)):
+            added = set(other.chosen[token].tolist()) - set(read.chosen[token].tolist())
+            if added:
+                margin[token], rivals[token] = 0.0, min(added)
+    return margin, torch.zeros_like(margin), rivals
