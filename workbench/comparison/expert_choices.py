@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -28,6 +29,19 @@ class ExpertChoice:
     token: int
     margin: float
     noise: float
+
+    @classmethod
+    def from_json(cls, record: Any) -> ExpertChoice:
+        """The inverse of `dataclasses.asdict`; raises TypeError or ValueError for anything else."""
+        choice = cls(**record)
+        numbers = (choice.margin, choice.noise)
+        if (
+            type(choice.layer) is not int
+            or type(choice.token) is not int
+            or not all(type(each) is float for each in numbers)
+        ):
+            raise ValueError(f"{record} is not an expert choice")
+        return choice
 
     def __str__(self) -> str:
         return f"expert choice flips at layer {self.layer}, token {self.token}: margin {self.margin:.0e}, noise {self.noise:.0e}"

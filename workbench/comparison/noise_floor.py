@@ -23,6 +23,8 @@ from .expert_choices import ExpertChoice
 from .metrics import relative_error
 
 FORMAT = "workbench-floor-3"
+_BEFORE = "workbench-floor-2"
+"""Files without expert choices and typical errors; those are the medians of the errors, since no expert was exchanged."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class NoiseFloor:
                         f"the floor or the reference contains NaN or infinity at tap {tap!r}: no error can be measured"
                     )
                 if run is not exchanged:
-                    typical[tap] = float((error if worst is None else torch.maximum(worst, error)).median())
+                    typical[tap] = float((error if worst is None else torch.maximum(worst, error)).quantile(0.5))
                 worst = error if worst is None else torch.maximum(worst, error)
                 if number == 0:
                     digests[tap] = state_digest(state)
@@ -132,7 +134,7 @@ class NoiseFloor:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
+                if metadata.get("format") not in (FORMAT, _BEFORE):
                     raise TraceError(
                         f"{path} is not a noise floor of this version ({FORMAT}): record the reference again"
                     )
@@ -140,12 +142,11 @@ class NoiseFloor:
                 provenance = check_provenance(json.loads(metadata["provenance"]), path)
                 digests, positions = json.loads(metadata["digests"]), json.loads(metadata["positions"])
                 sums = json.loads(metadata["crc32"])
-                choices = tuple(ExpertChoice(**each) for each in json.loads(metadata["expert_choices"]))
-                typical = json.loads(metadata["typical"])
+                choices = json.loads(metadata.get("expert_choices", "[]"))
+                typical = json.loads(metadata.get("typical", "{}"))
                 if not all(isinstance(each, dict) for each in (digests, sums, typical)):
                     raise TraceError(f"{path}: its digests, checksums and typical errors are not JSON objects")
-                if not all(isinstance(typical.get(tap), float) and 0 <= typical[tap] < float("inf") for tap in digests):
-                    raise TraceError(f"{path}: its typical errors are not one finite number >= 0 per tap")
+                expert_choices = tuple(ExpertChoice.from_json(each) for each in choices)
                 errors = {tap: file.get_tensor(tap) for tap in digests}
         except TraceError:
             raise
@@ -164,7 +165,11 @@ class NoiseFloor:
                 or not ((sizes >= 0) & torch.isfinite(sizes)).all()
             ):
                 raise TraceError(f"{path}: the floor of tap {tap!r} is not one finite number >= 0 per position")
-        return cls(errors, digests, torch.tensor(positions, dtype=torch.int64), provenance, typical, choices)
+        if metadata["format"] == _BEFORE:
+            typical = {tap: float(sizes.quantile(0.5)) for tap, sizes in errors.items()}
+        if not all(isinstance(typical.get(tap), float) and 0 <= typical[tap] < float("inf") for tap in digests):
+            raise TraceError(f"{path}: its typical errors are not one finite number >= 0 per tap")
+        return cls(errors, digests, torch.tensor(positions, dtype=torch.int64), provenance, typical, expert_choices)
 
 
 def check_comparable(reference: Trace, other: Trace | NoiseFloor, name: str) -> None:
