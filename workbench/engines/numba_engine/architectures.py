@@ -166,8 +166,6 @@ def _refuse(config: Any, architecture: Architecture, name: str) -> None:
     unknown = types - {"full_attention"} - ({"sliding_attention"} if "sliding_window" in architecture.own else set())
     if unknown:
         refuse("layer_types", sorted(unknown)[0], "full_attention")
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"the numba engine reads plain weights; {name!r} is quantized: dequantize it first")
 
 
 def _llama(config: Any) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from range_kernels import KVPages, paged_attention
 
+from ...errors import ModelError
 from ...models import Model
+from ...models.quantization import quantization_settings
 from .architectures import read_decoder_config
 from .batch import DecoderInputs
 from .ops import Linear, operations
@@ -53,6 +55,11 @@ class Decoder:
     """
 
     def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
+        quantized = quantization_settings(model.config)
+        if quantized is not None:
+            raise ModelError(
+                f"the numba engine reads plain weights; {model.name!r} is quantized ({quantized['quant_method']}): dequantize it first"
+            )
         self.config = config = read_decoder_config(model.text_config, model.name)
         self.dtype, self.device = dtype, device
         self.context = model.context

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ...errors import ModelError
+from ...errors import ModelError, reason
 from ...models import Model
+from ...models.quantization import quantization_settings, without_quantization
+from ...models.quantized_weights import plain_weights
 from ...models.sizes import check_sizes
 from ...models.transformers_logging import silenced_transformers
 from .float64 import rebuild_rotary_embeddings, widen
@@ -18,6 +21,9 @@ from .streamed_weights import RESIDENT_BYTES, StreamedWeights, checkpoint_names
 def load_network(model: Model, dtype: torch.dtype, device: torch.device) -> Any:
     """Transformers' model, with its weights in memory or, on the CPU, streamed if they are large."""
     check_sizes(model.config, model.weights, model.name)
+    quantized = quantization_settings(model.config)
+    if quantized is not None:
+        return _dequantized(model, dtype, quantized).to(device).eval()
     size = sum(entry.bytes // entry.dtype.itemsize for entry in model.weights.entries(model.weights).values())
     streamed = None
     if device.type == "cpu" and size * dtype.itemsize > RESIDENT_BYTES:
@@ -48,22 +54,49 @@ def _streamed(model: Model, dtype: torch.dtype) -> Any:
     return network.eval()
 
 
+def _dequantized(model: Model, dtype: torch.dtype, settings: Mapping[str, Any]) -> Any:
+    """The model with the weights that the codes and scales stand for; in float64 they are exact."""
+    config = without_quantization(copy.deepcopy(model.config))
+    names = list(model.weights)
+    weights = {name: tensor.to(dtype) for name, tensor in plain_weights(names, model.weights.get, settings, model.name)}
+    network_class = _class_for(model)
+    mapping = getattr(
+        network_class, "_model_mapping", None
+    )  # the automatic classes want a path; their mapping has the class
+    if mapping is not None:
+        network_class = mapping[type(config)]
+    network = _from_pretrained(model, network_class, None, config=config, state_dict=weights, dtype=dtype)
+    if dtype is torch.float64:
+        rebuild_rotary_embeddings(network)
+    return network
+
+
 def _resident(model: Model, dtype: torch.dtype) -> Any:
+    narrow = torch.float32 if dtype is torch.float64 else dtype
+    network = _from_pretrained(
+        model,
+        _class_for(model),
+        model.path,
+        dtype=narrow,
+        trust_remote_code=model.trust_remote_code,
+        use_safetensors=True,
+    )
+    return widen(network) if dtype is torch.float64 else network
+
+
+def _from_pretrained(model: Model, network_class: Any, path: Any, **options: Any) -> Any:
     try:
-        narrow = torch.float32 if dtype is torch.float64 else dtype
         with silenced_transformers():  # a memory-mapped load takes a second or two
-            pair: Any = _class_for(model).from_pretrained(
-                model.path,
-                dtype=narrow,
-                trust_remote_code=model.trust_remote_code,
-                use_safetensors=True,
+            pair: Any = network_class.from_pretrained(
+                path,
                 output_loading_info=True,
                 # Torch's grouped product of experts has no float64, and is a kernel that a reference should not depend on.
                 experts_implementation="eager",
                 ignore_mismatched_sizes=True,  # rejected below, by name
+                **options,
             )
     except Exception as error:  # Transformers raises many kinds of errors for a damaged or foreign folder
-        raise ModelError(f"Transformers cannot load {model.name!r} from {model.path}: {error}") from error
+        raise ModelError(f"Transformers cannot load {model.name!r} from {model.path}: {reason(error)}") from error
     network, loaded = pair
     lacking = sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]]))
     if lacking:  # Transformers would only warn, and fill them with random numbers
@@ -71,7 +104,7 @@ def _resident(model: Model, dtype: torch.dtype) -> Any:
             f"{model.path} lacks {len(lacking)} tensors that {model.name!r} needs, or has them in another shape: "
             f"{', '.join(lacking[:3])}{' ...' * (len(lacking) > 3)}. Fetch the checkpoint again"
         )
-    return widen(network) if dtype is torch.float64 else network
+    return network
 
 
 def _class_for(model: Model) -> Any:

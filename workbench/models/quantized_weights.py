@@ -1,0 +1,217 @@
+"""Read quantized checkpoints as plain weights: weight = (code - zero point) x scale, in float64, in which that product is exact.
+
+Formats: AWQ ("gemm" layout, AutoAWQ), GPTQ (AutoGPTQ, GPTQModel), block-wise FP8 (DeepSeek-V3), and compressed-tensors (vLLM's llm-compressor)
+with FP8, int8 or packed int4 weights. What else exists is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import ModelError
+
+_Read = Callable[[str], torch.Tensor]
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Column of the eight in a packed integer that each group of four bits, from the lowest, belongs to."""
+
+
+def plain_weights(
+    names: list[str], read: _Read, settings: Mapping[str, Any], model: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and value of every weight; those that were quantized are float64 `[out, in]`, others as they are stored.
+
+    Args:
+        names: of all tensors in the checkpoint.
+        read: returns a tensor by name.
+        settings: `quantization_config`.
+        model: its name, for messages.
+
+    Raises:
+        ModelError: a format or setting that is not known, a tensor that is missing, or scales of a shape that does not fit.
+    """
+    method = settings.get("quant_method")
+    formats = {"awq": _awq, "gptq": _gptq, "fp8": _fp8, "compressed-tensors": _compressed}
+    if method not in formats:
+        raise ModelError(
+            f"the weights of {model!r} are quantized as {method!r}; of quantized weights {', '.join(formats)} are read: dequantize the "
+            "checkpoint, or give the one that it was made from"
+        )
+    source = _Source(names, read, settings, model)
+    taken: set[str] = set()
+    for suffix, parts, decode in formats[method](source):
+        for name in [name for name in names if name.endswith(f".{suffix}")]:
+            base = name.removesuffix(f".{suffix}")
+            present = {part for part in parts if f"{base}.{part}" in source.names}
+            if not present:  # a plain weight among quantized ones
+                continue
+            taken |= {name, *(f"{base}.{part}" for part in parts)}
+            yield f"{base}.weight", decode(base)
+    for name in names:
+        if name not in taken:
+            tensor = read(name)
+            if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+                source.refuse(f"{name} is {tensor.dtype} and has no scales")
+            yield name, tensor
+
+
+class _Source:
+    """The tensors and settings of a quantized checkpoint."""
+
+    def __init__(self, names: list[str], read: _Read, settings: Mapping[str, Any], model: str) -> None:
+        self.names, self._read, self.settings, self.model = set(names), read, settings, model
+
+    def refuse(self, why: str) -> None:
+        """Raise ModelError."""
+        raise ModelError(f"the quantized weights of {self.model!r} cannot be read: {why}")
+
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor that must exist."""
+        if name not in self.names:
+            self.refuse(f"{name} is missing. Fetch the checkpoint again")
+        return self._read(name)
+
+    def need(self, setting: str, value: Any, *allowed: Any) -> None:
+        """Refuse a setting's value unless it is one of those allowed."""
+        if value not in allowed:
+            self.refuse(f"{setting} is {value!r}; known are {', '.join(map(repr, allowed))}")
+
+    def fit(self, name: str, tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+        """The tensor, if it has this shape."""
+        if tuple(tensor.shape) != shape:
+            self.refuse(f"{name} has shape {tuple(tensor.shape)} where {shape} fits the weight")
+        return tensor
+
+
+_Format = Iterator[tuple[str, tuple[str, ...], Callable[[str], torch.Tensor]]]
+
+
+def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned codes `[..., 32 / bits]` of int32 numbers, from the lowest bits."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int64)
+    return (packed.to(torch.int64)[..., None] >> shifts) & ((1 << bits) - 1)
+
+
+def _awq(source: _Source) -> _Format:
+    """`qweight` `[in, out / 8]`, `qzeros` `[groups, out / 8]`, `scales` `[groups, out]`; one zero point and scale per group of inputs."""
+    source.need("bits", source.settings.get("bits", source.settings.get("w_bit")), 4)
+    source.need("version", str(source.settings.get("version", "gemm")).lower(), "gemm")
+
+    def decode(base: str) -> torch.Tensor:
+        codes, zeros = (_awq_columns(source.get(f"{base}.{part}")) for part in ("qweight", "qzeros"))
+        groups = len(zeros)
+        size = _group_size(source, base, len(codes), groups)
+        scales = source.fit(f"{base}.scales", source.get(f"{base}.scales"), groups, codes.shape[1])
+        source.fit(f"{base}.qzeros", zeros, groups, codes.shape[1])
+        group = torch.arange(len(codes)) // size
+        return ((codes - zeros[group]).double() * scales.double()[group]).T.contiguous()
+
+    yield "qweight", ("qzeros", "scales"), decode
+
+
+def _awq_columns(packed: torch.Tensor) -> torch.Tensor:
+    codes = _unpack(packed, 4)
+    ordered = torch.empty_like(codes)
+    ordered[..., list(_AWQ_ORDER)] = codes
+    return ordered.flatten(1)
+
+
+def _gptq(source: _Source) -> _Format:
+    """`qweight` `[in x bits / 32, out]`, `qzeros` `[groups, out x bits / 32]`, `scales` `[groups, out]`, `g_idx` `[in]`, the group of each input.
+
+    The older layout stores zero points less one.
+    """
+    source.need("bits", source.settings.get("bits"), 2, 4, 8)
+    bits = int(source.settings["bits"])
+    layout = source.settings.get("checkpoint_format", "gptq")
+    source.need("checkpoint_format", layout, "gptq", "gptq_v2")
+
+    def decode(base: str) -> torch.Tensor:
+        codes = _unpack(source.get(f"{base}.qweight"), bits).movedim(-1, 1).flatten(0, 1)
+        zeros = _unpack(source.get(f"{base}.qzeros"), bits).flatten(1) + (layout == "gptq")
+        scales = source.get(f"{base}.scales")
+        groups = len(scales)
+        source.fit(f"{base}.scales", scales, groups, codes.shape[1])
+        source.fit(f"{base}.qzeros", zeros, groups, codes.shape[1])
+        if f"{base}.g_idx" in source.names:
+            group = source.fit(f"{base}.g_idx", source.get(f"{base}.g_idx"), len(codes)).long()
+            if int(group.min()) < 0 or int(group.max()) >= groups:
+                source.refuse(f"{base}.g_idx names group {int(group.max())} of {groups}")
+        else:
+            group = torch.arange(len(codes)) // _group_size(source, base, len(codes), groups)
+        return ((codes - zeros[group]).double() * scales.double()[group]).T.contiguous()
+
+    yield "qweight", ("qzeros", "scales", "g_idx"), decode
+
+
+def _fp8(source: _Source) -> _Format:
+    """`weight` FP8 `[out, in]`, `weight_scale_inv` one number per block of `weight_block_size`."""
+    block = source.settings.get("weight_block_size") or (128, 128)
+
+    def decode(base: str) -> torch.Tensor:
+        weight, name = source.get(f"{base}.weight"), f"{base}.weight_scale_inv"
+        source.need(f"{base}.weight", weight.dtype, torch.float8_e4m3fn, torch.float8_e5m2)
+        rows, columns = weight.shape
+        scales = source.fit(name, source.get(name), -(-rows // block[0]), -(-columns // block[1])).double()
+        wide = scales.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+        return weight.double() * wide
+
+    yield "weight", ("weight_scale_inv",), decode
+
+
+def _compressed(source: _Source) -> _Format:
+    """`weight` FP8 or int8 with `weight_scale` per tensor, row or group; or `weight_packed` int32 `[out, in x bits / 32]`, codes plus 2^(bits - 1)."""
+    groups = source.settings.get("config_groups") or {}
+    weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, Mapping) else []
+    for settings in weights:
+        source.need("symmetric", settings.get("symmetric", True), True)
+        source.need("num_bits", settings.get("num_bits"), 4, 8)
+    for settings in weights:
+        source.need("strategy", settings.get("strategy", "tensor"), "tensor", "channel", "group")
+    sizes = {settings.get("group_size") if settings.get("strategy") == "group" else None for settings in weights}
+    sparsity = (source.settings.get("sparsity_config") or {}).get("format", "dense")
+    source.need("sparsity_config.format", sparsity, "dense")
+
+    def scaled(base: str, codes: torch.Tensor) -> torch.Tensor:
+        scales = source.get(f"{base}.weight_scale").double()
+        if f"{base}.weight_zero_point" in source.names:
+            source.refuse(f"{base}.weight_zero_point: weights with zero points are not known")
+        rows, columns = codes.shape
+        if scales.numel() == 1:
+            return codes.double() * scales.reshape(())
+        counts = {columns // size if size and columns % size == 0 else 1 for size in sizes}
+        if scales.ndim != 2 or len(scales) != rows or scales.shape[1] not in counts:
+            source.refuse(
+                f"{base}.weight_scale has shape {tuple(scales.shape)}, which fits no weight of {tuple(codes.shape)}"
+            )
+        if f"{base}.weight_g_idx" in source.names:
+            group = source.fit(f"{base}.weight_g_idx", source.get(f"{base}.weight_g_idx"), columns).long()
+        else:
+            group = torch.arange(columns) // (columns // scales.shape[1])
+        return codes.double() * scales[:, group]
+
+    def whole(base: str) -> torch.Tensor:
+        weight = source.get(f"{base}.weight")
+        source.need(f"{base}.weight", weight.dtype, torch.float8_e4m3fn, torch.int8)
+        return scaled(base, weight)
+
+    def packed(base: str) -> torch.Tensor:
+        (bits,) = {settings["num_bits"] for settings in weights} or {4}
+        codes = _unpack(source.get(f"{base}.weight_packed"), bits).flatten(1) - (1 << (bits - 1))
+        rows, columns = source.get(f"{base}.weight_shape").tolist()
+        if rows != len(codes) or columns > codes.shape[1]:
+            source.refuse(f"{base}.weight_shape is {rows} x {columns}, but {tuple(codes.shape)} codes are stored")
+        return scaled(base, codes[:, :columns])
+
+    yield "weight", ("weight_scale", "input_scale", "weight_zero_point", "weight_g_idx"), whole
+    yield "weight_packed", ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"), packed
+
+
+def _group_size(source: _Source, base: str, inputs: int, groups: int) -> int:
+    size = source.settings.get("group_size", source.settings.get("q_group_size", 128))
+    size = inputs if size in (-1, None) else size
+    if not isinstance(size, int) or size <= 0 or -(-inputs // size) != groups:
+        source.refuse(f"{base} has {inputs} inputs in {groups} groups, which is not group_size={size}")
+    return size
