@@ -329,7 +329,7 @@ class TransformersReference(Engine):
             keep=keep,
             cache=cache,
             hidden=hidden,
-            **self._inputs(prompt),
+            **self._inputs(prompt, len(new)),
         )
 
     def forward_one(self, prompt: Prompt, new: Sequence[int], cache: Mapping[str, Any]) -> Output:
@@ -340,9 +340,9 @@ class TransformersReference(Engine):
         given: dict[str, Any] = dict(own) if self._net.takes("position_ids") else {}
         return self._net.forward(ids, decoder_inputs=own, keep=1, cache=cache, **given)
 
-    def _inputs(self, prompt: Prompt) -> dict[str, Any]:
-        """Arguments of the model beside the ids."""
-        positions = self.positions(prompt)
+    def _inputs(self, prompt: Prompt, new: int) -> dict[str, Any]:
+        """Arguments of the model beside the ids, for a prompt and `new` tokens after it."""
+        positions = self.positions(prompt, new)
         return {} if positions is None or not self._net.takes("position_ids") else {"position_ids": positions}
 
     @torch.no_grad()

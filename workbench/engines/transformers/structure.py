@@ -165,16 +165,16 @@ def _injection_fault(network: Network) -> str | None:
 
 
 def plain_tokens(config: Any, count: int) -> list[int]:
-    """The first ids of the upper half of the vocabulary that a model's configuration does not name: no special tokens or placeholders."""
+    """Ids, from the middle of the vocabulary on, that a model's configuration does not name: no special tokens or placeholders."""
     text = config.get_text_config(decoder=True)
     named: set[int] = set()
     for part in (config.to_dict(), text.to_dict()):
         for name, value in part.items():
             if name.endswith(("token_id", "token_index", "token_ids")) and value is not None:
                 named |= set(value) if isinstance(value, list | tuple) else {value}
-    return list(
-        itertools.islice((token for token in range(text.vocab_size // 2, text.vocab_size) if token not in named), count)
-    )
+    middle = text.vocab_size // 2
+    plain = (token for token in itertools.chain(range(middle, text.vocab_size), range(middle)) if token not in named)
+    return [next(plain, number % text.vocab_size) for number in range(count)]  # a tiny vocabulary may be all special
 
 
 def _two_sequences(network: Network, config: Any) -> torch.Tensor:
