@@ -96,7 +96,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 48]},
     "glm5_next_text": {"num_key_value_heads": 4},
     "inkling2_vision": {"text_hidden_size": 64},
-    "mistral_large4_text": _MLA, "mistral4": _MLA, "mistral4_text": _MLA,
+    "mistral_large4_text": _MLA,
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 # Types with M-RoPE, and the part of each head that it rotates.
