@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..engines.base import Engine
+from ..engines.freed_memory import return_freed_memory
 from ..engines.transformers.routers import RouterWatch
 from ..progress import Progress, part
 from ..prompt import Prompt
 from ..trace import Trace
 from .check import check_with_traces
 from .expert_choices import undecided_choices
-from .noise_floor import NoiseFloor
+from .noise_floor import FloorMeasurement
 from .reference_cache import reference_engine
 from .verdict import FACTOR, Comparison, compare
 
@@ -105,23 +106,24 @@ def compare_local(
         TraceError: `run` lacks the states before a layer.
     """
     dtype = str(engine.dtype).removeprefix("torch.")
+    return_freed_memory(collect=False)
     exact, routers = reference_engine(engine.model, "float64", device), RouterWatch()
     with exact.watching(routers):
         expected = exact.local_trace(prompt, run)
+    return_freed_memory(collect=False)
     _report(progress, 0.4)
     narrow, watch = reference_engine(engine.model, dtype, device), RouterWatch()
-    runs = []
+    measurement = FloorMeasurement(expected)
     with narrow.watching(watch):
         for seed in range(_FLOOR_RUNS):
-            runs.append(narrow.local_trace(prompt, run, seed or None))
+            measurement.add(narrow.local_trace(prompt, run, seed or None))
+            return_freed_memory(collect=False)
             _report(progress, 0.4 + 0.6 * (seed + 1) / _FLOOR_RUNS)
     choices, exchanges = undecided_choices(routers.passes[-1], watch.passes)
-    exchanged = None
     if exchanges:
         with narrow.watching(RouterWatch(exchanges)):
-            exchanged = narrow.local_trace(prompt, run)
-    floor = NoiseFloor.measure(expected, runs, expert_choices=choices, exchanged=exchanged)
-    return compare(expected, run, floor=floor, factor=factor), expected
+            measurement.add(narrow.local_trace(prompt, run), exchanged=True)
+    return compare(expected, run, floor=measurement.floor(choices), factor=factor), expected
 
 
 def _report(progress: Progress | None, fraction: float) -> None:

@@ -49,58 +49,21 @@ class NoiseFloor:
     expert_choices: tuple[ExpertChoice, ...] = ()
 
     @classmethod
-    def measure(
-        cls,
-        reference: Trace,
-        runs: Trace | Sequence[Trace],
-        taps: Sequence[str] | None = None,
-        expert_choices: Sequence[ExpertChoice] = (),
-        exchanged: Trace | None = None,
-    ) -> NoiseFloor:
+    def measure(cls, reference: Trace, runs: Trace | Sequence[Trace], taps: Sequence[str] | None = None) -> NoiseFloor:
         """Measure the noise floor from the reference's float64 trace and its traces in the engine's dtype.
 
         Args:
             reference: the float64 trace.
             runs: one trace or several in the engine's dtype, the unperturbed one first (`TransformersReference.noise_floor`).
             taps: the taps to measure; None: all that the first run and the reference share.
-            expert_choices: the undecided ones.
-            exchanged: a run in which they are exchanged; its errors count, too, but not as typical ones.
 
         Raises:
             TraceError: no run; runs in different dtypes; a run of another prompt, model or positions than the reference; NaN.
         """
-        several = [runs] if isinstance(runs, Trace) else list(runs)
-        if not several:
-            raise TraceError("no noise floor given: record the reference in the candidate's dtype")
-        dtype = several[0].provenance["dtype"]
-        for run in several:
-            check_comparable(reference, run, "floor")
-            if run.provenance["dtype"] != dtype:
-                raise TraceError(f"runs in {dtype} and {run.provenance['dtype']}: rounding differs; use one dtype")
-        errors, digests, typical = {}, {}, {}
-        if exchanged is not None:
-            check_comparable(reference, exchanged, "floor")
-            several.append(exchanged)
-        for tap in [tap for tap in reference if tap in several[0]] if taps is None else taps:
-            worst = None
-            for number, run in enumerate(several):
-                if tap not in run:
-                    raise TraceError(f"the floor lacks tap {tap!r}: trace it with the taps of the candidate")
-                state = run[tap]
-                check_shape(tap, reference[tap], state, "floor")
-                error = relative_error(state, reference[tap])
-                if not torch.isfinite(error).all():
-                    raise TraceError(
-                        f"the floor or the reference contains NaN or infinity at tap {tap!r}: no error can be measured"
-                    )
-                if run is not exchanged:
-                    typical[tap] = float((error if worst is None else torch.maximum(worst, error)).quantile(0.5))
-                worst = error if worst is None else torch.maximum(worst, error)
-                if number == 0:
-                    digests[tap] = state_digest(state)
-            assert worst is not None
-            errors[tap] = worst
-        return cls(errors, digests, several[0].positions, several[0].provenance, typical, tuple(expert_choices))
+        measurement = FloorMeasurement(reference, taps)
+        for run in [runs] if isinstance(runs, Trace) else runs:
+            measurement.add(run)
+        return measurement.floor()
 
     def save(self, path: str | Path) -> None:
         """Write the noise floor to one safetensors file.
@@ -170,6 +133,65 @@ class NoiseFloor:
         if not all(isinstance(typical.get(tap), float) and 0 <= typical[tap] < float("inf") for tap in digests):
             raise TraceError(f"{path}: its typical errors are not one finite number >= 0 per tap")
         return cls(errors, digests, torch.tensor(positions, dtype=torch.int64), provenance, typical, expert_choices)
+
+
+class FloorMeasurement:
+    """Measures a noise floor run by run, so that no two runs need memory at once.
+
+    Args:
+        reference: the float64 trace.
+        taps: the taps to measure; None: all that the first run and the reference share.
+    """
+
+    def __init__(self, reference: Trace, taps: Sequence[str] | None = None) -> None:
+        self._reference, self._taps = reference, taps
+        self._errors: dict[str, torch.Tensor] = {}
+        self._digests: dict[str, str] = {}
+        self._typical: dict[str, float] = {}
+        self._first: tuple[torch.Tensor, Mapping[str, Any]] | None = None
+
+    def add(self, run: Trace, *, exchanged: bool = False) -> None:
+        """Take the errors of a run; the first one must be unperturbed.
+
+        Args:
+            exchanged: whether undecided experts are exchanged in it: its errors count, but not as typical ones.
+
+        Raises:
+            TraceError: a run in another dtype than the first, or of another prompt, model or positions than the reference; NaN.
+        """
+        check_comparable(self._reference, run, "floor")
+        first = self._first is None
+        if self._first is None:
+            self._first = run.positions, run.provenance
+            self._taps = [tap for tap in self._reference if tap in run] if self._taps is None else self._taps
+        elif run.provenance["dtype"] != self._first[1]["dtype"]:
+            dtypes = f"{self._first[1]['dtype']} and {run.provenance['dtype']}"
+            raise TraceError(f"runs in {dtypes}: rounding differs; use one dtype")
+        for tap in self._taps or ():
+            if tap not in run:
+                raise TraceError(f"the floor lacks tap {tap!r}: trace it with the taps of the candidate")
+            state = run[tap]
+            check_shape(tap, self._reference[tap], state, "floor")
+            error = relative_error(state, self._reference[tap])
+            if not torch.isfinite(error).all():
+                raise TraceError(
+                    f"the floor or the reference contains NaN or infinity at tap {tap!r}: no error can be measured"
+                )
+            self._errors[tap] = error if first else torch.maximum(self._errors[tap], error)
+            if not exchanged:
+                self._typical[tap] = float(self._errors[tap].quantile(0.5))
+            if first:
+                self._digests[tap] = state_digest(state)
+
+    def floor(self, expert_choices: Sequence[ExpertChoice] = ()) -> NoiseFloor:
+        """Return the noise floor of the runs so far.
+
+        Raises:
+            TraceError: there was no run.
+        """
+        if self._first is None:
+            raise TraceError("no noise floor given: record the reference in the candidate's dtype")
+        return NoiseFloor(self._errors, self._digests, *self._first, self._typical, tuple(expert_choices))
 
 
 def check_comparable(reference: Trace, other: Trace | NoiseFloor, name: str) -> None:

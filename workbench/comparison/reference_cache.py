@@ -15,7 +15,7 @@ from ..progress import Progress, part
 from ..prompt import Prompt
 from ..trace import Trace
 from .expert_choices import undecided_choices
-from .noise_floor import NoiseFloor
+from .noise_floor import FloorMeasurement, NoiseFloor
 
 _MAX_WEIGHT_BYTES = 1 << 28
 """Bytes of the weights of references that are kept open (small models); larger references are opened again for every run."""
@@ -39,6 +39,7 @@ def reference_engine(model: Model, dtype: str, device: str = "cpu") -> Transform
     if kept is not None:
         return kept
     opened = TransformersReference(model, dtype=dtype, device=device)
+    return_freed_memory(collect=False)
     with _lock:
         if opened.weight_bytes <= _MAX_WEIGHT_BYTES:
             _references[key] = opened
@@ -81,15 +82,15 @@ def reference_run(
             _runs[key] = expected, floors, routers
     if dtype not in floors:
         engine, watch = reference_engine(model, dtype, device), RouterWatch()
+        measurement = FloorMeasurement(expected)
         with engine.watching(watch):
-            runs = engine.noise_floor(prompt, list(expected), positions, progress=part(progress, 0.4, 1.0))
+            for run in engine.noise_runs(prompt, list(expected), positions, progress=part(progress, 0.4, 1.0)):
+                measurement.add(run)
         choices, exchanges = undecided_choices(routers, watch.passes)
-        exchanged = None
         if exchanges:
             with engine.watching(RouterWatch(exchanges)):
-                exchanged = engine.trace(prompt, list(expected), positions)
-        floors[dtype] = NoiseFloor.measure(expected, runs, expert_choices=choices, exchanged=exchanged)
-        del runs
+                measurement.add(engine.trace(prompt, list(expected), positions), exchanged=True)
+        floors[dtype] = measurement.floor(choices)
         return_freed_memory(collect=False)
     return expected, floors[dtype]
 

@@ -73,7 +73,7 @@ class TransformersMultimodal(TransformersReference):
         self,
         prompt: Prompt,
         *,
-        keep: int | torch.Tensor,
+        keep: int | torch.Tensor | None,
         cache: Mapping[str, Any] | None = None,
         new: Sequence[int] = (),
         hidden: torch.Tensor | None = None,

@@ -18,6 +18,11 @@ from torch import nn
 from ...errors import ModelError, reason
 from .float64 import KeepFloat64
 
+
+class _DecoderDone(Exception):
+    """Ends a pass before the head."""
+
+
 Inject = Callable[[torch.Tensor], torch.Tensor]
 _CACHES = ("past_key_values", "cache_params", "state")
 """The names under which Transformers' models return their cache, and take it in the next call."""
@@ -97,7 +102,7 @@ class Network:
         inject: Inject | None = None,
         *,
         decoder_inputs: Mapping[str, Any] | None = None,
-        keep: int | torch.Tensor = 0,
+        keep: int | torch.Tensor | None = 0,
         cache: Mapping[str, Any] | None = None,
         hidden: torch.Tensor | None = None,
         **inputs: Any,
@@ -108,7 +113,7 @@ class Network:
             ids: int64 `[batch, seq]`.
             inject: called with hidden state 0, `[batch, seq, hidden]`; returns what takes its place.
             decoder_inputs: arguments of the decoder, in place of what the model passes to it.
-            keep: logits of the last `keep` tokens (0: of all), or of the tokens with these indices.
+            keep: logits of the last `keep` tokens (0: of all), or of the tokens with these indices; None: the pass ends before the head.
             cache: `Output.cache` of the call before, or {} for the first of several calls; None for a single call.
             hidden: `[seq, hidden]`, given to the head in place of what the decoder returns.
             inputs: further arguments of the model.
@@ -116,6 +121,8 @@ class Network:
         given = {"input_ids": ids, **inputs}
         if self.takes("use_cache"):
             given["use_cache"] = cache is not None
+        if keep is None:
+            return self._without_head(inject, decoder_inputs or {}, given)
         if self.takes("logits_to_keep"):
             given["logits_to_keep"] = keep
         with self._own_errors(), self._injected(inject, decoder_inputs or {}, hidden) as returned, self.precision():
@@ -127,6 +134,21 @@ class Network:
             name: out[name] for name in _CACHES if cache is not None and self.takes(name) and out.get(name) is not None
         }
         return Output(first(returned[-1])[0], logits, kept)
+
+    def _without_head(self, inject: Inject | None, decoder_inputs: Mapping[str, Any], given: dict[str, Any]) -> Output:
+        def enough(module: nn.Module, args: tuple, output: Any) -> None:
+            raise _DecoderDone
+
+        with self._own_errors(), self._injected(inject, decoder_inputs, None) as returned, self.precision():
+            hook = self.decoder.register_forward_hook(enough)  # after the hook that keeps what the decoder returns
+            try:
+                self.module(**given)
+            except _DecoderDone:
+                pass
+            finally:
+                hook.remove()
+        hidden = first(returned[-1])[0]
+        return Output(hidden, hidden[:0], {})
 
     def final_norm(self) -> nn.Module:
         """The norm between the last layer and what the decoder returns, as a short pass shows.
@@ -152,7 +174,7 @@ class Network:
         hook = self.layers[-1].register_forward_hook(lambda module, args, output: last.append(first(output)))
         try:
             ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
-            hidden = self.forward(ids, keep=1, **self.text_positions(ids)).hidden
+            hidden = self.forward(ids, keep=None, **self.text_positions(ids)).hidden
         finally:
             hook.remove()
         with self.precision():

@@ -155,16 +155,28 @@ class TransformersReference(Engine):
             samples: number of runs, at least 1.
             progress: called with the completed fraction of all runs; an exception that it raises stops them.
         """
-        with self._lock:
-            traces = [self.trace(prompt, taps, positions, progress=part(progress, 0.0, 1 / samples))]
-            for seed in range(1, samples):
-                self._jitter = torch.Generator().manual_seed(seed)
-                subprogress = part(progress, seed / samples, (seed + 1) / samples)
+        return list(self.noise_runs(prompt, taps, positions, samples, progress))
+
+    def noise_runs(
+        self,
+        prompt: Prompt,
+        taps: Iterable[str],
+        positions: slice | Sequence[int] = slice(None),
+        samples: int = 4,
+        progress: Progress | None = None,
+    ) -> Iterator[Trace]:
+        """Yield the runs of `noise_floor` one by one."""
+        taps = [taps] if isinstance(taps, str) else list(taps)
+        for seed in range(samples):
+            with self._lock:
+                self._jitter = torch.Generator().manual_seed(seed) if seed else None
                 try:
-                    traces.append(self.trace(prompt, taps, positions, progress=subprogress))
+                    trace = self.trace(
+                        prompt, taps, positions, progress=part(progress, seed / samples, (seed + 1) / samples)
+                    )
                 finally:
                     self._jitter = None
-        return traces
+            yield trace
 
     def run_trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink) -> None:
         self._run(prompt, taps, positions, sink, {})
@@ -219,7 +231,7 @@ class TransformersReference(Engine):
             self._net.final_norm()  # not inside the pass: it runs one of its own
         watched = contextlib.nullcontext() if self._watch is None else self._watch.hooks(self._net)
         with self._lock, self._layer_hooks(wanted, pass_on, layer_done, given), watched:
-            out = self.forward(prompt, keep=rows if "logits" in wanted else 1, hidden=given.get("norm"))
+            out = self.forward(prompt, keep=rows if "logits" in wanted else None, hidden=given.get("norm"))
         pass_on("norm", out.hidden)
         if "logits" in wanted:
             sink("logits", out.logits)
@@ -304,7 +316,7 @@ class TransformersReference(Engine):
         self,
         prompt: Prompt,
         *,
-        keep: int | torch.Tensor,
+        keep: int | torch.Tensor | None,
         cache: Mapping[str, Any] | None = None,
         new: Sequence[int] = (),
         hidden: torch.Tensor | None = None,
@@ -312,7 +324,7 @@ class TransformersReference(Engine):
         """Run the model's own forward on a prompt.
 
         Args:
-            keep: the tokens whose logits are returned: the last `keep` (0: all), or these indices.
+            keep: the tokens whose logits are returned: the last `keep` (0: all), or these indices; None: no logits.
             cache: {} if the pass is continued by others, None if not (`Network.forward`).
             new: generated tokens that follow the prompt.
             hidden: given to the head in place of the states after the final norm.

@@ -71,14 +71,19 @@ class StreamedWeights:
     def _linear_in_blocks(self, unit: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         weights = {attribute: name for _, attribute, name in self._parameters(unit)}
         stored = self._checkpoint.get(weights["weight"])
-        blocks = [x @ rows.to(self._dtype).T for rows in stored.split(_HEAD_ROWS)]
+        out = x.new_empty((*x.shape[:-1], len(stored)))
+        for first in range(0, len(stored), _HEAD_ROWS):
+            rows = stored[first : first + _HEAD_ROWS]
+            out[..., first : first + _HEAD_ROWS] = x @ rows.to(self._dtype).T
+            self._release(weights["weight"], first * stored.stride(0) * stored.itemsize, rows.nbytes)
         self._release(weights["weight"])
-        out = torch.cat(blocks, dim=-1)
         return out + self._checkpoint.get(weights["bias"]).to(self._dtype) if "bias" in weights else out
 
-    def _release(self, name: str) -> None:
+    def _release(self, name: str, offset: int = 0, size: int | None = None) -> None:
+        """Let the operating system drop the mapped pages of a tensor, or of `size` bytes of it from `offset` on."""
         entry = self._checkpoint.entries([name])[name]
-        self._source.release(entry.shard, entry.start, entry.stop)
+        start = entry.start + offset
+        self._source.release(entry.shard, start, entry.stop if size is None else start + size)
 
     def _cast(self, unit: nn.Module, module: nn.Module, attribute: str, tensor: torch.Tensor) -> torch.Tensor:
         if unit not in self._layers:
