@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...errors import EmbeddingRangeError, ModelError, TraceError
 from ...models import Model
@@ -27,15 +26,14 @@ from ..cancellation import Cancellation
 from ..sampling import generate, stop_tokens
 from ..types import Capabilities, EngineOutput, GenerationConfig
 from .generation import CachedRun
+from .layer_hooks import layer_hooks
 from .loading import load_network
 from .masks import span_mask, takes_masks
-from .network import Inject, Network, Output, first, with_states
+from .network import Inject, Network, Output
 from .routers import RouterWatch
 from .structure import examine, plain_tokens
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-_SUM_TOLERANCE = 1e-9
-"""Largest difference, relative to the largest value, between a layer and the sum of its parts in float64."""
 
 
 class TransformersReference(Engine):
@@ -230,87 +228,12 @@ class TransformersReference(Engine):
         if any(tap.startswith("depth.") for tap in taps):
             self._net.final_norm()  # not inside the pass: it runs one of its own
         watched = contextlib.nullcontext() if self._watch is None else self._watch.hooks(self._net)
-        with self._lock, self._layer_hooks(wanted, pass_on, layer_done, given), watched:
+        hooks = layer_hooks(self._net, self._structure, wanted, pass_on, layer_done, given)
+        with self._lock, hooks, watched:
             out = self.forward(prompt, keep=rows if "logits" in wanted else None, hidden=given.get("norm"))
         pass_on("norm", out.hidden)
         if "logits" in wanted:
             sink("logits", out.logits)
-
-    @contextlib.contextmanager
-    def _layer_hooks(
-        self,
-        wanted: set[str],
-        pass_on: Sink,
-        layer_done: Callable[[int, torch.Tensor], None],
-        given: Mapping[str, torch.Tensor],
-    ) -> Iterator[None]:
-        """Hooks that pass on the states of the layers. In float64 what a layer adds is compared with the sum of its two parts."""
-        hooks: list[Any] = []
-        sums: dict[int, torch.Tensor] = {}
-
-        def enter(number: int) -> Any:
-            def look(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-                state = args[0] if args else kwargs["hidden_states"]
-                changed = None
-                if number == 0:
-                    pass_on("embed", state)
-                    if "embed" in given:
-                        state = given["embed"][None]
-                        changed = ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
-                if self.dtype is torch.float64:
-                    sums[number] = state.clone()  # a layer may add to its input in place
-                return changed
-
-            return look
-
-        def add(number: int, name: str, factor: float) -> Any:
-            def look(module: nn.Module, args: tuple, output: Any) -> None:
-                state = first(output)
-                state = state if factor == 1.0 else state * factor
-                pass_on(f"layers.{number}.{name}", state)
-                if self.dtype is torch.float64:
-                    sums[number] = sums[number] + state.reshape(sums[number].shape)
-
-            return look
-
-        def leave(number: int) -> Any:
-            def look(module: nn.Module, args: tuple, output: Any) -> Any:
-                state, total = first(output), sums.pop(number, None)
-                if total is not None and self._parts_wanted(number, wanted):
-                    self._check_sum(number, total, state)
-                layer_done(number, state)
-                other = given.get(f"layers.{number}")
-                return None if other is None else with_states(output, other[None])
-
-            return look
-
-        try:
-            for number, layer in enumerate(self._net.layers or () if self._structure.states else ()):
-                hooks.append(layer.register_forward_pre_hook(enter(number), with_kwargs=True))
-                if self._parts_wanted(number, wanted):
-                    parts = self._structure.parts[number]
-                    assert parts is not None
-                    for name, addend in (("attention", parts.attention), ("mlp", parts.mlp)):
-                        module = layer.get_submodule(addend.path)
-                        hooks.append(module.register_forward_hook(add(number, name, addend.factor)))
-                hooks.append(layer.register_forward_hook(leave(number)))
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _parts_wanted(self, number: int, wanted: set[str]) -> bool:
-        return self._structure.parts[number] is not None and not wanted.isdisjoint(
-            (f"layers.{number}.attention", f"layers.{number}.mlp")
-        )
-
-    def _check_sum(self, number: int, total: torch.Tensor, state: torch.Tensor) -> None:
-        off = float((total - state).abs().max() / state.abs().max().clamp(min=1e-300))
-        if off > _SUM_TOLERANCE:
-            raise ModelError(
-                f"in layer {number} of {type(self.network).__name__} attention and MLP do not sum up to what the layer adds (off by "
-                f"{off:.1e} of its largest value): choose taps without layers.{number}.attention and layers.{number}.mlp"
-            )
 
     def forward(
         self,
