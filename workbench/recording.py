@@ -16,6 +16,7 @@ import torch
 from .atomic_write import atomic_folder
 from .checksums import checksum
 from .comparison.check import shared_taps
+from .comparison.floor_runs import exact_run, measured_floor
 from .comparison.logits import compare_text
 from .comparison.noise_floor import NoiseFloor
 from .comparison.probes import probe
@@ -153,8 +154,10 @@ def _record(
         log(f"engine: {engine.plan_trace(prompt, chosen, kept)}")
         run = engine.trace(prompt, chosen, kept, path=folder / "run.safetensors")
         exact, rounded = (reference_engine(model, each, reference_device) for each in ("float64", dtype))
-        expected = exact.trace(prompt, chosen, kept, path=folder / "reference.safetensors")
-        floor = NoiseFloor.measure(expected, rounded.noise_floor(prompt, chosen, kept))
+        expected, routers = exact_run(
+            exact, lambda: exact.trace(prompt, chosen, kept, path=folder / "reference.safetensors")
+        )
+        floor = measured_floor(rounded, expected, routers, lambda seed: rounded.noise_run(prompt, chosen, kept, seed))
         floor.save(folder / "floor.safetensors")
         prompt.save(folder / "prompt.json")
         comparison = compare(expected, run, floor=floor)

@@ -86,7 +86,7 @@ def _faults(model: workbench.Model, class_name: str) -> Iterator[str]:
         if layers:
             try:
                 lens = engine.logit_lens(trace[f"layers.{layers - 1}"])
-            except workbench.ModelError:  # it says that there is no such norm
+            except workbench.ModelError:  # refused: the class has no single norm before its head
                 lens = trace["logits"]
             if not (error := _off(lens, trace["logits"])) < tolerance:
                 yield f"{dtype} logit lens of the last layer is off by {error:.1e}"

@@ -6,6 +6,7 @@ import transformers
 
 import workbench
 from tests.workbench.small_models import BASE, random_prompt
+from workbench.cli.main import main
 from workbench.comparison.noise_floor import NoiseFloor
 from workbench.comparison.reference_cache import reference_run
 from workbench.engines.transformers.routers import Exchange, RouterWatch
@@ -62,7 +63,7 @@ def test_choice_that_rounding_turns_is_noise_and_named(close):
     assert found.verdict == "noise", found
     assert (1, token) in {(each.layer, each.token) for each in found.expert_choices}
     assert "expert choice flips at layer" in str(found)
-    # It is no small difference: of the two ways to choose, one is a bug if the floor knows only the other.
+    # The two experts' outputs differ by far more than rounding: a floor from one choice alone calls the other a bug.
     reference, _ = reference_run(close, random_prompt(), "float32", TAPS)
     plain = workbench.open_engine("transformers", close, dtype="float32").trace(random_prompt(), TAPS)
     ways = plain, engine.trace(random_prompt(), TAPS)
@@ -108,3 +109,11 @@ def test_sigmoid_routers_with_a_bias_are_understood(tmp_path):
         engine.trace(random_prompt(), ["norm"])
     assert sorted(watch.passes[0]) == [1, 2]
     assert all(read.scores is not None for read in watch.passes[0].values())
+
+
+def test_command_line_keeps_undecided_choices(close, tmp_path):
+    random_prompt().save(tmp_path / "p.json")
+    arguments = ["trace", str(tmp_path / "p.json"), "--model", str(close.path), "--reference", "float32"]
+    assert main([*arguments, "--out", str(tmp_path / "t.safetensors")]) == 0
+    (stored,) = tmp_path.glob("*floor*")
+    assert NoiseFloor.load(stored).expert_choices

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 import workbench
 from tests.small_vlms import VLMS, save_vlm
@@ -102,3 +103,17 @@ def test_placeholder_ids_do_not_matter(tmp_path):
     prompt = random_prompt()
     padded = prompt.replace(input_ids=[0 if 4 <= i < 9 else token for i, token in enumerate(prompt.input_ids)])
     assert torch.equal(*(engine.trace(each, ["logits"])["logits"] for each in (prompt, padded)))
+
+
+def test_new_positions_after_images_need_those_of_the_prompt(tmp_path):
+    """A model with M-RoPE remembers the offset of the last prompt that it saw, which may be another request's."""
+    model = save_vlm(tmp_path, VLMS["qwen2_vl"])
+    picture = Image.radial_gradient("L").convert("RGB").resize((224, 56))
+    prompt = workbench.build_multimodal(model, "caption this in words", [picture])
+    engine = workbench.open_engine("transformers-multimodal", model)
+    short = workbench.GenerationConfig(max_new_tokens=4)
+    assert len(engine.generate(prompt, short).token_ids) <= 4
+    without = prompt.replace(position_ids=None)
+    with pytest.raises(workbench.PromptError, match="give position_ids"):
+        engine.generate(without, short)
+    assert torch.equal(*(engine.trace(each, ["logits"])["logits"] for each in (prompt, without)))

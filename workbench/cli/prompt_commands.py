@@ -130,7 +130,7 @@ def _lint(options: argparse.Namespace) -> int:
 
 
 def _trace(options: argparse.Namespace) -> int:
-    from ..comparison.noise_floor import NoiseFloor
+    from ..comparison.floor_runs import exact_run, measured_floor
     from ..engines import open_engine
     from ..models import load_model
     from ..prompt import Prompt
@@ -146,11 +146,15 @@ def _trace(options: argparse.Namespace) -> int:
         print(engine.trace(prompt, options.taps, positions, path=options.out, max_bytes=options.max_bytes))
         return 0
     model, placement = load_model(options.model), {"device": options.device} if options.device else {}
-    exact = open_engine("transformers", model, dtype="float64", **placement)
+    exact: Any = open_engine("transformers", model, dtype="float64", **placement)
     rounded: Any = open_engine("transformers", model, dtype=options.reference, **placement)
     print(exact.plan_trace(prompt, options.taps, positions))
-    expected = exact.trace(prompt, options.taps, positions, path=options.out, max_bytes=options.max_bytes)
-    floor = NoiseFloor.measure(expected, rounded.noise_floor(prompt, options.taps, positions))
+    expected, routers = exact_run(
+        exact, lambda: exact.trace(prompt, options.taps, positions, path=options.out, max_bytes=options.max_bytes)
+    )
+    floor = measured_floor(
+        rounded, expected, routers, lambda seed: rounded.noise_run(prompt, options.taps, positions, seed)
+    )
     floor.save(floor_path(options.out, options.reference))
     print(f"{expected}\nnoise floor in {options.reference}: {floor_path(options.out, options.reference)}")
     return 0

@@ -1,7 +1,7 @@
 """Experts that rounding may choose otherwise: where a router's choice is that close, neither expert is wrong.
 
-The choice is undecided if the score of the last chosen expert and that of the first one left out are no further apart than the scores'
-own noise allows. A run of the reference in which all undecided choices are exchanged then belongs to the noise floor.
+A router chooses the experts with the k highest scores. Its choice is undecided if the scores of rank k and k + 1 differ by less than
+their rounding errors. The noise floor then includes a run of the reference in which all undecided choices are exchanged.
 """
 
 from __future__ import annotations

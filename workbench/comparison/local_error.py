@@ -10,17 +10,13 @@ from dataclasses import dataclass
 
 from ..engines.base import Engine
 from ..engines.freed_memory import return_freed_memory
-from ..engines.transformers.routers import RouterWatch
 from ..progress import Progress, part
 from ..prompt import Prompt
 from ..trace import Trace
 from .check import check_with_traces
-from .expert_choices import undecided_choices
-from .noise_floor import FloorMeasurement
+from .floor_runs import exact_run, measured_floor
 from .reference_cache import reference_engine
 from .verdict import FACTOR, Comparison, compare
-
-_FLOOR_RUNS = 4
 
 
 @dataclass(frozen=True)
@@ -107,25 +103,12 @@ def compare_local(
     """
     dtype = str(engine.dtype).removeprefix("torch.")
     return_freed_memory(collect=False)
-    exact, routers = reference_engine(engine.model, "float64", device), RouterWatch()
-    with exact.watching(routers):
-        expected = exact.local_trace(prompt, run)
-    return_freed_memory(collect=False)
-    _report(progress, 0.4)
-    narrow, watch = reference_engine(engine.model, dtype, device), RouterWatch()
-    measurement = FloorMeasurement(expected)
-    with narrow.watching(watch):
-        for seed in range(_FLOOR_RUNS):
-            measurement.add(narrow.local_trace(prompt, run, seed or None))
-            return_freed_memory(collect=False)
-            _report(progress, 0.4 + 0.6 * (seed + 1) / _FLOOR_RUNS)
-    choices, exchanges = undecided_choices(routers.passes[-1], watch.passes)
-    if exchanges:
-        with narrow.watching(RouterWatch(exchanges)):
-            measurement.add(narrow.local_trace(prompt, run), exchanged=True)
-    return compare(expected, run, floor=measurement.floor(choices), factor=factor), expected
-
-
-def _report(progress: Progress | None, fraction: float) -> None:
+    exact = reference_engine(engine.model, "float64", device)
+    expected, routers = exact_run(exact, lambda: exact.local_trace(prompt, run))
     if progress is not None:
-        progress(fraction)
+        progress(0.4)
+    narrow = reference_engine(engine.model, dtype, device)
+    floor = measured_floor(
+        narrow, expected, routers, lambda seed: narrow.local_trace(prompt, run, seed), part(progress, 0.4, 1.0)
+    )
+    return compare(expected, run, floor=floor, factor=factor), expected

@@ -9,13 +9,13 @@ from cachetools import LRUCache
 
 from ..engines.freed_memory import return_freed_memory
 from ..engines.transformers.reference import TransformersReference
-from ..engines.transformers.routers import RouterRead, RouterWatch
+from ..engines.transformers.routers import RouterRead
 from ..models import Model
 from ..progress import Progress, part
 from ..prompt import Prompt
 from ..trace import Trace
-from .expert_choices import undecided_choices
-from .noise_floor import FloorMeasurement, NoiseFloor
+from .floor_runs import FLOOR_RUNS, exact_run, measured_floor
+from .noise_floor import NoiseFloor
 
 _MAX_WEIGHT_BYTES = 1 << 28
 """Bytes of the weights of references that are kept open (small models); larger references are opened again for every run."""
@@ -71,28 +71,30 @@ def reference_run(
         # The float64 run takes about as long as three of the four runs in the engine's dtype.
         exact = reference_engine(model, "float64", device)
         taps = [tap for tap in taps if "*" in tap or tap in exact.capabilities.taps] or taps
-        watch = RouterWatch()
-        with exact.watching(watch):
-            trace = exact.trace(prompt, taps, positions, progress=part(progress, 0.0, 0.4))
-        kept = trace, {}, watch.passes[-1]
-        return_freed_memory(collect=False)
+        trace, routers = exact_run(
+            exact, lambda: exact.trace(prompt, taps, positions, progress=part(progress, 0.0, 0.4))
+        )
+        kept = trace, {}, routers
     expected, floors, routers = kept
     if expected.nbytes <= _MAX_TRACE_BYTES:  # stored before the floor runs, so that cancelling them does not lose it
         with _lock:
             _runs[key] = expected, floors, routers
     if dtype not in floors:
-        engine, watch = reference_engine(model, dtype, device), RouterWatch()
-        measurement = FloorMeasurement(expected)
-        with engine.watching(watch):
-            for run in engine.noise_runs(prompt, list(expected), positions, progress=part(progress, 0.4, 1.0)):
-                measurement.add(run)
-        choices, exchanges = undecided_choices(routers, watch.passes)
-        if exchanges:
-            with engine.watching(RouterWatch(exchanges)):
-                measurement.add(engine.trace(prompt, list(expected), positions), exchanged=True)
-        floors[dtype] = measurement.floor(choices)
+        engine = reference_engine(model, dtype, device)
+        floors[dtype] = measured_floor(
+            engine,
+            expected,
+            routers,
+            lambda seed: engine.noise_run(prompt, list(expected), positions, seed, _quarter(progress, seed)),
+        )
         return_freed_memory(collect=False)
     return expected, floors[dtype]
+
+
+def _quarter(progress: Progress | None, run: int) -> Progress | None:
+    """The part of the progress that belongs to a run of the floor."""
+    first, step = 0.4, 0.6 / FLOOR_RUNS
+    return part(progress, first + run * step, first + (run + 1) * step)
 
 
 def _file_stamps(model: Model) -> tuple:

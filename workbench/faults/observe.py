@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..comparison.reference_cache import reference_engine
+from ..comparison.reference_cache import reference_run
 from ..comparison.verdict import compare
 from ..engines.base import Engine
 from ..errors import EngineDied, ModelError
@@ -76,8 +76,7 @@ def observe(
             None if outcome == "undefined" else False,
         )
     dtype = str(engine.dtype).removeprefix("torch.")
-    expected = reference_engine(engine.model, "float64", device).trace(predicted.prompt, ["norm"])
-    floor = reference_engine(engine.model, dtype, device).noise_floor(predicted.prompt, ["norm"])
+    expected, floor = reference_run(engine.model, predicted.prompt, dtype, ["norm"], device=device)
     same_prompt = {key: expected.provenance[key] for key in ("prompt", "ranges", "modalities")}
     seen = compare(expected, Trace(trace, trace.positions, {**trace.provenance, **same_prompt}), floor=floor)
     good = seen.verdict != "bug"

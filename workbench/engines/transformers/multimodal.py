@@ -57,6 +57,10 @@ class TransformersMultimodal(TransformersReference):
             )
         super().check(prompt, new_tokens)
         groups = prompt.multimodal if isinstance(prompt, MultimodalPrompt) else ()
+        if groups and new_tokens > 1 and self._net.mrope and prompt.position_ids is None:
+            raise PromptError(
+                "the positions of new tokens follow from those of the images: give position_ids, as build_multimodal computes them"
+            )
         for number, group in enumerate(groups):
             pixels = group.get("pixel_values", group.get("input_features")) if isinstance(group, dict) else None
             if not isinstance(pixels, torch.Tensor):  # without pixels the model would answer from the placeholders

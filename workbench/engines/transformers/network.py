@@ -121,12 +121,14 @@ class Network:
         given = {"input_ids": ids, **inputs}
         if self.takes("use_cache"):
             given["use_cache"] = cache is not None
-        if keep is None:
-            return self._without_head(inject, decoder_inputs or {}, given)
-        if self.takes("logits_to_keep"):
+        if keep is not None and self.takes("logits_to_keep"):
             given["logits_to_keep"] = keep
-        with self._own_errors(), self._injected(inject, decoder_inputs or {}, hidden) as returned, self.precision():
+        injected = self._injected(inject, decoder_inputs or {}, hidden, stop=keep is None)
+        with self._own_errors(), injected as returned, self.precision(), contextlib.suppress(_DecoderDone):
             out = self.module(**given, **(cache or {}))
+        if keep is None:
+            states = first(returned[-1])[0]
+            return Output(states, states[:0], {})
         logits = out.logits[0]
         if not self.takes("logits_to_keep"):
             logits = logits[-keep:] if isinstance(keep, int) else logits[keep]
@@ -135,26 +137,11 @@ class Network:
         }
         return Output(first(returned[-1])[0], logits, kept)
 
-    def _without_head(self, inject: Inject | None, decoder_inputs: Mapping[str, Any], given: dict[str, Any]) -> Output:
-        def enough(module: nn.Module, args: tuple, output: Any) -> None:
-            raise _DecoderDone
-
-        with self._own_errors(), self._injected(inject, decoder_inputs, None) as returned, self.precision():
-            hook = self.decoder.register_forward_hook(enough)  # after the hook that keeps what the decoder returns
-            try:
-                self.module(**given)
-            except _DecoderDone:
-                pass
-            finally:
-                hook.remove()
-        hidden = first(returned[-1])[0]
-        return Output(hidden, hidden[:0], {})
-
     def final_norm(self) -> nn.Module:
         """The norm between the last layer and what the decoder returns, as a short pass shows.
 
         Raises:
-            ModelError: there is no such module, or something else happens there.
+            ModelError: the decoder has no such norm, or computes something else between its last layer and its output.
         """
         if self._norm_works is None:
             self._norm_works = self.norm is not None and self._try_norm()
@@ -246,21 +233,20 @@ class Network:
 
         blocks = []
         own = self.decoder.forward
-        with self.precision():
-            for block in hidden.split(_LENS_TOKENS):
-                self.decoder.forward = lambda *args, states=block, **kwargs: States(last_hidden_state=states[None])
-                try:
-                    ids = torch.zeros((1, len(block)), dtype=torch.long, device=self.device)
-                    blocks.append(self.module(input_ids=ids, **self.text_positions(ids)).logits[0])
-                finally:
-                    self.decoder.forward = own
+        for block in hidden.split(_LENS_TOKENS):
+            self.decoder.forward = lambda *args, states=block, **kwargs: States(last_hidden_state=states[None])
+            try:
+                ids = torch.zeros((1, len(block)), dtype=torch.long, device=self.device)
+                blocks.append(self.run(input_ids=ids, **self.text_positions(ids)).logits[0])
+            finally:
+                self.decoder.forward = own
         return torch.cat(blocks)
 
     @contextlib.contextmanager
     def _injected(
-        self, inject: Inject | None, decoder_inputs: Mapping[str, Any], hidden: torch.Tensor | None
+        self, inject: Inject | None, decoder_inputs: Mapping[str, Any], hidden: torch.Tensor | None, stop: bool
     ) -> Iterator[list[Any]]:
-        """Hooks for one pass; yields a list to which the decoder's output is appended.
+        """Hooks for one pass; yields a list to which the decoder's output is appended. With `stop` the pass ends there.
 
         A model that looks up embeddings itself passes them to its decoder; else the decoder looks them up.
         """
@@ -288,6 +274,8 @@ class Network:
 
         def leave(module: nn.Module, args: tuple, output: Any) -> Any:
             returned.append(output)
+            if stop:
+                raise _DecoderDone
             return None if hidden is None else with_states(output, hidden[None])
 
         hooks = [

@@ -153,38 +153,34 @@ class TransformersReference(Engine):
             samples: number of runs, at least 1.
             progress: called with the completed fraction of all runs; an exception that it raises stops them.
         """
-        return list(self.noise_runs(prompt, taps, positions, samples, progress))
+        steps = [part(progress, seed / samples, (seed + 1) / samples) for seed in range(samples)]
+        return [self.noise_run(prompt, taps, positions, seed, step) for seed, step in enumerate(steps)]
 
-    def noise_runs(
+    def noise_run(
         self,
         prompt: Prompt,
         taps: Iterable[str],
-        positions: slice | Sequence[int] = slice(None),
-        samples: int = 4,
+        positions: slice | Sequence[int],
+        seed: int,
         progress: Progress | None = None,
-    ) -> Iterator[Trace]:
-        """Yield the runs of `noise_floor` one by one."""
-        taps = [taps] if isinstance(taps, str) else list(taps)
-        for seed in range(samples):
-            with self._lock:
-                self._jitter = torch.Generator().manual_seed(seed) if seed else None
-                try:
-                    trace = self.trace(
-                        prompt, taps, positions, progress=part(progress, seed / samples, (seed + 1) / samples)
-                    )
-                finally:
-                    self._jitter = None
-            yield trace
+    ) -> Trace:
+        """One run of `noise_floor`; with seed 0 it is unperturbed."""
+        with self._lock:
+            self._jitter = torch.Generator().manual_seed(seed) if seed else None
+            try:
+                return self.trace(prompt, taps, positions, progress=progress)
+            finally:
+                self._jitter = None
 
     def run_trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink) -> None:
         self._run(prompt, taps, positions, sink, {})
 
-    def local_trace(self, prompt: Prompt, run: Trace, seed: int | None = None) -> Trace:
+    def local_trace(self, prompt: Prompt, run: Trace, seed: int = 0) -> Trace:
         """Run each layer on another engine's states: its input is what that engine had before the layer, not what came of this run.
 
         Args:
             run: the other engine's trace of all positions; its taps are traced. The norm gets its last layer, the head its norm.
-            seed: if given, each element of those states gets a random relative error of about one unit roundoff.
+            seed: unless 0, each element of those states gets a random relative error of about one unit roundoff.
 
         Raises:
             TraceError: the trace lacks positions, `embed` or a layer.
@@ -198,7 +194,7 @@ class TransformersReference(Engine):
             raise TraceError(f"local errors need the engine's states before every layer: its trace lacks {what}")
         self.check(prompt)
         given = {tap: run[tap].to(self.device, self.dtype) for tap in ("embed", *layers, "norm") if tap in run}
-        if seed is not None:
+        if seed:
             generator = torch.Generator().manual_seed(seed)
             given = {tap: self._jittered(state, generator) for tap, state in given.items()}
         taps = [tap for tap in self.capabilities.taps if tap in run]

@@ -120,9 +120,7 @@ def _examine(network: Network, mask: Any) -> _Findings:
             fault = f"layers of kind {', '.join(unused) or type(layers[last]).__name__} do not run on tokens and embeddings alone"
     except _Enough:
         pass
-    except (
-        Exception
-    ) as error:  # whatever a class raises for two plain sequences of tokens, it is no causal language model here
+    except Exception as error:  # classes raise errors of many types if they need more than token ids
         fault = f"its forward pass fails on plain tokens: {reason(error.__cause__ or error)}"
     finally:
         for hook in hooks:
