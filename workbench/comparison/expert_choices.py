@@ -48,19 +48,18 @@ class ExpertChoice:
 
 
 _MARGIN = 4.0
-"""A choice is undecided up to this multiple of the scores' largest error in four runs: each of the two scores may be off by twice that.
-
-The verdict allows more, but with its factor of 8 most choices of a small model in bfloat16 would be undecided, and a wrong expert hidden."""
+"""A choice is undecided if the two scores differ by up to this multiple of the scores' largest error in four runs: each may be off by
+twice that error. A larger multiple would hide wrong experts: every undecided token has a floor as large as the states themselves."""
 
 
 def undecided_choices(
     exact: Mapping[int, RouterRead], runs: Sequence[Mapping[int, RouterRead]]
 ) -> tuple[list[ExpertChoice], dict[int, Exchange]]:
-    """Find the choices that rounding may turn, from the reference's routers in float64 and in the engine's dtype.
+    """Find the choices that rounding can change, from the reference's routers in float64 and in the engine's dtype.
 
     Returns:
-        the choices, and for each layer the exchanges that turn them all. A router whose scores are not known (`RouterRead`) has those
-        choices that differed between the runs.
+        the choices, and for each layer the exchanges that change them all. If a router's scores are not known (`RouterRead`), its
+        undecided choices are those that differed between the runs.
     """
     choices, exchanges = [], {}
     for layer, read in exact.items():

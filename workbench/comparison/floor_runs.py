@@ -33,7 +33,7 @@ def measured_floor(
 ) -> NoiseFloor:
     """Measure the noise floor of `expected` by runs in the engine's dtype.
 
-    If rounding can turn choices of experts, there is one more run, in which all of them are exchanged.
+    If rounding can change which experts are chosen, there is one more run, in which all those choices are exchanged.
 
     Args:
         engine: the reference in the engine's dtype.

@@ -95,8 +95,8 @@ def compare_local(
 ) -> tuple[Comparison, Trace]:
     """Compare an engine's trace `run` with the reference's layers on its states; return the comparison and the reference's trace.
 
-    The floor is the error of the same in the engine's dtype, the worst of four runs, three of them on inputs that are off by one
-    rounding.
+    The floor is the largest error of four runs of those layers in the engine's dtype, three of them on states that are moved by up to
+    one rounding.
 
     Raises:
         TraceError: `run` lacks the states before a layer.
