@@ -16,11 +16,12 @@ import torch
 from .atomic_write import atomic_folder
 from .checksums import checksum
 from .comparison.check import shared_taps
-from .comparison.floor_runs import exact_run, measured_floor
+from .comparison.floor_runs import reference_runs
 from .comparison.logits import compare_text
 from .comparison.noise_floor import NoiseFloor
 from .comparison.probes import probe
-from .comparison.reference_cache import reference_engine
+from .comparison.reference_cache import reference_pair
+from .comparison.reference_pass import ReferencePass
 from .comparison.verdict import Comparison, compare
 from .engines import open_engine
 from .engines.types import EngineOutput, GenerationConfig
@@ -153,11 +154,10 @@ def _record(
         chosen = shared_taps(engine, taps)
         log(f"engine: {engine.plan_trace(prompt, chosen, kept)}")
         run = engine.trace(prompt, chosen, kept, path=folder / "run.safetensors")
-        exact, rounded = (reference_engine(model, each, reference_device) for each in ("float64", dtype))
-        expected, routers = exact_run(
-            exact, lambda: exact.trace(prompt, chosen, kept, path=folder / "reference.safetensors")
-        )
-        floor = measured_floor(rounded, expected, routers, lambda seed: rounded.noise_run(prompt, chosen, kept, seed))
+        exact, rounded = reference_pair(model, dtype, reference_device)
+        what = ReferencePass(prompt, chosen, kept, path=folder / "reference.safetensors")
+        (found,) = reference_runs(exact, rounded, [what])
+        expected, floor = found.trace, found.floor
         floor.save(folder / "floor.safetensors")
         prompt.save(folder / "prompt.json")
         comparison = compare(expected, run, floor=floor)

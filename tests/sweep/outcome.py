@@ -15,6 +15,7 @@ import workbench
 from workbench.engines.transformers.reference import TransformersReference
 
 from .small_configs import small_network
+from .streaming import streaming_faults
 
 IDS = [5, 9, 3, 77, 23, 60, 41, 8, 13, 99, 101, 55, 56, 57, 40, 33, 21, 90, 91, 34]
 RANGE = (6, 11)
@@ -48,8 +49,14 @@ def judge(class_name: str, model_type: str) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         network.save_pretrained(folder)
         try:
-            faults = list(_faults(workbench.load_model(folder), class_name))
-            detail = _detail(workbench.load_model(folder))
+            model = workbench.load_model(folder)
+            faults = list(_faults(model, class_name))
+            try:
+                faults += streaming_faults(model, workbench.Prompt(IDS))
+                streamed = ""
+            except workbench.ModelError as error:
+                streamed = f"; not streamed: {_line(error).replace(folder, 'the checkpoint')}"
+            detail = _detail(model) + streamed
         except (workbench.ModelError, workbench.PromptError) as error:
             return Outcome(class_name, "refused", _line(error).replace(folder, "the checkpoint"))
         except Exception as error:

@@ -29,7 +29,8 @@ def test_layers_run_on_the_states_of_the_other_engine(llama):
         .inject(workbench.open_engine("numba", llama))
         .trace(prompt, ["embed", "layers.*", "layers.*.*", "norm", "logits"])
     )
-    local = reference_engine(llama, "float64").local_trace(prompt, run)
+    local: dict[str, torch.Tensor] = {}
+    reference_engine(llama, "float64").run_local(prompt, run, 0, lambda tap, state: local.update({tap: state}))
     network = transformers.AutoModelForCausalLM.from_pretrained(llama.path, dtype=torch.float64).eval()
     positions = torch.arange(len(prompt))[None]
     with torch.no_grad():
@@ -86,7 +87,7 @@ def test_engine_without_layers_is_refused(llama):
     engine = workbench.open_engine("numba", llama)
     run = engine.trace(random_prompt(), ["embed", "norm"])
     with pytest.raises(workbench.TraceError, match=r"layers\.0"):
-        reference_engine(llama, "float64").local_trace(random_prompt(), run)
+        reference_engine(llama, "float64").local_taps(random_prompt(), run)
     some = engine.trace(random_prompt(), ["embed", "layers.*"], slice(0, 10))
     with pytest.raises(workbench.TraceError, match="30 of 40 positions"):
-        reference_engine(llama, "float64").local_trace(random_prompt(), some)
+        reference_engine(llama, "float64").local_taps(random_prompt(), some)

@@ -36,6 +36,11 @@ def add(commands: Any) -> dict[str, Any]:
         metavar="DTYPE",
         help="record Transformers in float64 instead, and next to it the noise floor of DTYPE (file.floor-DTYPE.safetensors)",
     )
+    trace.add_argument(
+        "--streamed",
+        action=argparse.BooleanOptionalAction,
+        help="read the reference's weights layer by layer; by default if they are large",
+    )
 
     compare = commands.add_parser("compare", help="compare a recorded run with a recorded reference")
     compare.add_argument("reference", help="what `workbench trace --reference` wrote")
@@ -130,8 +135,9 @@ def _lint(options: argparse.Namespace) -> int:
 
 
 def _trace(options: argparse.Namespace) -> int:
-    from ..comparison.floor_runs import exact_run, measured_floor
-    from ..engines import open_engine
+    from ..comparison.floor_runs import reference_runs
+    from ..comparison.reference_cache import reference_pair
+    from ..comparison.reference_pass import ReferencePass
     from ..models import load_model
     from ..prompt import Prompt
 
@@ -145,16 +151,13 @@ def _trace(options: argparse.Namespace) -> int:
         print(engine.plan_trace(prompt, options.taps, positions))
         print(engine.trace(prompt, options.taps, positions, path=options.out, max_bytes=options.max_bytes))
         return 0
-    model, placement = load_model(options.model), {"device": options.device} if options.device else {}
-    exact: Any = open_engine("transformers", model, dtype="float64", **placement)
-    rounded: Any = open_engine("transformers", model, dtype=options.reference, **placement)
+    exact, rounded = reference_pair(
+        load_model(options.model), options.reference, options.device or "cpu", options.streamed
+    )
     print(exact.plan_trace(prompt, options.taps, positions))
-    expected, routers = exact_run(
-        exact, lambda: exact.trace(prompt, options.taps, positions, path=options.out, max_bytes=options.max_bytes)
-    )
-    floor = measured_floor(
-        rounded, expected, routers, lambda seed: rounded.noise_run(prompt, options.taps, positions, seed)
-    )
+    what = ReferencePass(prompt, options.taps, positions, path=Path(options.out), max_bytes=options.max_bytes)
+    (found,) = reference_runs(exact, rounded, [what])
+    expected, floor = found.trace, found.floor
     floor.save(floor_path(options.out, options.reference))
     print(f"{expected}\nnoise floor in {options.reference}: {floor_path(options.out, options.reference)}")
     return 0

@@ -23,6 +23,7 @@ def check_engine(
     factor: float = FACTOR,
     device: str = "cpu",
     progress: Progress | None = None,
+    streamed: bool | None = None,
 ) -> Comparison:
     """Compare an engine's hidden states on one prompt with those of the reference, Transformers.
 
@@ -36,21 +37,30 @@ def check_engine(
         factor: largest error that counts as rounding noise, as a multiple of the noise floor.
         device: the reference's device, "cpu" or "cuda".
         progress: called with the fraction done; an exception that it raises stops the run.
+        streamed: whether the reference's weights are read layer by layer, each layer once for all five runs, so that memory for one
+            layer is enough; None: if they do not fit into memory, and on the CPU if they take more than 256 MB.
 
     Raises:
         EmbeddingRangeError, PromptError: the engine cannot run the prompt.
+        ModelError: the reference cannot be loaded, or not streamed.
         ValueError: no pattern matches a tap of the engine, a position outside the prompt, or a factor below 1.
         TraceError: the states do not fit into memory, or contain NaN in the reference.
     """
-    expected, floor, run = _run_both(engine, prompt, taps, positions, device, progress)
+    expected, floor, run = _run_both(engine, prompt, taps, positions, device, progress, streamed)
     return compare(expected, run, floor=floor, factor=factor)
 
 
 def check_with_traces(
-    engine: Engine, prompt: Prompt, progress: Progress | None = None, *, factor: float = FACTOR, device: str = "cpu"
+    engine: Engine,
+    prompt: Prompt,
+    progress: Progress | None = None,
+    *,
+    factor: float = FACTOR,
+    device: str = "cpu",
+    streamed: bool | None = None,
 ) -> tuple[Comparison, Trace, Trace]:
     """`check_engine` for all taps and positions; return the comparison, the reference's float64 trace and the engine's trace."""
-    expected, floor, run = _run_both(engine, prompt, EVERY_TAP, slice(None), device, progress)
+    expected, floor, run = _run_both(engine, prompt, EVERY_TAP, slice(None), device, progress, streamed)
     return compare(expected, run, floor=floor, factor=factor), expected, run
 
 
@@ -75,8 +85,10 @@ def _run_both(
     positions: slice | Sequence[int],
     device: str,
     progress: Progress | None,
+    streamed: bool | None,
 ) -> tuple[Trace, NoiseFloor, Trace]:
     dtype = str(engine.dtype).removeprefix("torch.")
     chosen = shared_taps(engine, [taps] if isinstance(taps, str) else list(taps))
-    expected, floor = reference_run(engine.model, prompt, dtype, chosen, positions, device, part(progress, 0.0, 0.85))
+    first = part(progress, 0.0, 0.85)
+    expected, floor = reference_run(engine.model, prompt, dtype, chosen, positions, device, first, streamed)
     return expected, floor, engine.trace(prompt, chosen, positions, progress=part(progress, 0.85, 1.0))

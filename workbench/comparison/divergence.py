@@ -58,7 +58,13 @@ class FirstDivergence:
 
 
 def first_divergence(
-    engine: Engine, prompt: Prompt, *, factor: float = FACTOR, max_bytes: int = ROOM, device: str = "cpu"
+    engine: Engine,
+    prompt: Prompt,
+    *,
+    factor: float = FACTOR,
+    max_bytes: int = ROOM,
+    device: str = "cpu",
+    streamed: bool | None = None,
 ) -> FirstDivergence:
     """Find the first tap (named hidden state), token and span at which `engine` differs from the reference by more than rounding.
 
@@ -73,12 +79,13 @@ def first_divergence(
         factor: largest error that counts as rounding noise, as a multiple of the noise floor.
         max_bytes: memory for the traces of engine and reference.
         device: the reference's device, "cpu" or "cuda".
+        streamed: whether the reference's weights are streamed (`check_engine`).
 
     Raises:
         EmbeddingRangeError, PromptError: the engine cannot run the prompt.
     """
     taps = shared_taps(engine, [*EVERY_TAP, "depth.*"] if "embed" not in engine.capabilities.taps else EVERY_TAP)
-    search = _Search(engine, prompt, factor, device)
+    search = _Search(engine, prompt, factor, device, streamed)
     # In memory: the engine's trace, the reference in float64, and its four runs in the engine's dtype.
     whole = engine.plan_trace(prompt, taps).nbytes * (1 + 8 // engine.dtype.itemsize + 4)
     if whole <= max_bytes:
@@ -112,12 +119,15 @@ def _exposes_layers(engine: Engine) -> bool:
 class _Search:
     """Runs engine and reference over chosen taps, and keeps the traces of the last comparison for the diagnosis."""
 
-    def __init__(self, engine: Engine, prompt: Prompt, factor: float, device: str) -> None:
+    def __init__(self, engine: Engine, prompt: Prompt, factor: float, device: str, streamed: bool | None) -> None:
         self.engine, self.prompt, self.factor, self.device, self.runs = engine, prompt, factor, device, 0
+        self.streamed = streamed
 
     def compare_at(self, taps: Sequence[str]) -> Comparison:
         dtype = str(self.engine.dtype).removeprefix("torch.")
-        reference, floor = reference_run(self.engine.model, self.prompt, dtype, taps, device=self.device)
+        reference, floor = reference_run(
+            self.engine.model, self.prompt, dtype, taps, device=self.device, streamed=self.streamed
+        )
         self.reference, self.state = reference, self.engine.trace(self.prompt, taps)
         self.runs += 1
         return compare(reference, self.state, floor=floor, factor=self.factor)
@@ -128,7 +138,9 @@ class _Search:
         whole = self.result(comparison, taps)
         if comparison.verdict == "same" or not _exposes_layers(self.engine):
             return whole
-        local, reference = compare_local(self.engine, self.prompt, self.state, self.factor, self.device)
+        local, reference = compare_local(
+            self.engine, self.prompt, self.state, self.factor, self.device, streamed=self.streamed
+        )
         found = local.first_divergence
         if found is None or (whole.divergence is not None and whole.divergence.tap == found.tap):
             return replace(whole, local=local)

@@ -14,8 +14,9 @@ from ..progress import Progress, part
 from ..prompt import Prompt
 from ..trace import Trace
 from .check import check_with_traces
-from .floor_runs import exact_run, measured_floor
-from .reference_cache import reference_engine
+from .floor_runs import reference_runs
+from .reference_cache import reference_pair
+from .reference_pass import ReferencePass
 from .verdict import FACTOR, Comparison, compare
 
 
@@ -73,7 +74,13 @@ class LocalError:
 
 
 def local_error(
-    engine: Engine, prompt: Prompt, *, factor: float = FACTOR, device: str = "cpu", progress: Progress | None = None
+    engine: Engine,
+    prompt: Prompt,
+    *,
+    factor: float = FACTOR,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    streamed: bool | None = None,
 ) -> LocalError:
     """Run engine and reference on a prompt, and then the reference's layers on the engine's states.
 
@@ -81,17 +88,25 @@ def local_error(
         factor: largest error that counts as rounding noise, as a multiple of the noise floor (accumulated and local).
         device: the reference's device, "cpu" or "cuda".
         progress: called with the fraction done; an exception that it raises stops the run.
+        streamed: whether the reference's weights are streamed (`check_engine`).
 
     Raises:
         EmbeddingRangeError, PromptError: the engine cannot run the prompt.
         TraceError: the engine does not expose the states before every layer, or they do not fit into memory.
     """
-    accumulated, _, run = check_with_traces(engine, prompt, part(progress, 0.0, 0.5), factor=factor, device=device)
-    return LocalError(accumulated, compare_local(engine, prompt, run, factor, device, part(progress, 0.5, 1.0))[0])
+    first, second = part(progress, 0.0, 0.5), part(progress, 0.5, 1.0)
+    accumulated, _, run = check_with_traces(engine, prompt, first, factor=factor, device=device, streamed=streamed)
+    return LocalError(accumulated, compare_local(engine, prompt, run, factor, device, second, streamed)[0])
 
 
 def compare_local(
-    engine: Engine, prompt: Prompt, run: Trace, factor: float, device: str, progress: Progress | None = None
+    engine: Engine,
+    prompt: Prompt,
+    run: Trace,
+    factor: float,
+    device: str,
+    progress: Progress | None = None,
+    streamed: bool | None = None,
 ) -> tuple[Comparison, Trace]:
     """Compare an engine's trace `run` with the reference's layers on its states; return the comparison and the reference's trace.
 
@@ -103,12 +118,6 @@ def compare_local(
     """
     dtype = str(engine.dtype).removeprefix("torch.")
     return_freed_memory(collect=False)
-    exact = reference_engine(engine.model, "float64", device)
-    expected, routers = exact_run(exact, lambda: exact.local_trace(prompt, run))
-    if progress is not None:
-        progress(0.4)
-    narrow = reference_engine(engine.model, dtype, device)
-    floor = measured_floor(
-        narrow, expected, routers, lambda seed: narrow.local_trace(prompt, run, seed), part(progress, 0.4, 1.0)
-    )
-    return compare(expected, run, floor=floor, factor=factor), expected
+    exact, rounded = reference_pair(engine.model, dtype, device, streamed)
+    (found,) = reference_runs(exact, rounded, [ReferencePass(prompt, states=run)], progress=progress)
+    return compare(found.trace, run, floor=found.floor, factor=factor), found.trace

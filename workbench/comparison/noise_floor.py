@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -135,53 +135,101 @@ class NoiseFloor:
         return cls(errors, digests, torch.tensor(positions, dtype=torch.int64), provenance, typical, expert_choices)
 
 
+class Run(Protocol):
+    """What a run is of: a trace, a floor, or a run that goes on."""
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """int64 `[positions]`."""
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """As in `Trace`."""
+
+
+class ReferenceStates(Run, Protocol):
+    """The states of a float64 run, by tap."""
+
+    def __getitem__(self, tap: str) -> torch.Tensor: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+
 class FloorMeasurement:
     """Measures a noise floor run by run, so that no two runs need memory at once.
 
     Args:
-        reference: the float64 trace.
+        reference: the float64 run; its states may come while the runs are made, each before the other runs' state of that tap.
         taps: the taps to measure; None: all that the first run and the reference share.
     """
 
-    def __init__(self, reference: Trace, taps: Sequence[str] | None = None) -> None:
+    def __init__(self, reference: ReferenceStates, taps: Sequence[str] | None = None) -> None:
         self._reference, self._taps = reference, taps
         self._errors: dict[str, torch.Tensor] = {}
         self._digests: dict[str, str] = {}
         self._typical: dict[str, float] = {}
         self._first: tuple[torch.Tensor, Mapping[str, Any]] | None = None
 
-    def add(self, run: Trace, *, exchanged: bool = False) -> None:
-        """Take the errors of a run; the first one must be unperturbed.
-
-        Args:
-            exchanged: whether undecided experts are exchanged in it: its errors count, but not as typical ones.
+    def begin(self, run: Run) -> None:
+        """Announce a run whose states are then given to `add_state`; the first one must be unperturbed.
 
         Raises:
-            TraceError: a run in another dtype than the first, or of another prompt, model or positions than the reference; NaN.
+            TraceError: it is in another dtype than the first, or of another prompt, model or positions than the reference.
         """
         check_comparable(self._reference, run, "floor")
-        first = self._first is None
         if self._first is None:
             self._first = run.positions, run.provenance
-            self._taps = [tap for tap in self._reference if tap in run] if self._taps is None else self._taps
         elif run.provenance["dtype"] != self._first[1]["dtype"]:
             dtypes = f"{self._first[1]['dtype']} and {run.provenance['dtype']}"
             raise TraceError(f"runs in {dtypes}: rounding differs; use one dtype")
-        for tap in self._taps or ():
+
+    def add(self, run: Trace) -> None:
+        """Take the errors of a whole run; the first one must be unperturbed.
+
+        Raises:
+            TraceError: as for `begin` and `add_state`, or a tap is missing.
+        """
+        self.begin(run)
+        self._taps = [tap for tap in self._reference if tap in run] if self._taps is None else self._taps
+        for tap in self._taps:
             if tap not in run:
                 raise TraceError(f"the floor lacks tap {tap!r}: trace it with the taps of the candidate")
-            state = run[tap]
-            check_shape(tap, self._reference[tap], state, "floor")
-            error = relative_error(state, self._reference[tap])
-            if not torch.isfinite(error).all():
-                raise TraceError(
-                    f"the floor or the reference contains NaN or infinity at tap {tap!r}: no error can be measured"
-                )
-            self._errors[tap] = error if first else torch.maximum(self._errors[tap], error)
-            if not exchanged:
-                self._typical[tap] = float(self._errors[tap].quantile(0.5))
-            if first:
-                self._digests[tap] = state_digest(state)
+            self.add_state(tap, run[tap])
+
+    def add_state(self, tap: str, state: torch.Tensor, *, exchanged: bool = False) -> None:
+        """Take the error of one state of the run; its reference must be known.
+
+        Args:
+            exchanged: whether undecided experts are exchanged in this run: its errors count, but not as typical ones.
+
+        Raises:
+            TraceError: another shape than the reference's; NaN.
+        """
+        check_shape(tap, self._reference[tap], state, "floor")
+        error, before = relative_error(state, self._reference[tap]), self._errors.get(tap)
+        if not torch.isfinite(error).all():
+            raise TraceError(
+                f"the floor or the reference contains NaN or infinity at tap {tap!r}: no error can be measured"
+            )
+        self._errors[tap] = error if before is None else torch.maximum(before, error)
+        if not exchanged:
+            self._typical[tap] = float(self._errors[tap].quantile(0.5))
+        if before is None:
+            self._digests[tap] = state_digest(state)
+
+    def so_far(self, taps: Sequence[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The errors of taps that all runs have passed, and JSON values that belong to them, for `go_on`."""
+        done = [tap for tap in taps if tap in self._errors]
+        rest: dict[str, Any] = {
+            "digests": {tap: self._digests[tap] for tap in done},
+            "typical": {tap: self._typical[tap] for tap in done},
+        }
+        return {tap: self._errors[tap] for tap in done}, rest
+
+    def go_on(self, errors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> None:
+        """Take what `so_far` returned."""
+        self._errors = dict(errors)
+        self._digests, self._typical = dict(rest["digests"]), dict(rest["typical"])
 
     def floor(self, expert_choices: Sequence[ExpertChoice] = ()) -> NoiseFloor:
         """Return the noise floor of the runs so far.
@@ -194,7 +242,7 @@ class FloorMeasurement:
         return NoiseFloor(self._errors, self._digests, *self._first, self._typical, tuple(expert_choices))
 
 
-def check_comparable(reference: Trace, other: Trace | NoiseFloor, name: str) -> None:
+def check_comparable(reference: Run, other: Run, name: str) -> None:
     """Raise TraceError if the reference is not in float64, or if `other` is of another prompt, model or positions.
 
     `name` is the name of `other` in the message.

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from cachetools import LRUCache
 
 from ..engines.freed_memory import return_freed_memory
+from ..engines.transformers.memory import free_memory, weight_bytes
 from ..engines.transformers.reference import TransformersReference
 from ..engines.transformers.routers import RouterRead
 from ..models import Model
-from ..progress import Progress, part
+from ..progress import Progress
 from ..prompt import Prompt
 from ..trace import Trace
-from .floor_runs import FLOOR_RUNS, exact_run, measured_floor
+from .floor_runs import reference_runs
 from .noise_floor import NoiseFloor
+from .reference_pass import ReferencePass
 
 _MAX_WEIGHT_BYTES = 1 << 28
 """Bytes of the weights of references that are kept open (small models); larger references are opened again for every run."""
@@ -31,19 +34,40 @@ _runs: LRUCache[tuple, tuple[Trace, dict[str, NoiseFloor], dict[int, RouterRead]
 _lock = threading.Lock()
 
 
-def reference_engine(model: Model, dtype: str, device: str = "cpu") -> TransformersReference:
-    """Return the reference for a model in a dtype. Small ones are shared: kept open and reused while the model's files are unchanged."""
-    key = (model.path, model.trust_remote_code, dtype, device, _file_stamps(model))
+def reference_engine(
+    model: Model, dtype: str, device: str = "cpu", streamed: bool | None = None
+) -> TransformersReference:
+    """Return the reference for a model in a dtype. Small ones are shared: kept open and reused while the model's files are unchanged.
+
+    Args:
+        streamed: whether its weights are streamed (`TransformersReference`).
+    """
+    key = (model.path, model.trust_remote_code, dtype, device, streamed, _file_stamps(model))
     with _lock:
         kept = _references.get(key)
     if kept is not None:
         return kept
-    opened = TransformersReference(model, dtype=dtype, device=device)
+    opened = TransformersReference(model, dtype=dtype, device=device, streamed=streamed)
     return_freed_memory(collect=False)
     with _lock:
         if opened.weight_bytes <= _MAX_WEIGHT_BYTES:
             _references[key] = opened
     return opened
+
+
+def reference_pair(
+    model: Model, dtype: str, device: str = "cpu", streamed: bool | None = None
+) -> tuple[TransformersReference, TransformersReference]:
+    """The reference in float64 and in a dtype. Where both do not fit into memory, both are streamed.
+
+    Args:
+        streamed: whether the weights are streamed; None: as `TransformersReference` decides, or if the two do not fit together.
+    """
+    where = torch.device(device)
+    if streamed is None and where.type != "cpu":
+        both = weight_bytes(model, torch.float64) + weight_bytes(model, getattr(torch, dtype))
+        streamed = True if both > 0.8 * free_memory(where) else None
+    return reference_engine(model, "float64", device, streamed), reference_engine(model, dtype, device, streamed)
 
 
 def reference_run(
@@ -54,6 +78,7 @@ def reference_run(
     positions: slice | Sequence[int] = slice(None),
     device: str = "cpu",
     progress: Progress | None = None,
+    streamed: bool | None = None,
 ) -> tuple[Trace, NoiseFloor]:
     """Return the reference's float64 trace of a prompt, and the prompt's noise floor in `dtype`.
 
@@ -63,39 +88,28 @@ def reference_run(
         taps: names or patterns. Those names that the reference does not have are left out: of some classes it does not know what
             attention and MLP add.
         progress: called with the fraction done; an exception that it raises stops the runs.
+        streamed: as for `reference_pair`.
     """
     key = (model.path, _file_stamps(model), prompt.digest, tuple(taps), _positions_key(positions), device)
     with _lock:
         kept = _runs.get(key)
-    if kept is None:
-        # The float64 run takes about as long as three of the four runs in the engine's dtype.
+    expected, floors, routers = (None, {}, {}) if kept is None else kept
+    if expected is None or dtype not in floors:
         return_freed_memory(collect=False)  # this run sets the peak of a notebook
-        exact = reference_engine(model, "float64", device)
-        taps = [tap for tap in taps if "*" in tap or tap in exact.capabilities.taps] or taps
-        trace, routers = exact_run(
-            exact, lambda: exact.trace(prompt, taps, positions, progress=part(progress, 0.0, 0.4))
-        )
-        kept = trace, {}, routers
-    expected, floors, routers = kept
-    if expected.nbytes <= _MAX_TRACE_BYTES:  # stored before the floor runs, so that cancelling them does not lose it
-        with _lock:
-            _runs[key] = expected, floors, routers
-    if dtype not in floors:
-        engine = reference_engine(model, dtype, device)
-        floors[dtype] = measured_floor(
-            engine,
-            expected,
-            routers,
-            lambda seed: engine.noise_run(prompt, list(expected), positions, seed, _quarter(progress, seed)),
-        )
+        exact, rounded = reference_pair(model, dtype, device, streamed)
+        known = None if expected is None else (expected, routers)
+        what = ReferencePass(prompt, tuple(taps), positions)
+
+        def keep(run: Trace, read: Mapping[int, RouterRead]) -> None:
+            if run.nbytes <= _MAX_TRACE_BYTES:  # kept before the floor's runs, so that stopping them does not lose it
+                with _lock:
+                    _runs[key] = run, floors, dict(read)
+
+        (found,) = reference_runs(exact, rounded, [what], [known], progress, keep)
+        expected, floors[dtype] = found.trace, found.floor
+        keep(expected, found.routers)
         return_freed_memory(collect=False)
     return expected, floors[dtype]
-
-
-def _quarter(progress: Progress | None, run: int) -> Progress | None:
-    """The part of the progress that belongs to a run of the floor."""
-    first, step = 0.4, 0.6 / FLOOR_RUNS
-    return part(progress, first + run * step, first + (run + 1) * step)
 
 
 def _file_stamps(model: Model) -> tuple:

@@ -7,30 +7,29 @@ with FP8, int8 or packed int4 weights. What else exists is refused by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors import ModelError
+from .checkpoint import Checkpoint
+from .stored_tensor import StoredTensor
 
-_Read = Callable[[str], torch.Tensor]
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column of the eight in a packed integer that each group of four bits, from the lowest, belongs to."""
 
 
-def plain_weights(
-    names: list[str], read: _Read, settings: Mapping[str, Any], model: str
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name and value of every weight; those that were quantized are float64 `[out, in]`, others as they are stored.
+def plain_weights(checkpoint: Checkpoint, settings: Mapping[str, Any], model: str) -> dict[str, StoredTensor]:
+    """Return every weight by name; those that were quantized are read as float64 `[out, in]`, others as they are stored.
 
     Args:
-        names: of all tensors in the checkpoint.
-        read: returns a tensor by name.
         settings: `quantization_config`.
         model: its name, for messages.
 
     Raises:
-        ModelError: a format or setting that is not known, a tensor that is missing, or scales of a shape that does not fit.
+        ModelError: here, or when a weight is read: a format or setting that is not known, a tensor that is missing, or scales of a shape
+            that does not fit.
     """
     method = settings.get("quant_method")
     formats = {"awq": _awq, "gptq": _gptq, "fp8": _fp8, "compressed-tensors": _compressed}
@@ -39,29 +38,32 @@ def plain_weights(
             f"the weights of {model!r} are quantized as {method!r}; of quantized weights {', '.join(formats)} are read: dequantize the "
             "checkpoint, or give the one that it was made from"
         )
-    source = _Source(names, read, settings, model)
+    source = _Source(checkpoint, settings, model)
+    found: dict[str, StoredTensor] = {}
     taken: set[str] = set()
-    for suffix, parts, decode in formats[method](source):
-        for name in [name for name in names if name.endswith(f".{suffix}")]:
+    for suffix, parts, decode, shape in formats[method](source):
+        for name in [name for name in checkpoint if name.endswith(f".{suffix}")]:
             base = name.removesuffix(f".{suffix}")
-            present = {part for part in parts if f"{base}.{part}" in source.names}
+            present = {f"{base}.{part}" for part in parts} & source.names
             if not present:  # a plain weight among quantized ones
                 continue
             taken |= {name, *(f"{base}.{part}" for part in parts)}
-            yield f"{base}.weight", decode(base)
-    for name in names:
+            stored = tuple(source.entries[each] for each in (name, *sorted(present)))
+            found[f"{base}.weight"] = StoredTensor(shape(base), torch.float64, partial(decode, base), stored)
+    for name, entry in source.entries.items():
         if name not in taken:
-            tensor = read(name)
-            if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
-                source.refuse(f"{name} is {tensor.dtype} and has no scales")
-            yield name, tensor
+            if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
+                source.refuse(f"{name} is {entry.dtype} and has no scales")
+            found[name] = StoredTensor(entry.shape, entry.dtype, partial(checkpoint.get, name), (entry,))
+    return found
 
 
 class _Source:
     """The tensors and settings of a quantized checkpoint."""
 
-    def __init__(self, names: list[str], read: _Read, settings: Mapping[str, Any], model: str) -> None:
-        self.names, self._read, self.settings, self.model = set(names), read, settings, model
+    def __init__(self, checkpoint: Checkpoint, settings: Mapping[str, Any], model: str) -> None:
+        self.entries = checkpoint.entries(checkpoint)
+        self.names, self._read, self.settings, self.model = set(self.entries), checkpoint.get, settings, model
 
     def refuse(self, why: str) -> None:
         """Raise ModelError."""
@@ -72,6 +74,15 @@ class _Source:
         if name not in self.names:
             self.refuse(f"{name} is missing. Fetch the checkpoint again")
         return self._read(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor that must exist and have two dimensions."""
+        if name not in self.names:
+            self.refuse(f"{name} is missing. Fetch the checkpoint again")
+        shape = self.entries[name].shape
+        if len(shape) != 2:
+            self.refuse(f"{name} has shape {shape}, which is no matrix")
+        return shape
 
     def need(self, setting: str, value: Any, *allowed: Any) -> None:
         """Refuse a setting's value unless it is one of those allowed."""
@@ -85,7 +96,8 @@ class _Source:
         return tensor
 
 
-_Format = Iterator[tuple[str, tuple[str, ...], Callable[[str], torch.Tensor]]]
+_Format = Iterator[tuple[str, tuple[str, ...], Callable[[str], torch.Tensor], Callable[[str], tuple[int, ...]]]]
+"""Suffix of the codes' names, suffixes of what belongs to them, and for the name before the suffix the weight and its shape."""
 
 
 def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -108,7 +120,11 @@ def _awq(source: _Source) -> _Format:
         group = torch.arange(len(codes)) // size
         return ((codes - zeros[group]).double() * scales.double()[group]).T.contiguous()
 
-    yield "qweight", ("qzeros", "scales"), decode
+    def shape(base: str) -> tuple[int, ...]:
+        inputs, packed = source.shape(f"{base}.qweight")
+        return packed * 8, inputs
+
+    yield "qweight", ("qzeros", "scales"), decode, shape
 
 
 def _awq_columns(packed: torch.Tensor) -> torch.Tensor:
@@ -143,7 +159,11 @@ def _gptq(source: _Source) -> _Format:
             group = torch.arange(len(codes)) // _group_size(source, base, len(codes), groups)
         return ((codes - zeros[group]).double() * scales.double()[group]).T.contiguous()
 
-    yield "qweight", ("qzeros", "scales", "g_idx"), decode
+    def shape(base: str) -> tuple[int, ...]:
+        packed, outputs = source.shape(f"{base}.qweight")
+        return outputs, packed * 32 // bits
+
+    yield "qweight", ("qzeros", "scales", "g_idx"), decode, shape
 
 
 def _fp8(source: _Source) -> _Format:
@@ -158,7 +178,7 @@ def _fp8(source: _Source) -> _Format:
         wide = scales.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
         return weight.double() * wide
 
-    yield "weight", ("weight_scale_inv",), decode
+    yield "weight", ("weight_scale_inv",), decode, lambda base: source.shape(f"{base}.weight")
 
 
 def _compressed(source: _Source) -> _Format:
@@ -205,8 +225,12 @@ def _compressed(source: _Source) -> _Format:
             source.refuse(f"{base}.weight_shape is {rows} x {columns}, but {tuple(codes.shape)} codes are stored")
         return scaled(base, codes[:, :columns])
 
-    yield "weight", ("weight_scale", "input_scale", "weight_zero_point", "weight_g_idx"), whole
-    yield "weight_packed", ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"), packed
+    def packed_shape(base: str) -> tuple[int, ...]:
+        return tuple(source.get(f"{base}.weight_shape").tolist())
+
+    beside = ("weight_scale", "weight_zero_point", "weight_g_idx")
+    yield "weight", (*beside, "input_scale"), whole, lambda base: source.shape(f"{base}.weight")
+    yield "weight_packed", (*beside, "weight_shape"), packed, packed_shape
 
 
 def _group_size(source: _Source, base: str, inputs: int, groups: int) -> int:

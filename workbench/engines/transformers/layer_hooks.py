@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,11 +11,15 @@ from torch import nn
 
 from ...errors import ModelError
 from ..base import Sink
+from .layer_progress import LayerProgress
 from .network import Network, first, with_states
 from .structure import Structure
 
 _SUM_TOLERANCE = 1e-9
 """Largest difference, relative to the largest value, between a layer and the sum of its parts in float64."""
+
+
+Given = Callable[[str], torch.Tensor | None]
 
 
 @contextlib.contextmanager
@@ -25,7 +29,8 @@ def layer_hooks(
     wanted: set[str],
     pass_on: Sink,
     layer_done: Callable[[int, torch.Tensor], None],
-    given: Mapping[str, torch.Tensor],
+    given: Given,
+    progress: LayerProgress,
 ) -> Iterator[None]:
     """Hook the layers for the duration of a pass. In float64 what a layer adds is compared with the sum of its two parts.
 
@@ -33,7 +38,8 @@ def layer_hooks(
         wanted: the taps that are traced.
         pass_on: called with `embed` and with what attention and MLP add.
         layer_done: called with each layer's number and its output.
-        given: states that take the place of `embed` and of layers' outputs after those were passed on.
+        given: returns for `embed` and for layers the states that take the place of the run's own after those were passed on, or None.
+        progress: is told what layers get and return; layers that it skips are not hooked.
 
     Raises:
         ModelError: in the pass: a layer is not the sum of its input and its parts.
@@ -50,10 +56,11 @@ def layer_hooks(
         def look(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             state = args[0] if args else kwargs["hidden_states"]
             changed = None
+            progress.see_input(args, kwargs)
             if number == 0:
                 pass_on("embed", state)
-                if "embed" in given:
-                    state = given["embed"][None]
+                if (other := given("embed")) is not None:
+                    state = other[None]
                     changed = ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
             if exact and parts_wanted(number):
                 sums[number] = state.clone()  # a layer may add to its input in place
@@ -77,13 +84,18 @@ def layer_hooks(
             if total is not None:
                 _check_sum(network, number, total, state)
             layer_done(number, state)
-            other = given.get(f"layers.{number}")
-            return None if other is None else with_states(output, other[None])
+            other = given(f"layers.{number}")
+            changed = None if other is None else with_states(output, other[None])
+            progress.see_output(number, output if changed is None else changed)
+            return changed
 
         return look
 
     try:
         for number, layer in enumerate(network.layers or () if structure.states else ()):
+            if number < progress.skipped:
+                progress.skip(layer, number == progress.skipped - 1)
+                continue
             hooks.append(layer.register_forward_pre_hook(enter(number), with_kwargs=True))
             parts = structure.parts[number]
             if parts is not None and parts_wanted(number):

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .lazy_experts import LazyExperts
+
 
 @dataclass(frozen=True)
 class Addend:
@@ -99,10 +101,16 @@ def _in_dtype(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         for name, tensor in tensors.items()
         if tensor is not None and tensor.is_floating_point() and tensor.dtype is not dtype
     ]
+    own += [
+        (vars(module), name, value)
+        for module in layer.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, LazyExperts)
+    ]
     try:
         for tensors, name, tensor in own:
-            cast = tensor.detach().to(dtype)
-            tensors[name] = nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast
+            cast = tensor.in_dtype(dtype) if isinstance(tensor, LazyExperts) else tensor.detach().to(dtype)
+            tensors[name] = nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast  # type: ignore[arg-type]
         yield
     finally:
         for tensors, name, tensor in own:

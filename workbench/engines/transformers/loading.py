@@ -4,68 +4,104 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from ...errors import ModelError, reason
 from ...models import Model
+from ...models.checkpoint import Checkpoint
 from ...models.quantization import quantization_settings, without_quantization
 from ...models.quantized_weights import plain_weights
 from ...models.sizes import check_sizes
+from ...models.sources import FolderSource
+from ...models.stored_tensor import StoredTensor
 from ...models.transformers_logging import silenced_transformers
 from .float64 import rebuild_rotary_embeddings, widen
-from .streamed_weights import RESIDENT_BYTES, StreamedWeights, checkpoint_names
+from .memory import free_memory, weight_bytes
+from .meta_network import build_meta_network, parameter_dtypes
+from .network import layers_path
+from .parameter_reader import NotStreamable, ParameterReader
+from .streamed_weights import StreamedWeights
+
+STREAMED_BYTES = 1 << 28
+"""If its weights take more bytes, a reference on the CPU reads them when a layer runs: it takes no longer, and much less memory."""
 
 
-def load_network(model: Model, dtype: torch.dtype, device: torch.device) -> Any:
-    """Transformers' model, with its weights in memory or, on the CPU, streamed if they are large."""
+def load_network(
+    model: Model, dtype: torch.dtype, device: torch.device, streamed: bool | None
+) -> tuple[Any, StreamedWeights | None]:
+    """Load Transformers' model.
+
+    Args:
+        streamed: whether to stream the weights; None: if they are large (on the CPU) or do not fit (elsewhere).
+
+    Returns:
+        the model, and its streamed weights; None if they are in memory.
+
+    Raises:
+        ModelError: the model cannot be loaded; or it does not fit into memory, or `streamed` is True, and its weights cannot be streamed.
+    """
     check_sizes(model.config, model.weights, model.name)
+    needed, free = weight_bytes(model, dtype), free_memory(device)
+    wanted = (
+        (needed > STREAMED_BYTES if device.type == "cpu" else needed > 0.8 * free) if streamed is None else streamed
+    )
+    if wanted:
+        try:
+            weights = _streamed(model, dtype, device)
+            return weights.new_network(), weights
+        except NotStreamable as why:
+            if streamed or needed > free:
+                need = f"{needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB are free"
+                raise ModelError(
+                    f"the weights of {model.name!r} cannot be streamed: {why}. All at once they take {need}"
+                ) from why
+    elif streamed is False and needed > free:
+        raise ModelError(
+            f"the weights of {model.name!r} take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, and "
+            f"{free / 1e9:.1f} GB are free: leave streamed=False out"
+        )
     quantized = quantization_settings(model.config)
-    if quantized is not None:
-        return _dequantized(model, dtype, quantized).to(device).eval()
-    size = sum(entry.bytes // entry.dtype.itemsize for entry in model.weights.entries(model.weights).values())
-    streamed = None
-    if device.type == "cpu" and size * dtype.itemsize > RESIDENT_BYTES:
-        streamed = _streamed(model, dtype)
-    return _resident(model, dtype).to(device).eval() if streamed is None else streamed
+    network = _resident(model, dtype) if quantized is None else _dequantized(model, dtype, quantized)
+    # With gradients, torch takes other kernels for convolutions, and streamed weights have none.
+    return network.to(device).eval().requires_grad_(False), None
 
 
-def _streamed(model: Model, dtype: torch.dtype) -> Any:
-    """The model with streamed weights; None if its checkpoint must be loaded by Transformers."""
-    network_class = _class_for(model)
-    if any(getattr(network_class, name, None) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")):
-        return None
-    build = getattr(network_class, "_from_config", None) or network_class.from_config
-    with torch.device("meta"):
-        network = build(copy.deepcopy(model.config), dtype=torch.float32, experts_implementation="eager")
-    names = checkpoint_names(network, model)
-    if names is None:
-        return None
-    for parent in list(network.modules()):  # buffers are computed from the configuration, as Transformers does
-        for name, child in list(parent.named_children()):
-            if "inv_freq" in dict(child.named_buffers(recurse=False)) and hasattr(child, "config"):
-                setattr(parent, name, type(child)(child.config))
-    if any(buffer.device.type == "meta" for buffer in network.buffers()):
-        return None
-    if dtype is torch.float64:
-        rebuild_rotary_embeddings(network)
-    StreamedWeights(network, model, names, dtype)
-    return network.eval()
+def _streamed(model: Model, dtype: torch.dtype, device: torch.device) -> StreamedWeights:
+    if model.trust_remote_code:
+        raise NotStreamable("it has code of its own (trust_remote_code)")
+    with silenced_transformers():
+        network = build_meta_network(_class_for(model), model, dtype)
+    source = FolderSource(model.path)  # mappings of its own: releasing their memory does not affect `model.weights`
+    reader = ParameterReader(network, stored_tensors(model, Checkpoint(source)), model.name)
+    for module in network.modules():  # buffers that checkpoints do not have are small
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                module._buffers[name] = buffer.to(device)
+    dtypes = parameter_dtypes(network, dtype)
+    return StreamedWeights(network, reader, dtypes, dtype, device, source, layers_path(network))
+
+
+def stored_tensors(model: Model, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    """The weights of a checkpoint by name; those that are quantized are read as what codes and scales stand for."""
+    settings = quantization_settings(model.config)
+    if settings is not None:
+        return plain_weights(checkpoint, settings, model.name)
+    return {
+        name: StoredTensor(entry.shape, entry.dtype, partial(checkpoint.get, name), (entry,))
+        for name, entry in checkpoint.entries(checkpoint).items()
+    }
 
 
 def _dequantized(model: Model, dtype: torch.dtype, settings: Mapping[str, Any]) -> Any:
     """The model with the weights that the codes and scales stand for; in float64 they are exact."""
     config = without_quantization(copy.deepcopy(model.config))
-    names = list(model.weights)
-    weights = {name: tensor.to(dtype) for name, tensor in plain_weights(names, model.weights.get, settings, model.name)}
-    network_class = _class_for(model)
-    mapping = getattr(
-        network_class, "_model_mapping", None
-    )  # the automatic classes want a path; their mapping has the class
-    if mapping is not None:
-        network_class = mapping[type(config)]
-    network = _from_pretrained(model, network_class, None, config=config, state_dict=weights, dtype=dtype)
+    weights = {
+        name: stored.read().to(dtype) for name, stored in plain_weights(model.weights, settings, model.name).items()
+    }
+    network = _from_pretrained(model, _class_for(model), None, config=config, state_dict=weights, dtype=dtype)
     if dtype is torch.float64:
         rebuild_rotary_embeddings(network)
     return network
@@ -114,5 +150,12 @@ def _class_for(model: Model) -> Any:
 
     multimodal = any(getattr(model.config, part, None) is not None for part in ("vision_config", "audio_config"))
     names = [name for name in model.config.architectures or () if hasattr(transformers, name)]
-    own = multimodal or type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return getattr(transformers, names[0]) if own and names else transformers.AutoModelForCausalLM
+    known = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if (multimodal or not known) and names:
+        return getattr(transformers, names[0])
+    if not known or model.trust_remote_code:
+        return transformers.AutoModelForCausalLM
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model.config)]
+    if isinstance(found, tuple | list):
+        return next((each for each in found if each.__name__ in names), found[0])
+    return found

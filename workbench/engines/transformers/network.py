@@ -48,6 +48,7 @@ class Network:
 
     Attributes:
         module: the whole model, with its head.
+        dtype, device: of its states; streamed weights are on the meta device between runs.
         decoder: its language decoder.
         layers: the decoder's layers; None if they are not one list of modules.
         layers_name: the list's name in the decoder.
@@ -58,8 +59,8 @@ class Network:
         ModelError: the model has no decoder of its own, or no embedding table.
     """
 
-    def __init__(self, module: Any, dtype: torch.dtype) -> None:
-        self.module, self.dtype = module, dtype
+    def __init__(self, module: Any, dtype: torch.dtype, device: torch.device) -> None:
+        self.module, self.dtype, self.device = module, dtype, device
         try:
             self.embedding = module.get_input_embeddings()
         except NotImplementedError:
@@ -82,11 +83,11 @@ class Network:
             self._takes.add("use_cache")  # multimodal models pass it on to their decoder without naming it
         self._decoder_signature = inspect.signature(self.decoder.forward)
 
-    @property
-    def device(self) -> torch.device:
-        """Where ids must be; streamed weights are on the CPU."""
-        device = next(self.module.parameters()).device
-        return torch.device("cpu") if device.type == "meta" else device
+    def like(self, module: Any) -> Network:
+        """The same for another copy of the model."""
+        other = Network(module, self.dtype, self.device)
+        other._norm_works = self._norm_works
+        return other
 
     def takes(self, name: str) -> bool:
         """Whether the class's forward has an argument of this name."""
@@ -333,6 +334,15 @@ def _find_decoder(module: Any) -> tuple[Any, str | None]:
             return _innermost(candidate, name)
     whole = [each for each in candidates if not isinstance(each, nn.Linear)]
     return (whole[0], None) if whole else (None, None)
+
+
+def layers_path(module: Any) -> str:
+    """The path of the decoder's list of layers in the whole model; "" if there is none."""
+    decoder, name = _find_decoder(module)
+    if decoder is None or name is None:
+        return ""
+    layers = decoder.get_submodule(name)
+    return next(path for path, each in module.named_modules() if each is layers)
 
 
 def _innermost(decoder: nn.Module, name: str) -> tuple[nn.Module, str]:

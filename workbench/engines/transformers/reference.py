@@ -7,7 +7,9 @@ decoder gets the prompt's own. It shares no code with the Numba engine except th
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
+import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,18 +21,19 @@ from ...models.options import parse_device, parse_dtype
 from ...progress import Progress, part
 from ...prompt import Prompt
 from ...trace import Trace
-from ...trace.provenance import provenance_of
 from ...trace.taps import decoder_taps
 from ..base import Engine, Sink
 from ..cancellation import Cancellation
 from ..sampling import generate, stop_tokens
 from ..types import Capabilities, EngineOutput, GenerationConfig
 from .generation import CachedRun
-from .layer_hooks import layer_hooks
+from .layer_hooks import Given, layer_hooks
+from .layer_progress import LayerProgress
 from .loading import load_network
 from .masks import span_mask, takes_masks
 from .network import Inject, Network, Output
 from .routers import RouterWatch
+from .streamed_weights import Arrive, StreamedWeights
 from .structure import examine, plain_tokens
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -39,12 +42,13 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 class TransformersReference(Engine):
     """Transformers' model as an engine. In float64 every operation is computed in float64 (see `float64.py`).
 
-    On the CPU, large weights are read from the checkpoint layer by layer during each run (see `streamed_weights.py`). Forward passes
-    of several threads run one at a time.
+    Large weights are read from the checkpoint layer by layer during each run (see `streamed_weights.py`). Forward passes of several
+    threads run one at a time.
 
     Args:
         dtype: "float64", "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda".
+        streamed: whether to stream the weights; None: if they take more than 256 MB on the CPU, or 80 % of what is free on a GPU.
 
     Raises:
         ModelError: Transformers cannot load the model, tensors are missing, the device is not available, or the class is not a
@@ -52,16 +56,31 @@ class TransformersReference(Engine):
         ValueError: another dtype.
     """
 
-    def __init__(self, model: Model, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        dtype: str | torch.dtype = "float32",
+        device: str = "cpu",
+        streamed: bool | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.dtype = parse_dtype(dtype, DTYPES, "transformers")
         self.device = parse_device(device, "transformers")
         self._jitter: torch.Generator | None = None
         self._watch: RouterWatch | None = None
+        self._progress: LayerProgress | None = None
         self._lock = threading.RLock()  # hooks and jitter belong to one request, but the network is shared
-        self._net = Network(load_network(model, self.dtype, self.device), self.dtype)
+        network, self._weights = load_network(model, self.dtype, self.device, streamed)
+        self._net = Network(network, self.dtype, self.device)
         self._structure = examine(self._net)
+        if self._structure.fault is not None and self._weights is not None:  # a class may use weights in unusual places
+            if streamed:
+                raise ModelError(f"the weights of {model.name!r} cannot be streamed: {self._structure.fault}")
+            network, self._weights = load_network(model, self.dtype, self.device, False)
+            self._net = Network(network, self.dtype, self.device)
+            self._structure = examine(self._net)
         if self._structure.fault is not None:
             raise ModelError(
                 f"{type(self.network).__name__} of {model.name!r} cannot be a reference: {self._structure.fault}"
@@ -70,7 +89,27 @@ class TransformersReference(Engine):
         self._capabilities = self._find_capabilities()
 
     def _release(self) -> None:
-        del self._net
+        del self._net, self._weights
+
+    @property
+    def streamed(self) -> StreamedWeights | None:
+        """The weights that are read during each run; None if they are in memory."""
+        return self._weights
+
+    def one_of_many(self, arrive: Arrive, progress: LayerProgress) -> TransformersReference:
+        """This engine for one of several passes that read streamed weights together (`lockstep.py`).
+
+        Args:
+            arrive: called with a unit's name before it is read.
+            progress: is told how far the pass has come; the layers that it skips are not read.
+        """
+        assert self._weights is not None
+        other = copy.copy(self)
+        network = self._weights.new_network(arrive, progress.skipped)
+        other._net = self._net.like(network)
+        other._jitter, other._watch, other._lock = None, None, threading.RLock()
+        other._progress = progress
+        return other
 
     @property
     def network(self) -> Any:
@@ -85,8 +124,7 @@ class TransformersReference(Engine):
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that stay in memory between runs; 0 if they are streamed from the checkpoint."""
-        parameters = (parameter for parameter in self.network.parameters() if parameter.device.type != "meta")
-        return sum(parameter.nbytes for parameter in parameters)
+        return 0 if self._weights is not None else sum(each.nbytes for each in self.network.parameters())
 
     @property
     def capabilities(self) -> Capabilities:
@@ -165,22 +203,28 @@ class TransformersReference(Engine):
         progress: Progress | None = None,
     ) -> Trace:
         """One run of `noise_floor`; with seed 0 it is unperturbed."""
+        with self._jittering(seed):
+            return self.trace(prompt, taps, positions, progress=progress)
+
+    @contextlib.contextmanager
+    def _jittering(self, seed: int) -> Iterator[None]:
         with self._lock:
             self._jitter = torch.Generator().manual_seed(seed) if seed else None
             try:
-                return self.trace(prompt, taps, positions, progress=progress)
+                yield
             finally:
                 self._jitter = None
 
     def run_trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink) -> None:
-        self._run(prompt, taps, positions, sink, {})
+        self._run(prompt, taps, positions, sink)
 
-    def local_trace(self, prompt: Prompt, run: Trace, seed: int = 0) -> Trace:
-        """Run each layer on another engine's states: its input is what that engine had before the layer, not what came of this run.
+    def run_seed(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, seed: int, sink: Sink) -> None:
+        """`run_trace` of one run of `noise_floor`."""
+        with self._jittering(seed):
+            self.run_trace(prompt, taps, positions, sink)
 
-        Args:
-            run: the other engine's trace of all positions; its taps are traced. The norm gets its last layer, the head its norm.
-            seed: unless 0, each element of those states gets a random relative error of about one unit roundoff.
+    def local_taps(self, prompt: Prompt, run: Trace) -> list[str]:
+        """The taps of another engine's trace at which `run_local` can measure what a layer adds.
 
         Raises:
             TraceError: the trace lacks positions, `embed` or a layer.
@@ -192,22 +236,28 @@ class TransformersReference(Engine):
                 f"tap {lacking[0]!r}" if lacking else f"{len(prompt) - len(run.positions)} of {len(prompt)} positions"
             )
             raise TraceError(f"local errors need the engine's states before every layer: its trace lacks {what}")
-        self.check(prompt)
-        given = {tap: run[tap].to(self.device, self.dtype) for tap in ("embed", *layers, "norm") if tap in run}
-        if seed:
-            generator = torch.Generator().manual_seed(seed)
-            given = {tap: self._jittered(state, generator) for tap, state in given.items()}
-        taps = [tap for tap in self.capabilities.taps if tap in run]
-        states: dict[str, torch.Tensor] = {}
-        self._run(prompt, taps, run.positions, lambda tap, state: states.update({tap: state.cpu()}), given)
-        made = provenance_of(
-            prompt, engine=self.capabilities.name, model=self.model, dtype=self.dtype, device=self.device
-        )
-        return Trace({tap: states[tap] for tap in taps}, run.positions, made)
+        return [tap for tap in self.capabilities.taps if tap in run]
+
+    def run_local(self, prompt: Prompt, run: Trace, seed: int, sink: Sink) -> None:
+        """Run each layer on another engine's states: its input is what that engine had before the layer, not what came of this run.
+
+        Args:
+            run: the other engine's trace of all positions; its taps are traced (`local_taps`). The norm gets its last layer, the head
+                its norm.
+            seed: unless 0, each element of those states gets a random relative error of about one unit roundoff.
+        """
+
+        def given(tap: str) -> torch.Tensor | None:
+            if tap not in run:
+                return None
+            state = run[tap].to(self.device, self.dtype)
+            return self._jittered(state, _generator(seed, tap)) if seed else state
+
+        self._run(prompt, self.local_taps(prompt, run), run.positions, sink, given)
 
     @torch.no_grad()
     def _run(
-        self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink, given: Mapping[str, torch.Tensor]
+        self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink, given: Given = lambda tap: None
     ) -> None:
         """Run the prompt; `given` states take the place of those of the run, after the run's own were passed on."""
         rows, wanted = positions.to(self.device), set(taps)
@@ -224,9 +274,10 @@ class TransformersReference(Engine):
         if any(tap.startswith("depth.") for tap in taps):
             self._net.final_norm()  # not inside the pass: it runs one of its own
         watched = contextlib.nullcontext() if self._watch is None else self._watch.hooks(self._net)
-        hooks = layer_hooks(self._net, self._structure, wanted, pass_on, layer_done, given)
+        progress = self._progress or LayerProgress()
+        hooks = layer_hooks(self._net, self._structure, wanted, pass_on, layer_done, given, progress)
         with self._lock, hooks, watched:
-            out = self.forward(prompt, keep=rows if "logits" in wanted else None, hidden=given.get("norm"))
+            out = self.forward(prompt, keep=rows if "logits" in wanted else None, hidden=given("norm"))
         pass_on("norm", out.hidden)
         if "logits" in wanted:
             sink("logits", out.logits)
@@ -346,3 +397,8 @@ class TransformersReference(Engine):
             "visual_pos_masks": inside.to(self.device),
             "deepstack_visual_embeds": list(levels.to(self.device)),
         }
+
+
+def _generator(seed: int, tap: str) -> torch.Generator:
+    """A generator for the errors of one state in one run."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {tap}".encode()))

@@ -6,7 +6,7 @@ In Transformers a router returns `(logits [tokens, experts], weights [tokens, k]
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,16 +41,20 @@ class Exchange:
 
 
 class RouterWatch:
-    """Reads routers: `passes` has what they did in each pass, by layer. `exchanges`, by layer, change what they choose."""
+    """Reads routers: `passes` has what they did in each pass, by layer. `exchanges`, by layer, change what they choose.
+
+    `earlier` has, by number of the pass, what routers did before the pass was interrupted.
+    """
 
     def __init__(self, exchanges: Mapping[int, Exchange] | None = None) -> None:
         self.passes: list[dict[int, RouterRead]] = []
+        self.earlier: dict[int, dict[int, RouterRead]] = {}
         self._exchanges = exchanges or {}
 
     @contextlib.contextmanager
     def hooks(self, network: Network) -> Iterator[None]:
         """Watch a network for the duration of a pass."""
-        reads: dict[int, RouterRead] = {}
+        reads = dict(self.earlier.get(len(self.passes), {}))
         self.passes.append(reads)
 
         def after(number: int) -> Any:
@@ -75,17 +79,24 @@ class RouterWatch:
 
             return look
 
-        hooks = [
-            module.register_forward_hook(after(number))
-            for number, layer in enumerate(network.layers or ())
-            for name, module in layer.named_modules()
-            if name.rpartition(".")[2] in ("gate", "router") and not isinstance(module, nn.Linear)
-        ]
+        hooks = [module.register_forward_hook(after(number)) for number, module in _routers(network.layers or ())]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def has_routers(module: nn.Module) -> bool:
+    """Whether a model seems to have routers."""
+    return any(True for _ in _routers([module]))
+
+
+def _routers(layers: Iterable[nn.Module]) -> Iterator[tuple[int, nn.Module]]:
+    for number, layer in enumerate(layers):
+        for name, module in layer.named_modules():
+            if name.rpartition(".")[2] in ("gate", "router") and not isinstance(module, nn.Linear):
+                yield number, module
 
 
 def _is_routing(output: Any) -> bool:

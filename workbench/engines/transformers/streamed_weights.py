@@ -1,139 +1,306 @@
-"""Weights that are read from the checkpoint when a module runs and dropped afterwards: a large reference needs memory for one layer.
+"""Weights that are read from the checkpoint when a part of the model runs and dropped afterwards: memory for one layer is enough.
 
-    network on the meta device -> before a layer runs: map its tensors, cast them to the engine's dtype -> after it: drop them
+    network on the meta device -> before a layer runs: read its tensors, cast them to the run's dtype -> after it: drop them
 
-Tensors are memory-mapped: if the checkpoint fits into the operating system's page cache, a pass costs little more than with
-weights in memory.
+Local tensors are memory-mapped: if the checkpoint fits into the operating system's page cache, a pass costs little more than with
+weights in memory. Several passes can go through each layer together, so that its weights are read once (`lockstep.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...models import Model
-from ...models.checkpoint import Checkpoint
-from ...models.sources import FolderSource
+from ...errors import ModelError
+from ...models.sources import Source
+from .lazy_experts import LazyExperts
+from .parameter_reader import ParameterReader
 
-RESIDENT_BYTES = 1 << 28
-"""If its weights take more bytes, a reference on the CPU reads them when a layer runs, if the checkpoint allows it."""
-_HEAD_ROWS = 4096
+_BLOCK_BYTES = 1 << 28
+"""Bytes of a head that are cast at a time."""
+_EXPERT_BYTES = 1 << 31
+"""If the experts of a layer take more bytes in the run's dtype, they are read one at a time."""
+_LARGE_TABLE = 1 << 26
+"""If a table of embeddings takes more bytes in the run's dtype, only the rows that are looked up are read."""
+
+_SMALL = 1 << 20
+"""Parameters outside the layers that take fewer bytes, as norms, stay in memory; and so do buffers."""
+
+Arrive = Callable[[str], None]
+"""Called with a unit's name before its weights are read: a layer, or a module outside the layers."""
 
 
 class StreamedWeights:
-    """Hooks that load and drop the weights of a network whose parameters are on the meta device.
+    """The weights of one model in one dtype on one device, for any number of passes.
 
     Args:
-        network: Transformers' model; its decoder has `layers`.
-        names: for every parameter its name in the checkpoint, from `checkpoint_names`.
-        dtype: the dtype that weights are cast to; of the token embedding, only the looked-up rows are cast.
+        network: Transformers' model with its parameters on the meta device; it stays as it is.
+        reader: reads its parameters.
+        dtypes: of the parameters in the run (`parameter_dtypes`).
+        source: where the checkpoint's files are.
     """
 
-    def __init__(self, network: Any, model: Model, names: dict[str, str], dtype: torch.dtype) -> None:
-        # Mappings of its own, so that releasing their memory after use does not affect `model.weights`.
-        self._source = FolderSource(model.path)
-        self._checkpoint = Checkpoint(self._source)
-        self._names, self._dtype = names, dtype
-        self._qualified = {module: name for name, module in network.named_modules()}
-        # All layers are cast into the same buffers, since their shapes are equal: the allocator would keep freed ones.
-        self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-        layers = list(network.get_decoder().layers)
-        inside = {module for layer in layers for module in layer.modules()}
-        others = [
-            module
-            for module in network.modules()
-            if module not in inside and any(True for _ in _own_parameters(module))
+    def __init__(
+        self,
+        network: Any,
+        reader: ParameterReader,
+        dtypes: Mapping[str, torch.dtype],
+        dtype: torch.dtype,
+        device: torch.device,
+        source: Source,
+        layers: str,
+    ) -> None:
+        self._network, self._reader, self._source = network, reader, source
+        self._dtypes, self._dtype, self._device = dtypes, dtype, device
+        self._layers = layers
+        buffers = {name for name, _ in network.named_buffers()} & set(reader.shapes)
+        small = [
+            name
+            for name in reader.shapes
+            if name in buffers or (not self._inside_layers(name) and self._bytes(name) < _SMALL)
         ]
-        self._layers = set(layers)
-        for unit in (*layers, *others):
-            if type(unit) is nn.Linear and unit not in self._layers and dtype.itemsize > 2:
-                # A large head would set the memory peak; outputs are independent sums, so rows can be cast in blocks.
-                unit.forward = partial(self._linear_in_blocks, unit)  # type: ignore[method-assign]
+        self._resident = reader.read(small, dtypes, device)
+        self.units = dict(self._find_units())
+        # Of the right shape, dtype and device; what a class computes with weights that are not read is NaN.
+        self._placeholders = {
+            name: torch.full((), float("nan"), dtype=dtypes[name], device=device).expand(reader.shapes[name])
+            for names in self.units.values()
+            for name in names
+        }
+        self._held: tuple[str, dict[str, Any]] | None = None
+        # All layers are cast into the same buffers, since their shapes are equal: the allocator would keep freed ones.
+        self._buffers: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that a pass reads."""
+        return sum(map(self.unit_bytes, self.units))
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that a pass reads."""
+        return sum(torch.Size(self._reader.shapes[name]).numel() for names in self.units.values() for name in names)
+
+    @property
+    def layer_units(self) -> list[str]:
+        """The names of the layers, in order."""
+        return [unit for unit in self.units if self._inside_layers(unit)]
+
+    @property
+    def largest_layer(self) -> int:
+        """Bytes that the largest layer takes in memory in the run's dtype."""
+        return max(map(self._unit_bytes, self.layer_units), default=0)
+
+    def seconds_per_byte(self, sample: int) -> float:
+        """Measure how long a byte takes to read, on up to `sample` bytes from the middle of the checkpoint."""
+        entries = [
+            entry for names in self.units.values() for each in self._reader.sources(names) for entry in each.entries
+        ]
+        entry = entries[len(entries) // 2]
+        size = min(entry.bytes, sample)
+        began = time.perf_counter()
+        self._source.read(entry.shard, entry.start, entry.start + size)
+        return (time.perf_counter() - began) / max(size, 1)
+
+    def unit_bytes(self, unit: str) -> int:
+        """Bytes of the checkpoint that a unit is read from."""
+        return sum(each.stored_bytes for each in self._reader.sources(self.units[unit]))
+
+    def new_network(self, arrive: Arrive | None = None, skipped: int = 0) -> Any:
+        """A copy of the network that streams its weights.
+
+        Args:
+            arrive: called before each unit runs; None: units are dropped as soon as they have run.
+            skipped: the weights of so many layers at the beginning are never read.
+        """
+        network = copy.deepcopy(self._network)
+        for name, tensor in self._resident.items():
+            _put(network, name, tensor)
+        for name in self._placeholders:
+            _put(network, name, self._placeholders[name])
+        left_out = {f"{self._layers}.{number}" for number in range(skipped)}
+        for unit in self.units:
+            if unit in left_out:
                 continue
-            lookup_only = type(unit) is nn.Embedding  # subclasses may compute with the whole weight
-            unit.register_forward_pre_hook(lambda module, args, cast=not lookup_only: self._load(module, cast))
-            unit.register_forward_hook(
-                lambda module, args, output, cast=lookup_only: self._drop(module, output if cast else None),
-                always_call=True,
+            self._stream(unit, network.get_submodule(unit) if unit else network, arrive)
+        return network
+
+    def drop(self, unit: str) -> None:
+        """Forget a unit's weights, and let the operating system drop the pages that they were read from."""
+        if self._held is not None and self._held[0] == unit:
+            self._held = None
+        for stored in self._reader.sources(self.units[unit]):
+            for entry in stored.entries:
+                self._source.release(entry.shard, entry.start, entry.stop)
+
+    def _find_units(self) -> Iterator[tuple[str, list[str]]]:
+        """The units and their parameters: each layer, and each other module with large parameters of its own."""
+        owners: dict[str, list[str]] = {}
+        for name in self._reader.shapes:
+            if name not in self._resident:
+                path = name.rpartition(".")[0]
+                depth = self._layers.count(".") + 2
+                owner = ".".join(path.split(".")[:depth]) if self._inside_layers(name) else path
+                owners.setdefault(owner, []).append(name)
+        yield from owners.items()
+
+    def _inside_layers(self, name: str) -> bool:
+        """Whether a parameter or unit belongs to a layer."""
+        return bool(self._layers) and name.startswith(f"{self._layers}.")
+
+    def _unit_bytes(self, unit: str) -> int:
+        lazy = set(self._lazy(unit))
+        return sum(
+            self._bytes(name) // (self._reader.experts(name) if name in lazy else 1) for name in self.units[unit]
+        )
+
+    def _bytes(self, name: str) -> int:
+        return torch.Size(self._reader.shapes[name]).numel() * self._dtypes[name].itemsize
+
+    def _lazy(self, unit: str) -> list[str]:
+        """The parameters of a unit whose experts are read one at a time."""
+        stacked = [name for name in self.units[unit] if self._reader.experts(name)]
+        return stacked if sum(map(self._bytes, stacked)) > _EXPERT_BYTES else []
+
+    def _stream(self, unit: str, module: nn.Module, arrive: Arrive | None) -> None:
+        names = self.units[unit]
+        outside = not self._inside_layers(unit)
+        large = sum(map(self._bytes, names)) > (_BLOCK_BYTES if type(module) is nn.Linear else _LARGE_TABLE)
+        if outside and large and type(module) is nn.Linear and self._dtype.itemsize > 2:
+            # A large head would set the memory peak; outputs are independent sums, so rows can be cast in blocks.
+            module.forward = partial(self._linear_in_blocks, unit, module, arrive)  # type: ignore[method-assign]
+        elif outside and large and _takes_ids(module) and self._reader.as_stored(f"{unit}.weight"):
+            module.forward = partial(self._looked_up, unit, module, module.forward, arrive)  # type: ignore[method-assign]
+        else:
+            module.register_forward_pre_hook(lambda module, args: self._load(unit, module, arrive), prepend=True)
+            module.register_forward_hook(
+                lambda module, args, output: self._unload(unit, module, arrive), always_call=True
             )
 
-    def _load(self, unit: nn.Module, cast: bool) -> None:
-        for module, attribute, name in self._parameters(unit):
-            tensor = self._checkpoint.get(name)
-            if cast and tensor.dtype is not self._dtype:
-                tensor = self._cast(unit, module, attribute, tensor)
-            module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+    def _load(self, unit: str, module: nn.Module, arrive: Arrive | None) -> None:
+        if arrive is not None:
+            arrive(unit)
+        if self._held is None or self._held[0] != unit:
+            self._held = (unit, self._read(unit))
+        for name, value in self._held[1].items():
+            owner, attribute = _owner(module, unit, name)
+            if isinstance(value, LazyExperts):
+                del owner._parameters[attribute]
+                owner.__dict__[attribute] = value
+            else:
+                owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
 
-    def _linear_in_blocks(self, unit: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        weights = {attribute: name for _, attribute, name in self._parameters(unit)}
-        stored = self._checkpoint.get(weights["weight"])
-        out = x.new_empty((*x.shape[:-1], len(stored)))
-        for first in range(0, len(stored), _HEAD_ROWS):
-            rows = stored[first : first + _HEAD_ROWS]
-            out[..., first : first + _HEAD_ROWS] = x @ rows.to(self._dtype).T
-            self._release(weights["weight"], first * stored.stride(0) * stored.itemsize, rows.nbytes)
-        self._release(weights["weight"])
-        return out + self._checkpoint.get(weights["bias"]).to(self._dtype) if "bias" in weights else out
+    def _read(self, unit: str) -> dict[str, Any]:
+        try:
+            return self._read_unit(unit)
+        except ModelError as error:
+            raise ModelError(f"{error} (needed for {unit})") from error
 
-    def _release(self, name: str, offset: int = 0, size: int | None = None) -> None:
-        """Let the operating system drop the mapped pages of a tensor, or of `size` bytes of it from `offset` on."""
-        entry = self._checkpoint.entries([name])[name]
-        start = entry.start + offset
-        self._source.release(entry.shard, start, entry.stop if size is None else start + size)
+    def _read_unit(self, unit: str) -> dict[str, Any]:
+        lazy = self._lazy(unit)
+        whole = [name for name in self.units[unit] if name not in lazy]
+        found: dict[str, Any] = {}
+        for name in whole:
+            stored = self._reader.as_stored(name)
+            reuse = self._device.type == "cpu" and self._inside_layers(unit)
+            if stored is None or not reuse or stored.dtype is self._dtypes[name]:
+                continue
+            key = (name.removeprefix(unit), self._reader.shapes[name], self._dtypes[name])
+            if key not in self._buffers:
+                self._buffers[key] = torch.empty(key[1], dtype=key[2])
+            found[name] = self._buffers[key].copy_(stored.read())
+        found |= self._reader.read([name for name in whole if name not in found], self._dtypes, self._device)
+        return found | {name: LazyExperts(self._reader, name, self._dtypes[name], self._device) for name in lazy}
 
-    def _cast(self, unit: nn.Module, module: nn.Module, attribute: str, tensor: torch.Tensor) -> torch.Tensor:
-        if unit not in self._layers:
-            return tensor.to(self._dtype)
-        inside = self._qualified[module].removeprefix(self._qualified[unit])
-        key = (f"{inside}.{attribute}", tuple(tensor.shape))
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(tensor.shape, dtype=self._dtype)
-        return self._buffers[key].copy_(tensor)
+    def _unload(self, unit: str, module: nn.Module, arrive: Arrive | None) -> None:
+        """Put placeholders in the place of a unit's weights."""
+        for name in self.units[unit]:
+            owner, attribute = _owner(module, unit, name)
+            owner.__dict__.pop(attribute, None)
+            owner._parameters[attribute] = nn.Parameter(self._placeholders[name], requires_grad=False)
+        if arrive is None:
+            self.drop(unit)
 
-    def _drop(self, unit: nn.Module, output: torch.Tensor | None) -> torch.Tensor | None:
-        """Move a unit back to the meta device; cast the output of a lookup, which is in the stored dtype."""
-        for module, attribute, name in self._parameters(unit):
-            shape = module._parameters[attribute].shape  # type: ignore[union-attr]
-            module._parameters[attribute] = nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
-            self._release(name)
-        return None if output is None else output.to(self._dtype)
+    def _linear_in_blocks(self, unit: str, module: nn.Linear, arrive: Arrive | None, x: torch.Tensor) -> torch.Tensor:
+        if arrive is not None:
+            arrive(unit)
+        stored = self._reader.as_stored(f"{unit}.weight")
+        weight = (
+            stored.read()
+            if stored is not None
+            else self._reader.read([f"{unit}.weight"], self._dtypes, self._device)[f"{unit}.weight"]
+        )
+        rows = max(1024, _BLOCK_BYTES // (weight.shape[1] * self._dtype.itemsize) // 1024 * 1024)
+        out = x.new_empty((*x.shape[:-1], len(weight)))
+        for first in range(0, len(weight), rows):
+            block = weight[first : first + rows].to(self._device, self._dtype)
+            out[..., first : first + rows] = x @ block.T
+            if stored is not None and len(stored.entries) == 1:
+                entry = stored.entries[0]
+                start = entry.start + first * weight.stride(0) * weight.itemsize
+                self._source.release(entry.shard, start, start + len(block) * weight.stride(0) * weight.itemsize)
+        if module.bias is not None:
+            bias = f"{unit}.bias"
+            out = out + (
+                self._resident[bias]
+                if bias in self._resident
+                else self._reader.read([bias], self._dtypes, self._device)[bias]
+            )
+        if arrive is None:
+            self.drop(unit)
+        return out
 
-    def _parameters(self, unit: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-        """Module, attribute and name in the checkpoint of every parameter of a unit."""
-        for module in unit.modules():
-            prefix = self._qualified[module]
-            for attribute in _own_parameters(module):
-                yield module, attribute, self._names[f"{prefix}.{attribute}" if prefix else attribute]
+    def _looked_up(
+        self,
+        unit: str,
+        module: Any,
+        forward: Callable[..., Any],
+        arrive: Arrive | None,
+        ids: torch.Tensor,
+    ) -> Any:
+        """Run a lookup with a table of only the rows that it looks up."""
+        if arrive is not None:
+            arrive(unit)
+        name = f"{unit}.weight"
+        stored = self._reader.as_stored(name)
+        assert stored is not None
+        needed, numbers = ids.unique(return_inverse=True)
+        rows = stored.read()[needed.cpu()].to(self._device, self._dtypes[name])
+        padding, module.padding_idx = module.padding_idx, None  # it would be an index into the whole table
+        try:
+            module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+            return forward(numbers)
+        finally:
+            module.padding_idx = padding
+            self._unload(unit, module, arrive)
 
 
-def _own_parameters(module: nn.Module) -> Iterator[str]:
-    return (name for name, parameter in module._parameters.items() if parameter is not None)
+def _put(network: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Set a parameter or buffer of a network."""
+    owner, attribute = _owner(network, "", name)
+    if attribute in owner._buffers:
+        owner._buffers[attribute] = tensor
+    else:
+        owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
 
 
-def checkpoint_names(network: Any, model: Model) -> dict[str, str] | None:
-    """Map the name of every parameter of a network to its name in the checkpoint.
+def _takes_ids(module: nn.Module) -> bool:
+    """Whether a module is a lookup of given ids; others, as of learned positions, find ids by themselves."""
+    return isinstance(module, nn.Embedding) and list(inspect.signature(module.forward).parameters) in (
+        ["input"],
+        ["input_ids"],
+    )
 
-    Returns None if its weights cannot be streamed and Transformers must load the model: tensors have other names or shapes in the
-    checkpoint, or the network is not a plain stack of decoder layers.
-    """
-    decoder = network.get_decoder()
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        return None
-    tensors = model.weights.entries(model.weights)
-    tied = {}
-    head, table = network.get_output_embeddings(), network.get_input_embeddings()
-    if head is not None and getattr(network.config, "tie_word_embeddings", False):
-        of = {id(module): name for name, module in network.named_modules()}
-        tied = {f"{of[id(head)]}.weight": f"{of[id(table)]}.weight"}
-    names = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        stored = tied.get(name, name)
-        entry = tensors.get(stored)
-        if entry is None or entry.shape != tuple(parameter.shape) or not entry.dtype.is_floating_point:
-            return None
-        names[name] = stored
-    return names if len(set(names.values())) == len(tensors) else None
+
+def _owner(module: nn.Module, unit: str, name: str) -> tuple[nn.Module, str]:
+    """The module inside a unit that has a parameter, and the parameter's name there."""
+    inside = name.removeprefix(f"{unit}.") if unit else name
+    path, _, attribute = inside.rpartition(".")
+    return module.get_submodule(path) if path else module, attribute

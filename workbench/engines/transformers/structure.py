@@ -127,6 +127,8 @@ def _examine(network: Network, mask: Any) -> _Findings:
             hook.remove()
     plain = bool(layers) and shapes == {3}
     parts = tuple(found.get(kind) if plain else None for kind in kinds)
+    if fault is None and any(bool(state.isnan().any()) for state in seen):
+        fault = "its states are NaN on plain tokens"
     return _Findings(plain, parts, fault is None and any(_leaks(state) for state in seen), fault)
 
 
