@@ -53,10 +53,14 @@ def _faults(model: workbench.Model, prompt: workbench.Prompt) -> Iterator[str]:
     what = [ReferencePass(prompt, taps)]
     (alone,) = reference_runs(engines["float64"][1], engines["float32"][1], what)
     pair = engines["float64"][0], engines["float32"][0]
-    yield from _differences(reference_runs(*pair, what)[0], alone, "when all runs go together")
+    yield from _differences(
+        reference_runs(*pair, what, progress=lambda fraction: None)[0], alone, "when all runs go together"
+    )
     with contextlib.suppress(Stopped):
         reference_runs(*pair, what, progress=_stop_halfway)
-    yield from _differences(reference_runs(*pair, what)[0], alone, "after an interruption")
+    yield from _differences(
+        reference_runs(*pair, what, progress=lambda fraction: None)[0], alone, "after an interruption"
+    )
 
 
 def _stop_halfway(fraction: float) -> None:

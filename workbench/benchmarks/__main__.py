@@ -1,4 +1,4 @@
-"""`python -m workbench.benchmarks [engine | batching | comparison | serving]`: timings on this machine, interleaved, as medians."""
+"""`python -m workbench.benchmarks [engine | batching | comparison | serving | streamed]`: timings on this machine, interleaved, as medians."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ def main() -> None:
     """Parse the command line and run the chosen benchmark, which prints its results."""
     parser = argparse.ArgumentParser(prog="python -m workbench.benchmarks", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "benchmark", nargs="?", default="engine", choices=("engine", "batching", "comparison", "serving"),
+        "benchmark", nargs="?", default="engine", choices=("engine", "batching", "comparison", "serving", "streamed"),
         help="engine: one request compared with Transformers; batching: many requests at once; comparison: traces, recording and lint; "
-        "serving: several engines on spliced prompts",
+        "serving: several engines on spliced prompts; streamed: a verdict on a large model",
     )  # fmt: skip
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--engines", nargs="+", default=["transformers", "numba"], help="for serving")
-    parser.add_argument("--dtype", default="bfloat16", help="for serving")
-    parser.add_argument("--device", default="cpu", help="for serving")
+    parser.add_argument("--dtype", default="bfloat16", help="for serving and streamed")
+    parser.add_argument("--device", default="cpu", help="for serving and streamed")
+    parser.add_argument("--shape", default="1B", help="for streamed: 1B, 3B, 8B or 24B")
+    parser.add_argument("--tokens", type=int, default=64, help="for streamed: length of the prompt")
+    parser.add_argument("--folder", help="for streamed: where its checkpoint is written")
     options = parser.parse_args()
-    module = import_module(f".{options.benchmark}", __package__)
-    if options.benchmark == "serving":
+    module = import_module(
+        f".{'streamed_reference' if options.benchmark == 'streamed' else options.benchmark}", __package__
+    )
+    if options.benchmark == "streamed":
+        module.run(options.shape, options.dtype, options.device, options.tokens, options.folder)
+    elif options.benchmark == "serving":
         module.run(options.engines, options.model, options.dtype, options.device, options.rounds)
     else:
         module.run(options.model, options.rounds)

@@ -6,8 +6,6 @@ Run it with `python -m workbench.benchmarks comparison`.
 from __future__ import annotations
 
 import tempfile
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from ..prompt import Prompt
 from ..trace import Trace
 from ..trace.files import TraceWriter
 from ..trace.taps import EVERY_TAP
+from .peak_memory import PeakMemory, anonymous_memory
 
 LAYERS, POSITIONS, WIDTH = 32, 2048, 2048
 
@@ -31,8 +30,8 @@ def run(model_name: str, rounds: int) -> dict[str, float]:
     """Time all jobs, print a table with the targets, and return `{job: median seconds}`."""
     with tempfile.TemporaryDirectory(prefix="workbench-bench-") as folder:
         jobs = {**_traces(Path(folder)), **_recording(model_name, Path(folder))}
-        before = _anonymous()
-        peak = _Peak()
+        before = anonymous_memory()
+        peak = PeakMemory()
         with peak:
             jobs["compare two traces"]()
         seconds = time_interleaved(jobs, rounds)
@@ -109,29 +108,3 @@ def _recording(model_name: str, folder: Path) -> dict[str, Callable[[], object]]
         "prefill, all taps, to disk": lambda: engine.trace(prompt, every, path=folder / "all.safetensors"),
         "lint, 4096 tokens, 8 images": lambda: lint(many, model, "turbomind", dtype="bfloat16"),
     }
-
-
-class _Peak:
-    """The peak of the process's anonymous memory while the block runs, sampled every millisecond."""
-
-    def __enter__(self) -> _Peak:
-        self.bytes, self._ended = _anonymous(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ended.is_set():
-            self.bytes = max(self.bytes, _anonymous())
-            time.sleep(0.001)
-
-
-def _anonymous() -> int:
-    """Bytes of anonymous memory of this process, that is, without mapped files (Linux; 0 elsewhere)."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)

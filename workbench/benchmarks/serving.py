@@ -38,7 +38,7 @@ def spliced_prompt(model: Model, tokens: int, images: int, seed: int = 0) -> Pro
     generator = torch.Generator().manual_seed(seed)
     vocab = model.text_config.vocab_size
     ids = torch.randint(10, vocab - 10, (tokens,), generator=generator).tolist()
-    spacing = tokens // images
+    spacing = tokens // max(images, 1)
     starts = [number * spacing + (spacing - ROWS) // 2 for number in range(images)]
     own = model.token_rows(torch.randint(10, vocab - 10, (ROWS,), generator=generator).tolist())
     return Prompt(ids, [noise_like(own, generator) for _ in starts], [(start, start + ROWS) for start in starts])

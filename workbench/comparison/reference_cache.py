@@ -55,6 +55,14 @@ def reference_engine(
     return opened
 
 
+def forget() -> None:
+    """Close all kept references and drop their traces."""
+    with _lock:
+        _references.clear()
+        _runs.clear()
+    return_freed_memory()
+
+
 def reference_pair(
     model: Model, dtype: str, device: str = "cpu", streamed: bool | None = None
 ) -> tuple[TransformersReference, TransformersReference]:

@@ -99,14 +99,18 @@ class ReferenceWork:
 
     def run_rounded(self, engine: TransformersReference, seed: int) -> None:
         """A run in the engine's dtype."""
+
+        def add(tap: str, state: torch.Tensor) -> None:
+            self._measurement.add_state(tap, state.cpu())
+
         with engine.watching(self._watch):
-            self._pass.run(engine, self._plan, seed, self._measurement.add_state)
+            self._pass.run(engine, self._plan, seed, add)
 
     def run_exchanged(self, engine: TransformersReference) -> None:
         """A run in which undecided experts are exchanged."""
 
         def add(tap: str, state: torch.Tensor) -> None:
-            self._measurement.add_state(tap, state, exchanged=True)
+            self._measurement.add_state(tap, state.cpu(), exchanged=True)
 
         with engine.watching(RouterWatch(self.exchanges)):
             self._pass.run(engine, self._plan, 0, add)
@@ -115,7 +119,10 @@ class ReferenceWork:
         self, job: str, exact: TransformersReference, rounded: TransformersReference, arrive: Callable[[str], None]
     ) -> None:
         """Make one of `jobs`, as one of several runs that read streamed weights together."""
-        engine = (exact if job == EXACT else rounded).one_of_many(arrive, self._reached[job])
+        reached = self._reached[job]
+        if reached.state is not None:  # of an interrupted run
+            reached.state = reached.state.to(rounded.device)
+        engine = (exact if job == EXACT else rounded).one_of_many(arrive, reached)
         if job == EXACT:
             self.run_exact(engine)
         elif job == EXCHANGED:

@@ -39,7 +39,8 @@ def run_together(
     progress: Progress | None,
     folder: Path | None,
 ) -> None:
-    """Make all runs. What is done is kept layer by layer (`unfinished_runs.py`); the plan is printed, and without `progress` a bar.
+    """Make all runs. What is done is kept layer by layer (`unfinished_runs.py`); without `progress`, the plan is
+    printed, and a bar shows how far they are.
 
     Raises:
         ModelError: weights cannot be read; the message names the layer.
@@ -49,7 +50,8 @@ def run_together(
     assert rounded.streamed is not None
     weights = [exact.streamed, rounded.streamed]
     tokens = sum(work.tokens for work in works)
-    print(StreamPlan.of(exact, rounded, tokens), file=sys.stderr)
+    if progress is None:
+        print(StreamPlan.of(exact, rounded, tokens), file=sys.stderr)
     unfinished = UnfinishedRuns({"works": [work.what for work in works]}, folder)
     with contextlib.ExitStack() as files:
         for work in works:

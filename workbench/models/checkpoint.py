@@ -158,6 +158,11 @@ class Checkpoint:
         # NumPy and Numba need aligned elements (addresses that are multiples of the element size); a copy is aligned.
         if mapped is None or not entry.bytes or entry.start % entry.dtype.itemsize:
             return self.read([name])[name]
+        if entry.stop > len(mapped):  # the header was read before the file was cut
+            raise ModelError(
+                f"{self.source.where(entry.shard)} is cut short: tensor {name!r} ends at byte {entry.stop}, the file at {len(mapped)}. "
+                "Fetch it again"
+            )
         count = prod(entry.shape)
         return torch.frombuffer(mapped, dtype=entry.dtype, count=count, offset=entry.start).view(entry.shape)
 

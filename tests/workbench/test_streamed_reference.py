@@ -1,0 +1,263 @@
+"""The reference with streamed weights: equal to the one in memory, interrupted and continued, and with damaged files."""
+
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import workbench
+from tests.sweep.small_configs import small_network
+from tests.workbench.small_models import save_llama
+from workbench.comparison import reference_cache, runs_together, unfinished_runs
+from workbench.comparison.floor_runs import reference_runs
+from workbench.comparison.reference_cache import reference_pair, reference_run
+from workbench.comparison.reference_pass import ReferencePass
+from workbench.engines.transformers import loading, streamed_weights
+from workbench.engines.transformers.reference import TransformersReference
+from workbench.faults import FAULTS
+from workbench.progress import Stopped
+
+IDS = list(range(20, 44))
+TAPS = ("embed", "layers.*", "layers.*.*", "norm", "logits")
+
+
+@pytest.fixture(autouse=True)
+def together(monkeypatch, tmp_path):
+    """Runs go through small checkpoints together too, and keep what they have done in a folder of the test's own."""
+    monkeypatch.setattr(runs_together, "TOGETHER_BYTES", -1)
+    monkeypatch.setattr(unfinished_runs, "cache_folder", lambda: tmp_path / "cache" / "models")
+    reference_cache.forget()
+    yield tmp_path / "cache" / "unfinished-runs"
+    reference_cache.forget()
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A random Llama, one file per layer; returns its folder."""
+    return _sharded(tmp_path, "LlamaForCausalLM", "llama")
+
+
+@pytest.fixture
+def experts(tmp_path):
+    """A random Qwen3-MoE, one file per layer."""
+    return _sharded(tmp_path, "Qwen3MoeForCausalLM", "qwen3_moe")
+
+
+def _sharded(tmp_path, name, model_type):
+    folder = tmp_path / "model"
+    small_network(name, model_type).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shard_of = {
+        name: f"layer-{name.split('.')[2]}.safetensors" if "layers." in name else "rest.safetensors" for name in tensors
+    }
+    for shard in set(shard_of.values()):
+        save_file(
+            {name: tensors[name] for name in tensors if shard_of[name] == shard}, folder / shard, {"format": "pt"}
+        )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
+    return folder
+
+
+def _run(model, folder=None, progress=lambda fraction: None, ids=IDS):
+    exact, rounded = reference_pair(model, "float32", streamed=True)
+    what = ReferencePass(workbench.Prompt(ids), TAPS)
+    return reference_runs(exact, rounded, [what], progress=progress, unfinished=folder)[0]
+
+
+def _stop_after(share):
+    def progress(fraction):
+        if fraction > share:
+            raise Stopped
+
+    return progress
+
+
+def _check_equal(one, other):
+    assert all(torch.equal(one.trace[tap], other.trace[tap]) for tap in other.trace)
+    assert all(torch.equal(one.floor.errors[tap], error) for tap, error in other.floor.errors.items())
+    assert dict(one.floor.digests) == dict(other.floor.digests)
+    assert one.floor.typical == other.floor.typical
+    assert one.floor.expert_choices == other.floor.expert_choices
+
+
+def test_smollm2_is_computed_as_in_memory():
+    model = workbench.load_model("smollm2-135m")
+    ids = model.chat_ids("Say something about foxes.")
+    prompt = workbench.Prompt(ids, [model.token_rows(ids[4:8])], [(5, 9)])
+    whole, streamed = (
+        reference_runs(
+            *reference_pair(model, "float32", streamed=each), [ReferencePass(prompt, TAPS)], progress=lambda _: None
+        )[0]
+        for each in (False, True)
+    )
+    _check_equal(streamed, whole)
+
+
+def test_several_prompts_read_the_weights_once(sharded, monkeypatch):
+    model = workbench.load_model(str(sharded))
+    read = []
+    own = streamed_weights.StreamedWeights._read_unit
+    monkeypatch.setattr(
+        streamed_weights.StreamedWeights,
+        "_read_unit",
+        lambda self, unit: (read.append((self._dtype, unit)), own(self, unit))[1],
+    )
+    exact, rounded = reference_pair(model, "float32", streamed=True)
+    read.clear()
+    prompts = [workbench.Prompt(IDS), workbench.Prompt(IDS[::-1])]
+    found = reference_runs(exact, rounded, [ReferencePass(each, TAPS) for each in prompts], progress=lambda _: None)
+    assert sorted(set(read), key=str) == sorted(read, key=str)  # nothing twice, by ten runs
+    assert len(read) == 2 * len(exact.streamed.units)
+    monkeypatch.undo()
+    for each, run in zip(prompts, found, strict=True):
+        _check_equal(
+            run, reference_runs(*reference_pair(model, "float32", streamed=False), [ReferencePass(each, TAPS)])[0]
+        )
+
+
+def test_verdict_and_divergence_with_streamed_weights(tmp_path):
+    llama = save_llama(tmp_path)
+    rows = torch.randn(4, llama.text_config.hidden_size, generator=torch.Generator().manual_seed(0)) * 0.1
+    prompt = workbench.Prompt(IDS, [rows], [(6, 10)])
+    engine = workbench.open_engine("numba", llama)
+    assert workbench.check_engine(engine, prompt, streamed=True).verdict == "noise"
+    FAULTS["rows reversed"].inject(engine)
+    found = workbench.first_divergence(engine, prompt, streamed=True)
+    assert found.divergence.tap == "embed"
+    local = workbench.local_error(engine, prompt, streamed=True)
+    assert local.origin == "embed"
+
+
+@pytest.mark.parametrize("kind", ["sharded", "experts"])
+def test_interrupted_runs_go_on_where_they_stopped(kind, together, request):
+    model = workbench.load_model(str(request.getfixturevalue(kind)))
+    whole = _run(model)
+    assert not any(together.glob("*/*"))
+    with pytest.raises(Stopped):
+        _run(model, progress=_stop_after(0.5))
+    assert [path.name for path in together.glob("*/*states*")] == ["states.safetensors"]
+    begun = []
+    again = _run(model, progress=begun.append)
+    assert begun[0] > 0.5
+    _check_equal(again, whole)
+    assert not any(together.glob("*"))
+
+
+def test_interrupted_run_of_another_prompt_is_refused(sharded, tmp_path):
+    model = workbench.load_model(str(sharded))
+    folder = tmp_path / "kept"
+    with pytest.raises(Stopped):
+        _run(model, folder, _stop_after(0.5))
+    with pytest.raises(workbench.TraceError, match="unfinished runs of something else .*give another folder"):
+        _run(model, folder, ids=IDS[::-1])
+    _check_equal(_run(model, folder), _run(model))
+
+
+def test_damaged_states_are_refused_by_name_or_begun_again(sharded, tmp_path, together):
+    model, folder = workbench.load_model(str(sharded)), tmp_path / "kept"
+    for where in (folder, None):
+        with pytest.raises(Stopped):
+            _run(model, where, _stop_after(0.5))
+    for path in (folder / "states.safetensors", *together.glob("*/states.safetensors")):
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(workbench.TraceError, match="Remove the folder"):
+        _run(model, folder)
+    _check_equal(_run(model), _run(model))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_shard_that_is_gone_in_the_middle_is_named_with_its_layer(sharded, tmp_path, damage):
+    model = workbench.load_model(str(sharded))
+    whole, shard, spare = _run(model), sharded / "layer-2.safetensors", tmp_path / "spare"
+    reference_cache.forget()
+    shutil.copy2(shard, spare)
+
+    def break_it(fraction):
+        if shard.exists() and shard.stat().st_size == spare.stat().st_size:
+            shard.unlink() if damage == "missing" else shard.write_bytes(spare.read_bytes()[:-4000])
+
+    _ = model.digest
+    with pytest.raises(workbench.ModelError, match=r"layer-2\.safetensors.*model\.layers\.2.*2 layers done are kept"):
+        _run(model, progress=break_it)
+    shutil.copy2(spare, shard)
+    reference_cache.forget()
+    again = []
+    _check_equal(_run(model, progress=again.append), whole)
+    assert again[0] > 0.4
+
+
+def test_full_disk_does_not_stop_the_runs(sharded, monkeypatch, capsys):
+    model = workbench.load_model(str(sharded))
+    whole = _run(model)
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(unfinished_runs, "atomic_write", full)
+    monkeypatch.setattr(unfinished_runs, "INTERVAL", -1.0)
+    _check_equal(_run(model), whole)
+    said = capsys.readouterr().err
+    assert said.count("No space left on device") == 1
+    assert "WORKBENCH_CACHE" in said
+
+
+def test_states_that_are_written_at_every_layer_change_nothing(sharded, monkeypatch, together):
+    model = workbench.load_model(str(sharded))
+    whole = _run(model)
+    monkeypatch.setattr(unfinished_runs, "INTERVAL", -1.0)
+    _check_equal(_run(model), whole)
+    assert not any(together.glob("*"))
+
+
+def test_index_that_lies_is_refused(sharded):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.layers.1.mlp.up_proj.weight"] = "layer-2.safetensors"
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(workbench.ModelError, match=r"lacks tensor 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        TransformersReference(workbench.load_model(str(sharded)), streamed=True)
+
+
+def test_nan_in_one_expert_is_named_by_its_layer(experts):
+    shard = experts / "layer-3.safetensors"
+    tensors = load_file(shard)
+    (name,) = [name for name in tensors if name.endswith("experts.0.down_proj.weight")]
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(workbench.TraceError, match=r"NaN or infinity at tap 'layers\.3\.mlp'"):
+        _run(workbench.load_model(str(experts)), ids=list(range(20, 84)))
+
+
+def test_missing_tensor_and_wrong_shape_are_named(sharded):
+    shard = sharded / "layer-1.safetensors"
+    tensors = load_file(shard)
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"][:-1].clone()
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(
+        workbench.ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is \(\d+, 64\) in the checkpoint and"
+    ):
+        TransformersReference(workbench.load_model(str(sharded)), streamed=True)
+
+
+def test_what_does_not_fit_is_refused_or_streamed(sharded, monkeypatch):
+    model = workbench.load_model(str(sharded))
+    monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
+    with pytest.raises(workbench.ModelError, match=r"take 0\.0 GB in float64, and 0\.0 GB are free"):
+        TransformersReference(model, dtype="float64", streamed=False)
+    monkeypatch.setattr(loading, "STREAMED_BYTES", 1000)
+    assert TransformersReference(model, dtype="float64").streamed is not None
+
+
+def test_progress_of_a_stopped_verdict_is_kept_too(sharded):
+    model, prompt = workbench.load_model(str(sharded)), workbench.Prompt(IDS)
+    expected = reference_run(model, prompt, "float32", TAPS, streamed=False)[0]
+    reference_cache.forget()
+    with pytest.raises(Stopped):
+        reference_run(model, prompt, "float32", TAPS, progress=_stop_after(0.6), streamed=True)
+    found = reference_run(model, prompt, "float32", TAPS, progress=lambda fraction: None, streamed=True)[0]
+    assert all(torch.equal(found[tap], expected[tap]) for tap in expected)
