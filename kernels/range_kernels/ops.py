@@ -1,6 +1,7 @@
-"""A decoder's operations other than attention, in float32 on the CPU: linear, RMSNorm, gated activation, rotary.
+"""A decoder's operations other than attention: linear (float32 on the CPU), RMSNorm, gated activation, rotary embedding.
 
-The result of a row is bit-identical whatever other rows are in the batch.
+On the CPU they take float32, on a GPU float32, float16 or bfloat16; there numbers are computed in float32 and rounded once per operation
+that a formula names. The result of a row is bit-identical whatever other rows are in the batch.
 """
 
 from __future__ import annotations
@@ -77,19 +78,69 @@ class Linear:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """`x / sqrt(mean(x**2) + epsilon) * weight` over the last dimension of `x` `[..., width]`; `weight` `[width]`."""
+    """`x / sqrt(mean(x**2) + epsilon) * weight` over the last dimension of `x` `[..., width]`; `weight` `[width]`.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+
+    Raises:
+        ValueError: widths differ; a device or dtype without a kernel; on a GPU rows that are not a multiple of 8 wide or not aligned.
+    """
     _check("x", x, x.ndim)
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight is {tuple(weight.shape)} for rows {x.shape[-1]} wide: make the widths equal")
-    return launch.rms_norm(x.contiguous(), weight.contiguous(), epsilon)
+    _check_weight(x, weight)
+    if x.device.type == "cpu":
+        return launch.rms_norm(x.contiguous(), weight.contiguous(), epsilon)
+    from .cuda import layer_ops
+
+    x, weight = _wide(x=x, weight=weight)
+    out = torch.empty_like(x)
+    layer_ops.launch_norm(x, None, weight, None, out, epsilon)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, added: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `x + added` and its `rms_norm`, bit-identical to the two calls; on a GPU in one launch.
+
+    Raises:
+        ValueError: as for `rms_norm`, or shapes or dtypes of `x` and `added` differ.
+    """
+    if added.shape != x.shape or added.dtype is not x.dtype or added.device != x.device:
+        raise ValueError(
+            f"x is {x.dtype} {tuple(x.shape)} and added {added.dtype} {tuple(added.shape)}: make shapes, dtypes and devices equal"
+        )
+    if x.device.type == "cpu":
+        total = x + added
+        return total, rms_norm(total, weight, epsilon)
+    _check("x", x, x.ndim)
+    _check_weight(x, weight)
+    from .cuda import layer_ops
+
+    x, added, weight = _wide(x=x, added=added, weight=weight)
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    layer_ops.launch_norm(x, added, weight, total, out, epsilon)
+    return total, out
 
 
 def gate(both: torch.Tensor, gelu: bool = False) -> torch.Tensor:
-    """`activation(both[:, :n]) * both[:, n:]` for `both` `[rows, 2 n]`; SiLU, or tanh-approximated GELU if `gelu`."""
+    """`activation(both[:, :n]) * both[:, n:]` for `both` `[rows, 2 n]`; SiLU, or tanh-approximated GELU if `gelu`.
+
+    Raises:
+        ValueError: an odd width; a device or dtype without a kernel; on a GPU `n` is not a multiple of 8, or rows are not aligned.
+    """
     _check("both", both, 2)
     if both.shape[1] % 2:
         raise ValueError(f"both is {tuple(both.shape)}: gate and up must be equally wide")
-    return launch.gate(both, gelu)
+    if both.device.type == "cpu":
+        return launch.gate(both, gelu)
+    from .cuda import layer_ops
+
+    (both,) = _wide(both=both)
+    out = both.new_empty((len(both), both.shape[1] // 2))
+    _wide(half=out)
+    if out.numel():
+        layer_ops.launch_gate(both, out, gelu)
+    return out
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
@@ -97,15 +148,83 @@ def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleave
 
     A pair is two neighbouring channels (`interleaved`) or channels i and i + pairs; channels past the pairs are unchanged.
     """
+    if x.device.type != "cpu":
+        return rotate_heads(x.clone(memory_format=torch.contiguous_format), cosine, sine, interleaved)
     _check("x", x, 3)
-    for name, given in (("cosine", cosine), ("sine", sine)):
-        if given.ndim != 2 or len(given) != len(x) or 2 * given.shape[1] > x.shape[2]:
-            raise ValueError(f"{name} is {tuple(given.shape)} for x {tuple(x.shape)}: expected [tokens, pairs]")
+    _check_angles(x, cosine, sine)
     return launch.rotate(x, cosine.contiguous(), sine.contiguous(), interleaved)
 
 
-def _check(name: str, x: torch.Tensor, dimensions: int) -> None:
-    if x.ndim != dimensions or x.dtype != torch.float32 or x.device.type != "cpu":
+def rotate_heads(
+    x: torch.Tensor,
+    cosine: torch.Tensor,
+    sine: torch.Tensor,
+    interleaved: bool = False,
+    *,
+    norms: torch.Tensor | None = None,
+    queries: int = 0,
+    epsilon: float = 0.0,
+) -> torch.Tensor:
+    """Norm and rotate heads in place on a GPU, in one launch: `rms_norm` of each head, rounded to its dtype, then `rotate`.
+
+    Args:
+        x: `[tokens, heads, head_dim]`; heads of a token are contiguous, tokens may be further apart (a part of stacked projections).
+        cosine, sine: float32 `[tokens, pairs]`.
+        norms: `[2, head_dim]`, weights of the norms of the first `queries` heads and of the others; None: heads are rotated only.
+
+    Returns:
+        `x`.
+
+    Raises:
+        ValueError: shapes do not fit together, or the tensors are not on a GPU.
+    """
+    _check("x", x, 3)
+    _check_angles(x, cosine, sine)
+    if x.device.type == "cpu" or x.stride(2) != 1 or x.stride(1) != x.shape[2]:
         raise ValueError(
-            f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}: expected {dimensions}-D float32 on the CPU"
+            f"x is on {x.device} with strides {x.stride()}: heads in place need a GPU, and contiguous heads of a token"
         )
+    if norms is not None and norms.shape != (2, x.shape[2]):
+        raise ValueError(f"norms is {tuple(norms.shape)} for heads of {x.shape[2]}: expected [2, head_dim]")
+    from .cuda import layer_ops
+
+    if x.numel():
+        norms = None if norms is None else norms.contiguous()
+        layer_ops.launch_rotate(x, cosine.contiguous(), sine.contiguous(), interleaved, norms, queries, epsilon)
+    return x
+
+
+def _check(name: str, x: torch.Tensor, dimensions: int) -> None:
+    dtypes = (torch.float32,) if x.device.type == "cpu" else (torch.float32, torch.float16, torch.bfloat16)
+    if x.ndim != dimensions or x.dtype not in dtypes or x.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}: expected {dimensions}-D float32 on the CPU, or float32, float16 or "
+            "bfloat16 on a GPU"
+        )
+
+
+def _check_weight(x: torch.Tensor, weight: torch.Tensor) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight is {tuple(weight.shape)} for rows {x.shape[-1]} wide: make the widths equal")
+
+
+def _check_angles(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
+    for name, given in (("cosine", cosine), ("sine", sine)):
+        if given.ndim != 2 or len(given) != len(x) or 2 * given.shape[1] > x.shape[2] or given.dtype != torch.float32:
+            raise ValueError(
+                f"{name} is {given.dtype} {tuple(given.shape)} for x {tuple(x.shape)}: expected float32 [tokens, pairs]"
+            )
+
+
+def _wide(**tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors, contiguous; ValueError if a kernel that reads eight numbers at a time cannot read one of them."""
+    from .cuda.layer_ops import wide
+
+    found = {name: each.contiguous() for name, each in tensors.items()}
+    for name, each in found.items():
+        if not wide(each):
+            raise ValueError(
+                f"{name} is {each.dtype} {tuple(each.shape)} at address {each.data_ptr():#x}: rows must be a multiple of 8 wide and aligned to 16 "
+                "bytes"
+            )
+    return list(found.values())

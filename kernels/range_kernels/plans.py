@@ -90,6 +90,8 @@ class CUDAGraphPlan:
             (see `PagedPlan.kv_splits`).
         pages: the KV cache.
         q_heads: number of query heads, a multiple of the pages' KV heads.
+        block_table, splits: int32 tensors on the GPU that the plan reads, `[sequences, max_pages]` and `[kv_splits, split_fields()]`; the
+            caller writes them instead of `copy_from`. None: the plan has its own.
 
     Raises:
         ValueError: `supported` is False for these pages.
@@ -97,7 +99,17 @@ class CUDAGraphPlan:
 
     max_seqlen_q = 1
 
-    def __init__(self, sequences: int, max_pages: int, kv_splits: int, pages: KVPages, q_heads: int) -> None:
+    def __init__(
+        self,
+        sequences: int,
+        max_pages: int,
+        kv_splits: int,
+        pages: KVPages,
+        q_heads: int,
+        *,
+        block_table: torch.Tensor | None = None,
+        splits: torch.Tensor | None = None,
+    ) -> None:
         if not self.supported(pages, q_heads):
             raise ValueError(
                 f"{pages.dtype} with {q_heads} query and {pages.kv_heads} KV heads of {pages.head_dim} on {pages.device}: a "
@@ -111,9 +123,29 @@ class CUDAGraphPlan:
         self.queries, self.q_heads, self.layout = sequences, q_heads, pages.layout
         empty = np.zeros(0, np.int32)
         self.device_plan = DevicePlan(
-            zeros(sequences, max_pages), zeros(0).long(), empty, empty, empty, pages.page_size, pages.kv_heads,
-            q_heads // pages.kv_heads, kv_splits=zeros(kv_splits, SPLIT_FIELDS), partials=kv_splits, counters=zeros(sequences * pages.kv_heads),
+            zeros(sequences, max_pages) if block_table is None else block_table, zeros(0).long(), empty, empty, empty,
+            pages.page_size, pages.kv_heads, q_heads // pages.kv_heads,
+            kv_splits=zeros(kv_splits, SPLIT_FIELDS) if splits is None else splits, partials=kv_splits,
+            counters=zeros(sequences * pages.kv_heads),
         )  # fmt: skip
+
+    @staticmethod
+    def split_fields() -> int:
+        """Number of int32 fields of a KV split."""
+        from .cuda.paged_launch import SPLIT_FIELDS
+
+        return SPLIT_FIELDS
+
+    @staticmethod
+    def kv_splits_of(seq_lens: Sequence[int], pages: KVPages, q_heads: int) -> np.ndarray:
+        """The KV splits of a step of one query per sequence, int32 `[splits, split_fields()]`, on the host."""
+        from .cuda.device import multiprocessors
+        from .cuda.paged_launch import plan_kv_splits
+
+        lengths = np.asarray(seq_lens, np.int32)
+        blocks = 2 * multiprocessors(pages.device.index or 0)
+        cumulated = np.arange(len(lengths) + 1, dtype=np.int32)
+        return plan_kv_splits(cumulated, lengths, q_heads // pages.kv_heads, pages.kv_heads, blocks)[0]
 
     @staticmethod
     def supported(pages: KVPages, q_heads: int, scale: float = 1.0) -> bool:

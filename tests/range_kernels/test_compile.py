@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 from numba.cuda import types
-from range_kernels.cuda import decode_split_kv, prefill_sm80, prefill_sm90, splice
+from range_kernels.cuda import decode_split_kv, layer_ops, prefill_sm80, prefill_sm90, splice
 from range_kernels.cuda.compiled_kernel import Source
 from range_kernels.cuda.warpgroup_mma import keys_of
 
@@ -102,6 +102,26 @@ def test_wide_splice_compiles_to_16_byte_loads(dtype, converts):
     assert ptx.count("ld.global.nc.L1::no_allocate.v4.b32") >= 3
 
 
+LAYER_OPS = [
+    *(
+        layer_ops.norm_source(*kind)
+        for kind in product(("bfloat16", "float32"), ("bfloat16", "float32"), (False, True))
+    ),
+    *(layer_ops.gate_source(*kind) for kind in product(("bfloat16", "float16"), (False, True))),
+    *(
+        layer_ops.rotate_source(*kind)
+        for kind in product(("bfloat16", "float16"), ("float32",), (False, True), (False, True))
+    ),
+]
+
+
+@pytest.mark.parametrize("source", LAYER_OPS, ids=lambda source: source.name)
+def test_layer_operations_compile(source):
+    ptx = check(source)
+    if not source.name.startswith("rotate"):
+        assert "ld.global.v4.b32" in ptx
+
+
 def test_source_names_are_unique_per_kernel_variant():
     """The name is the key of the disk cache: two kernels with the same name would be confused with each other."""
     both = [("bfloat16", "float16"), (False, True)]
@@ -111,5 +131,6 @@ def test_source_names_are_unique_per_kernel_variant():
         *(prefill_sm90.source(*kind) for kind in product(prefill_sm90.HEAD_DIMS, *both, (False, True))),
         *(decode_split_kv.source(*kind) for kind in product(prefill_sm80.HEAD_DIMS, *both, (2, 3, 5))),
         *(splice.source(*kind) for kind in product(splice.DTYPES.values(), (False, True))),
+        *LAYER_OPS,
     ]
     assert len({source.name for source in sources}) == len(sources)

@@ -125,7 +125,7 @@ def test_verdict_and_divergence_with_streamed_weights(tmp_path):
     prompt = workbench.Prompt(IDS, [rows], [(6, 10)])
     engine = workbench.open_engine("numba", llama)
     assert workbench.check_engine(engine, prompt, streamed=True).verdict == "noise"
-    FAULTS["rows reversed"].inject(engine)
+    engine = FAULTS["rows reversed"].inject(engine)
     found = workbench.first_divergence(engine, prompt, streamed=True)
     assert found.divergence.tap == "embed"
     local = workbench.local_error(engine, prompt, streamed=True)

@@ -70,7 +70,7 @@ def _run_in_turn(
             if exact_done is not None:
                 exact_done(work.trace(), work.routers)
             return_freed_memory(collect=False)
-        report(first + step * _EXACT_SHARE)
+            report(first + step * _EXACT_SHARE)
         for seed in range(FLOOR_RUNS):
             work.run_rounded(rounded, seed)
             return_freed_memory(collect=False)

@@ -194,7 +194,7 @@ class ReferenceWork:
             self._keep(tap, state)
         self._measurement.go_on({tap: tensors[f"error {tap}"] for tap in rest["typical"]}, rest)
         for job, reached in self._reached.items():
-            state = tensors[f"state {job}"]
+            state = tensors[f"state {job}"].clone()  # aligned as torch allocates: products may round otherwise
             reached.done, reached.skipped, reached.width = self._complete, self._complete, rest["widths"][job]
             reached.state = self._states[job] = state
         for name in tensors:

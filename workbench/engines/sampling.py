@@ -42,9 +42,7 @@ class Sampler:
         config = self.config
         token = _argmax(logits)
         if torch.isnan(logits[token]):  # argmax treats NaN as the largest
-            raise ModelError(
-                f"the logits of new token {num_generated} contain NaN: the model overflows in this dtype, or its weights are NaN"
-            )
+            raise nan_in_logits(num_generated)
         adjusted = self._adjust(logits, num_generated)
         if config.do_sample and config.temperature > 1e-5:
             probabilities, ids = self._candidates(adjusted)
@@ -94,6 +92,13 @@ class Sampler:
         return probabilities, ids
 
 
+def nan_in_logits(num_generated: int) -> ModelError:
+    """The error of a request whose logits contain NaN after `num_generated` new tokens."""
+    return ModelError(
+        f"the logits of new token {num_generated} contain NaN: the model overflows in this dtype, or its weights are NaN"
+    )
+
+
 def _argmax(logits: torch.Tensor) -> int:
     """Index of the largest logit. NumPy is ten times as fast as torch for `[vocab]`, which matters if many requests decode."""
     return int(logits.numpy().argmax())
@@ -139,6 +144,30 @@ class GenerationState:
         """Whether logits or hidden states of every prompt token are requested."""
         return "all" in (self.config.output_logits, self.config.output_last_hidden_state)
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether more than the likeliest token is needed: to sample, to change or report logits, or to return states."""
+        config = self.config
+        early = self.num_generated < (config.min_new_tokens or 0) and bool(self.stops)
+        sampled = config.do_sample and config.temperature > 1e-5
+        reported = config.logprobs is not None or config.output_logits or config.output_last_hidden_state
+        changed = config.repetition_penalty != 1.0 or bool(config.bad_token_ids) or early
+        return bool(sampled or reported or changed or config.max_new_tokens == 0)
+
+    def next_token(self, token: int) -> EngineOutput:
+        """`next_output` for a request that does not need logits.
+
+        Args:
+            token: the likeliest one; -1 if the logits contain NaN.
+
+        Raises:
+            ModelError: the logits contain NaN.
+        """
+        if token < 0:
+            raise nan_in_logits(self.num_generated)
+        self.token = token
+        return self._output(None)
+
     def next_output(self, logits: torch.Tensor, hidden: torch.Tensor) -> EngineOutput:
         """Choose the next token from the last row of `logits` `[rows, vocab]`, and return it with the requested logits and states.
 
@@ -153,9 +182,12 @@ class GenerationState:
             self.finished = True
             return EngineOutput(ResponseType.FINISH, [], 0, None, *states)
         self.token, logprobs = self._sampler.next(logits[-1].float().cpu(), self.num_generated)
+        return self._output(logprobs, *states)
+
+    def _output(self, logprobs: dict[int, float] | None, *states: torch.Tensor | None) -> EngineOutput:
         stopped = self.token in self.stops
         self.num_generated += not stopped
-        self.finished = stopped or self.num_generated == config.max_new_tokens
+        self.finished = stopped or self.num_generated == self.config.max_new_tokens
         return EngineOutput(
             ResponseType.FINISH if self.finished else ResponseType.SUCCESS,
             [] if stopped else [self.token],

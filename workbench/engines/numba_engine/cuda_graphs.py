@@ -1,4 +1,7 @@
-"""Decode steps as CUDA graphs: the host launches a whole step at once instead of its thousand kernels one by one."""
+"""Decode steps as CUDA graphs: embedding, layers, head and choice of the likeliest token are one launch; only token ids come back.
+
+host: ids, positions, pages -> one copy to the GPU -> graph: embedding, layers, head, argmax -> ids in pinned memory
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,44 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from range_kernels import CUDAGraphPlan, KVPages, PagedPlan
+import torch.nn.functional as F
+from range_kernels import CUDAGraphPlan, KVPages
 
-from .batch import DecoderInputs
+from .decode_step import DecodeStep, StepInputs
 from .decoder import Decoder
 
 
 @dataclass
-class _Graph:
-    """A captured step: `inputs` are written before a replay, `out` is read after it."""
+class DecodeResult:
+    """What a step computed; `logits` and `hidden` are valid until the next step.
 
-    inputs: DecoderInputs
+    Attributes:
+        tokens: the likeliest token of each request; -1 if its logits contain NaN.
+        logits: `[sequences, vocab]`, on the GPU.
+        hidden: `[sequences, hidden]` after the final norm, on the GPU.
+    """
+
+    tokens: list[int]
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+@dataclass
+class _Graph:
+    """A captured step: `inputs` are written before a replay, the rest is read after it."""
+
+    inputs: StepInputs
     graph: torch.cuda.CUDAGraph
-    out: torch.Tensor  # [max sequences, hidden]
+    hidden: torch.Tensor  # [sequences, hidden]
+    logits: torch.Tensor  # [sequences, vocab]
+    tokens: torch.Tensor  # int64 [sequences], pinned
 
 
 class CUDAGraphRunner:
     """Runs the decode steps of one decoder over one KV cache as CUDA graphs.
 
-    A graph is captured for each pair (number of sequences, number of KV splits of the decode kernel), both rounded up to powers of
-    two, when a step first needs it. Unused rows of a graph are computed and dropped. If weights or settings of the decoder are
+    A graph is captured for each triple (number of sequences, pages of the longest one, number of KV splits of the decode kernel), each
+    rounded up, when a step first needs it. Unused rows of a graph are computed and dropped. If weights or settings of the decoder are
     replaced, all graphs are discarded.
 
     During a capture other threads may launch work on the GPU, but CUDA forbids them to synchronise the whole device, and PyTorch to
@@ -33,45 +54,41 @@ class CUDAGraphRunner:
 
     Args:
         pages: the KV cache.
-        context: largest number of tokens of a sequence.
     """
 
-    def __init__(self, pages: KVPages, context: int) -> None:
+    def __init__(self, pages: KVPages) -> None:
         self.pages = pages
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int, int], _Graph] = {}
         self._parts: list[object] = []
         self._addresses: list[int] = []
+        self._logits: torch.Tensor | None = None  # of all graphs: each would keep megabytes
         self._stream = torch.cuda.Stream(pages.device)
-        self._max_pages = min(-(-context // pages.page_size), pages.pages)
 
     @staticmethod
     def supported(decoder: Decoder, pages: KVPages) -> bool:
         """Whether decode steps over `pages` can be captured as CUDA graphs: only if they run on the tensor-core decode kernel."""
         return CUDAGraphPlan.supported(pages, decoder.config.heads, decoder.config.scale)
 
-    def fits(self, inputs: DecoderInputs, pages: KVPages) -> bool:
-        """Whether this step can run as a graph: one token per sequence, this runner's KV cache object, and no deepstack features."""
-        return pages is self.pages and inputs.plan.max_seqlen_q == 1 and not inputs.deepstack
-
-    def run(self, decoder: Decoder, inputs: DecoderInputs) -> torch.Tensor | None:
-        """Run a step that `fits`, as `decoder.run_layers` would; return `[sequences, hidden]`, valid until the next call.
+    def run(self, decoder: Decoder, step: DecodeStep) -> DecodeResult | None:
+        """Run a step, and wait for its tokens.
 
         Returns None if capturing failed, after a warning: the caller must run the step eagerly.
         """
         self._discard_stale_graphs(decoder)
-        plan = inputs.plan
-        assert isinstance(plan, PagedPlan)
-        key = (_power_of_two(plan.queries), _power_of_two(plan.kv_splits))
+        splits = CUDAGraphPlan.kv_splits_of(step.seq_lens, self.pages, decoder.config.heads)
+        longest = max(map(len, step.pages))
+        key = (_batch_size(len(step.ids)), max(_power_of_two(longest), 16), _power_of_two(len(splits)))
         captured = self._graphs.get(key)
-        if captured is not None:
-            _write(captured.inputs, inputs)
-        else:
-            captured = self._try_capture(decoder, *key, inputs)
+        if captured is None:
+            captured = self._try_capture(decoder, key, step, splits)
             if captured is None:
                 return None
             self._graphs[key] = captured
+        captured.inputs.write(step, splits)
         captured.graph.replay()
-        return captured.out[: plan.queries]
+        torch.cuda.current_stream(self.pages.device).synchronize()
+        count = len(step.ids)
+        return DecodeResult(captured.tokens[:count].tolist(), captured.logits[:count], captured.hidden[:count])
 
     def _discard_stale_graphs(self, decoder: Decoder) -> None:
         parts = decoder.parts()
@@ -81,11 +98,13 @@ class CUDAGraphRunner:
             self._graphs.clear()
             self._parts, self._addresses = parts, addresses
 
-    def _try_capture(self, decoder: Decoder, sequences: int, kv_splits: int, inputs: DecoderInputs) -> _Graph | None:
-        """Capture the step of `inputs`; if that fails, discard all graphs, warn and return None."""
+    def _try_capture(
+        self, decoder: Decoder, key: tuple[int, int, int], step: DecodeStep, splits: object
+    ) -> _Graph | None:
+        """Capture the step; if that fails, discard all graphs, warn and return None."""
         for _ in range(2):
             try:
-                return self._capture(decoder, sequences, kv_splits, inputs)
+                return self._capture(decoder, key, step, splits)
             except RuntimeError as error:  # for example too little memory
                 reason = str(error)  # not the error itself: its traceback would keep the failed capture's tensors alive
             torch.cuda.empty_cache()
@@ -98,19 +117,19 @@ class CUDAGraphRunner:
     # Tensors created in a caller's inference mode could not be written to outside it.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _capture(self, decoder: Decoder, sequences: int, kv_splits: int, inputs: DecoderInputs) -> _Graph:
-        def zeros(x: torch.Tensor) -> torch.Tensor:
-            return torch.zeros((sequences, *x.shape[1:]), dtype=x.dtype, device=x.device)
+    def _capture(self, decoder: Decoder, key: tuple[int, int, int], step: DecodeStep, splits: object) -> _Graph:
+        sequences = key[0]
+        inputs = StepInputs(*key, decoder, self.pages)
+        tokens = torch.zeros(sequences, dtype=torch.int64, pin_memory=True)
+        logits = self._logits_of(sequences, decoder)
 
-        static = DecoderInputs(
-            hidden=zeros(inputs.hidden),
-            rotations={rope: (zeros(cosine), zeros(sine)) for rope, (cosine, sine) in inputs.rotations.items()},
-            key_starts={window: zeros(key_start) for window, key_start in inputs.key_starts.items()},
-            key_stop=zeros(inputs.key_stop),
-            plan=CUDAGraphPlan(sequences, self._max_pages, kv_splits, self.pages, decoder.config.heads),
-            deepstack=[],
-        )
-        _write(static, inputs)
+        def run() -> torch.Tensor:
+            hidden = decoder.run_layers(inputs.inputs(F.embedding(inputs.ids, decoder.table)), self.pages)
+            logits.copy_(decoder.logits(hidden))
+            best = logits.max(dim=1)
+            tokens.copy_(torch.where(best.values.isnan(), -1, best.indices), non_blocking=True)
+            return hidden
+
         if not self._graphs:
             # A memory pool is freed with its last graph, also after a failed capture: it must not be used again.
             self._pool = torch.cuda.graph_pool_handle()
@@ -118,31 +137,32 @@ class CUDAGraphRunner:
         self._stream.wait_stream(torch.cuda.current_stream(self.pages.device))
         with torch.cuda.stream(self._stream):
             try:
-                decoder.run_layers(static, self.pages)  # warm-up: the one-time setup of first calls cannot be captured
+                inputs.write(step, splits)  # type: ignore[arg-type]
+                run()  # warm-up: the one-time setup of first calls cannot be captured
                 self._stream.synchronize()
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    out = decoder.run_layers(static, self.pages)
+                    hidden = run()
                 finally:
                     graph.capture_end()
             finally:
                 self._stream.synchronize()  # also after an error, before tensors that the stream reads are freed
-        return _Graph(static, graph, out)
+        return _Graph(inputs, graph, hidden, logits, tokens)
 
-
-def _write(static: DecoderInputs, inputs: DecoderInputs) -> None:
-    """Copy a step's inputs into the tensors that its graph reads."""
-    assert isinstance(static.plan, CUDAGraphPlan)
-    assert isinstance(inputs.plan, PagedPlan)
-    static.plan.copy_from(inputs.plan)
-    pairs = [(static.hidden, inputs.hidden), (static.key_stop, inputs.key_stop)]
-    pairs += [(static.key_starts[window], key_start) for window, key_start in inputs.key_starts.items()]
-    for rope, rotation in inputs.rotations.items():
-        pairs += zip(static.rotations[rope], rotation, strict=True)
-    for into, given in pairs:
-        into[: len(given)].copy_(given)
+    def _logits_of(self, sequences: int, decoder: Decoder) -> torch.Tensor:
+        """The tensor that graphs of up to so many sequences write logits to; larger ones replace it, and discard graphs that use it."""
+        vocab = decoder.config.vocab
+        if self._logits is None or len(self._logits) < sequences:
+            self._graphs.clear()
+            self._logits = torch.empty((max(sequences, 64), vocab), dtype=decoder.dtype, device=self.pages.device)
+        return self._logits[:sequences]
 
 
 def _power_of_two(count: int) -> int:
     """The smallest power of two that is at least `count`."""
     return 1 << max(count - 1, 0).bit_length()
+
+
+def _batch_size(count: int) -> int:
+    """The number of rows of a graph: a power of two up to 8, then a multiple of 8."""
+    return _power_of_two(count) if count <= 8 else -(-count // 8) * 8

@@ -21,7 +21,7 @@ from ...models import Model
 from ...models.quantization import quantization_settings
 from .architectures import read_decoder_config
 from .batch import DecoderInputs
-from .ops import Linear, operations
+from .ops import Linear, Rotation, Sum, operations
 from .weights import TensorReader
 
 Tap = Callable[[str, torch.Tensor], None]
@@ -63,7 +63,7 @@ class Decoder:
         self.config = config = read_decoder_config(model.text_config, model.name)
         self.dtype, self.device = dtype, device
         self.context = model.context
-        self.ops = operations(dtype, device)
+        self.ops = operations(dtype, device, (config.hidden, config.intermediate, config.head_dim))
         read = TensorReader(model, config, dtype, device)
         table = read.table()
         self.head = self.ops.linear(read.head(table))
@@ -102,27 +102,31 @@ class Decoder:
         All inputs are on the device, so a decode step on tensor cores does not synchronise with the host and can be captured as a
         CUDA graph. `tap(name, state)` is called with every named hidden state; it must copy what it keeps.
         """
-        hidden = inputs.hidden
+        hidden, epsilon, ops = inputs.hidden, self.config.epsilon, self.ops
+        pending: torch.Tensor | None = None  # what the layer before adds; added with the next norm, in one kernel
         if tap:
             tap("embed", hidden)
         for number, layer in enumerate(self.layers):
-            added = self._attention(number, layer, hidden, inputs, pages)
-            hidden = hidden + added
+            entered = ops.add(hidden, pending, layer.attention_norm, epsilon)
+            added = self._attention(number, layer, entered, inputs, pages)
+            between = ops.add(entered.total, added, layer.mlp_norm, epsilon)
             if tap:
                 tap(f"layers.{number}.attention", added)
-            both = layer.gate_up.of_norm(hidden, layer.mlp_norm, self.config.epsilon)
-            added = layer.down.of_gate(both, self.config.gelu)
+            pending = layer.down.of_gate(between.into(layer.gate_up), self.config.gelu)
             if layer.after_mlp is not None:
-                added = self._normalise(added, layer.after_mlp)
-            hidden = hidden + added
+                pending = self._normalise(pending, layer.after_mlp)
+            hidden = between.total
             if tap:
-                tap(f"layers.{number}.mlp", added)
+                tap(f"layers.{number}.mlp", pending)
+            if tap or inputs.deepstack:
+                hidden, pending = hidden + pending, None
+            if tap:
                 tap(f"layers.{number}", hidden)
             for rows, levels in inputs.deepstack:
                 if number < len(levels):
                     hidden = hidden.clone()  # do not modify the tensor passed to the tap
                     hidden[rows] += levels[number]
-        hidden = self.normalise(hidden)
+        hidden = ops.add(hidden, pending, self.norm, epsilon).normed()
         if tap:
             tap("norm", hidden)
         return hidden
@@ -137,20 +141,16 @@ class Decoder:
         return parts
 
     def _attention(
-        self, number: int, layer: Layer, hidden: torch.Tensor, inputs: DecoderInputs, pages: KVPages
+        self, number: int, layer: Layer, entered: Sum, inputs: DecoderInputs, pages: KVPages
     ) -> torch.Tensor:
-        config, ops = self.config, self.ops
+        config = self.config
         rotated = config.heads + config.kv_heads
-        x = layer.qkv.of_norm(hidden, layer.attention_norm, config.epsilon)
-        x = x.view(hidden.shape[0], rotated + config.kv_heads, config.head_dim)
+        x = entered.into(layer.qkv)
+        x = x.view(len(x), rotated + config.kv_heads, config.head_dim)
         heads, values = x[:, :rotated], x[:, rotated:]
-        if layer.head_norms is not None:
-            parts = heads.split([config.heads, config.kv_heads], dim=1)
-            normed = [self._normalise(part, weight) for part, weight in zip(parts, layer.head_norms, strict=True)]
-            heads = torch.cat(normed, dim=1)
         rope = config.ropes[number]
-        if rope is not None:
-            heads = ops.rotate(heads, *inputs.rotations[rope], rope.interleaved)
+        rotation = None if rope is None else Rotation(*inputs.rotations[rope], rope.interleaved)
+        heads = self.ops.position(heads, layer.head_norms, config.heads, config.epsilon, rotation)
         seen = paged_attention(
             heads[:, : config.heads], pages, number, inputs.plan, new=(heads[:, config.heads :], values),
             key_start=inputs.key_starts[config.windows[number]], key_stop=inputs.key_stop, softcap=config.softcap, scale=config.scale,
@@ -170,6 +170,8 @@ class Decoder:
         cap = self.config.final_softcap
         if not cap:
             return logits
+        if self.device.type == "cuda":
+            return torch.tanh(logits / cap) * cap
         # Row by row: how torch's tanh rounds an element may depend on its position in the tensor.
         return torch.stack([torch.tanh(row / cap) * cap for row in logits]) if len(logits) else logits
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -22,7 +23,7 @@ from ...trace.taps import decoder_taps
 from ..base import Engine, Sink
 from ..cancellation import Cancellation
 from ..sampling import GenerationState, stop_tokens
-from ..types import Capabilities, EngineOutput, GenerationConfig, ResponseType
+from ..types import Capabilities, EngineOutput, GenerationConfig, ResponseType, join_outputs
 from .block_manager import BlockManager
 from .decoder import Decoder
 from .loop import Loop
@@ -204,6 +205,28 @@ class NumbaEngine(Engine):
                     return
         finally:
             loop.abort(request)
+
+    def generate(self, prompt: Prompt, gen_config: GenerationConfig | None = None) -> EngineOutput:
+        """See `Engine.generate`. The calling thread wakes up once, when the request has ended, and not at every token."""
+        prompt, config, _ = self._accept(prompt, gen_config, None)
+        outputs: list[Any] = []
+        ended = threading.Event()
+
+        def deliver(output: Any) -> None:
+            outputs.append(output)
+            if isinstance(output, BaseException) or output.status is not ResponseType.SUCCESS:
+                ended.set()
+
+        loop = self._loop
+        request = self.make_request(prompt, config, deliver)
+        loop.submit(request, alone=True)
+        try:
+            while not ended.is_set() and loop.step_alone():
+                pass
+            ended.wait()
+        finally:
+            loop.abort(request)
+        return join_outputs(each for each in map(_unwrap, outputs) if each is not None)
 
     async def run_generation_async(
         self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation

@@ -15,7 +15,7 @@ from range_kernels import KVPages
 
 from ...errors import ModelError
 from ...prompt.ranges import clip
-from .model_runner import Chunk, ModelRunner
+from .model_runner import Chunk, ModelRunner, StepResult
 from .request import Request
 from .scheduler import ScheduledChunk, Scheduler
 from .stats import Counters, EngineStats, Step, StepChunk
@@ -165,26 +165,27 @@ class Loop:
             if isinstance(result, Exception):
                 self._fail([chunk.request], result)
             else:
-                self._complete(chunk, *result)
+                self._complete(chunk, result)
         shown = tuple(_step_chunk(chunk, decodes) for chunk, decodes in zip(chunks, decoding, strict=True))
         now = time.perf_counter()
         self.counters.add(Step(shown, began - self.counters.started, now - began, model_seconds, used))
 
-    def _forward(self, chunks: Sequence[ScheduledChunk]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _forward(self, chunks: Sequence[ScheduledChunk]) -> list[StepResult]:
         return self.runner.step([Chunk(chunk.request, chunk.start, chunk.stop) for chunk in chunks], self.pages)
 
-    def _forward_alone(self, chunk: ScheduledChunk) -> tuple[torch.Tensor, torch.Tensor] | Exception:
+    def _forward_alone(self, chunk: ScheduledChunk) -> StepResult | Exception:
         try:
             return self._forward([chunk])[0]
         except Exception as error:
             return error
 
-    def _complete(self, chunk: ScheduledChunk, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+    def _complete(self, chunk: ScheduledChunk, result: StepResult) -> None:
         """Record a chunk as computed; if it ends with the request's last known token, choose the next one."""
         request = chunk.request
         with self._lock:
             self.scheduler.advance(chunk)
-        if request.wants_prompt_states:
+        token, logits, hidden = result
+        if request.wants_prompt_states and logits is not None and hidden is not None:
             request.states.append((logits, hidden))
         generation = request.generation
         if not chunk.last or request.aborted or generation is None:
@@ -193,7 +194,12 @@ class Loop:
             logits, hidden = (torch.cat(parts) for parts in zip(*request.states, strict=True))
             request.states.clear()
         try:
-            output = generation.next_output(logits, hidden)
+            if token is not None:
+                output = generation.next_token(token)
+            else:
+                assert logits is not None
+                assert hidden is not None
+                output = generation.next_output(logits, hidden)
             if generation.finished:
                 with self._lock:
                     self.scheduler.finish(request)

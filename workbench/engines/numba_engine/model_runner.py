@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from range_kernels import KVPages, PagedPlan
 
 from ...models import Model
 from .batch import Batch, DecoderInputs
 from .cuda_graphs import CUDAGraphRunner
+from .decode_step import DecodeStep
 from .decoder import Decoder, Tap
 from .request import Request
 from .rope import Rope, choose_axes
@@ -24,6 +26,21 @@ class Chunk(NamedTuple):
     request: Request
     start: int
     stop: int
+
+
+class StepResult(NamedTuple):
+    """What a step computed for one chunk.
+
+    Attributes:
+        token: the likeliest next token, chosen on the GPU; -1 if the logits contain NaN. None if it must be chosen from `logits`.
+        logits: `[rows, vocab]` of the chunk's last token, or of all its tokens if the request wants the states of its prompt; float32 on
+            the CPU. None if `token` is enough.
+        hidden: `[rows, hidden]` after the final norm.
+    """
+
+    token: int | None
+    logits: torch.Tensor | None
+    hidden: torch.Tensor | None
 
 
 class ModelRunner:
@@ -41,28 +58,64 @@ class ModelRunner:
     def capture_decode_steps(self, pages: KVPages) -> None:
         """Replay decode steps over `pages` as CUDA graphs from now on, if this model, dtype and device support it."""
         if CUDAGraphRunner.supported(self.decoder, pages):
-            self.graphs = CUDAGraphRunner(pages, self.decoder.context)
+            self.graphs = CUDAGraphRunner(pages)
 
-    def step(self, chunks: Sequence[Chunk], pages: KVPages) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Run the forward pass of one scheduled step; keys and values are written into `pages`.
+    def step(self, chunks: Sequence[Chunk], pages: KVPages) -> list[StepResult]:
+        """Run the forward pass of one scheduled step; keys and values are written into `pages`."""
+        graphs = self.graphs
+        # Not if `run_batch` was replaced by one that changes batches (`faults/inject.py`).
+        if graphs is not None and graphs.pages is pages and "run_batch" not in vars(self):
+            step = DecodeStep.of(chunks, pages.page_size)
+            decoded = None if step is None else graphs.run(self.decoder, step)
+            if decoded is not None:
+                return self._results(chunks, decoded.tokens, decoded.logits, decoded.hidden, [1] * len(chunks))
+            if step is not None:
+                self.graphs = None  # capturing failed, and a warning was issued
+        return self._eager_step(chunks, pages)
 
-        Returns:
-            for each chunk `(logits [rows, vocab], hidden [rows, hidden])` of its last token, or of all its tokens if the request wants
-            the states of its prompt. With a GPU, logits are copied to the CPU as float32.
-        """
+    @torch.no_grad()
+    def _eager_step(self, chunks: Sequence[Chunk], pages: KVPages) -> list[StepResult]:
         hidden = self.forward(chunks, pages)
         rows, end = [], 0
         for chunk in chunks:
             end += chunk.stop - chunk.start
             rows.append(slice(end - (chunk.stop - chunk.start if chunk.request.wants_prompt_states else 1), end))
         needed = torch.cat([hidden[each] for each in rows])
-        logits = self.decoder.logits(needed)
-        if self.decoder.device.type == "cuda":
-            # One copy for all requests. The states of a prompt are kept until its last chunk, too long for pinned memory.
-            keeps_states = any(chunk.request.wants_prompt_states for chunk in chunks)
-            logits = logits.float().cpu() if keeps_states else _to_host(logits.float())
         sizes = [each.stop - each.start for each in rows]
-        return list(zip(logits.split(sizes), needed.split(sizes), strict=True))
+        logits = self.decoder.logits(needed)
+        if self.decoder.device.type != "cuda":
+            parts = zip(logits.split(sizes), needed.split(sizes), strict=True)
+            return [StepResult(None, *part) for part in parts]
+        last = np.cumsum(sizes) - 1
+        best = logits[last.tolist()].max(dim=1)
+        tokens = torch.where(best.values.isnan(), -1, best.indices).tolist()
+        return self._results(chunks, tokens, logits, needed, sizes)
+
+    def _results(
+        self,
+        chunks: Sequence[Chunk],
+        tokens: list[int],
+        logits: torch.Tensor,
+        hidden: torch.Tensor,
+        sizes: list[int],
+    ) -> list[StepResult]:
+        """Copy the rows to the host that requests need beside the likeliest token: one copy for all of them."""
+        generations = [chunk.request.generation for chunk in chunks]
+        needs = [each is None or each.needs_logits or each.wants_all_states for each in generations]
+        if not any(needs):
+            return [StepResult(token, None, None) for token in tokens]
+        whole = all(needs)
+        chosen = torch.repeat_interleave(torch.tensor(needs), torch.tensor(sizes)).to(logits.device)
+        rows, states = (logits, hidden.clone()) if whole else (logits[chosen], hidden[chosen])
+        # The states of a prompt are kept until its last chunk, too long for pinned memory.
+        keeps_states = any(chunk.request.wants_prompt_states for chunk in chunks)
+        on_host = rows.float().cpu() if keeps_states else _to_host(rows.float())
+        wanted = [size for size, need in zip(sizes, needs, strict=True) if need]
+        parts = zip(on_host.split(wanted), states.split(wanted), strict=True)
+        return [
+            StepResult(None, *next(parts)) if need else StepResult(token, None, None)
+            for token, need in zip(tokens, needs, strict=True)
+        ]
 
     def run_alone(
         self,
@@ -121,12 +174,6 @@ class ModelRunner:
             plan=PagedPlan(batch.block_table, batch.cu_seqlens_q, batch.seq_lens, pages, config.heads),
             deepstack=batch.deepstack,
         )
-        graphs = self.graphs
-        if tap is None and graphs is not None and graphs.fits(inputs, pages):
-            hidden = graphs.run(self.decoder, inputs)
-            if hidden is not None:
-                return hidden
-            self.graphs = None  # capturing failed, and a warning was issued
         return self.decoder.run_layers(inputs, pages, tap)
 
     def _rotation(self, rope: Rope, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,12 +1,13 @@
 """A decoder's operations other than splice and attention (linear layers, norms, rotation), by device and dtype.
 
-In float32 on the CPU they are kernels of `range_kernels`, in which no bit of a row depends on the other rows. Otherwise they are
-torch's, whose rounding may depend on how many rows run together.
+In float32 on the CPU they are kernels of `range_kernels`, in which no bit of a row depends on the other rows. On a GPU matrix products
+are torch's, whose rounding may depend on how many rows run together, and the rest are kernels of `range_kernels`. Otherwise all are torch's.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +39,87 @@ class Operations(Protocol):
     def norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) over the last dimension."""
 
-    def rotate(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool) -> torch.Tensor:
-        """Rotate pairs of channels of `x` `[tokens, heads, head_dim]`; `cosine`, `sine` `[tokens, pairs]`, float32."""
+    def add(self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float) -> Sum:
+        """Add to the residual stream, to be normed: `hidden + added`, or `hidden` if there is nothing to add."""
+
+    def position(
+        self, heads: torch.Tensor, norms: torch.Tensor | None, queries: int, epsilon: float, rotation: Rotation | None
+    ) -> torch.Tensor:
+        """Norm the heads of queries and keys, `[tokens, heads, head_dim]`, and rotate them; may write to `heads`.
+
+        Args:
+            norms: weights `[2, head_dim]` of the norms of the first `queries` heads and of the others; None: no norms.
+            rotation: None: no rotation.
+        """
 
 
-class CpuOperations:
+class Rotation(NamedTuple):
+    """Cosines and sines, float32 `[tokens, pairs]`, and whether a pair is two adjacent channels."""
+
+    cosine: torch.Tensor
+    sine: torch.Tensor
+    interleaved: bool
+
+
+class Sum(Protocol):
+    """The residual stream after an addition, `total` `[tokens, hidden]`, and its norm."""
+
+    total: torch.Tensor
+
+    def into(self, linear: Linear) -> torch.Tensor:
+        """The linear layer of the norm."""
+
+    def normed(self) -> torch.Tensor:
+        """The norm."""
+
+
+class _Separate:
+    """A sum whose norm is computed with what follows."""
+
+    def __init__(self, ops: Any, total: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
+        self.total, self._ops, self._weight, self._epsilon = total, ops, weight, epsilon
+
+    def into(self, linear: Linear) -> torch.Tensor:
+        return linear.of_norm(self.total, self._weight, self._epsilon)
+
+    def normed(self) -> torch.Tensor:
+        return self._ops.norm(self.total, self._weight, self._epsilon)
+
+
+class _Together:
+    """A sum whose norm was computed with it."""
+
+    def __init__(self, total: torch.Tensor, norm: torch.Tensor) -> None:
+        self.total, self._norm = total, norm
+
+    def into(self, linear: Linear) -> torch.Tensor:
+        return linear(self._norm)
+
+    def normed(self) -> torch.Tensor:
+        return self._norm
+
+
+class _Plain:
+    """`add` and `position` as separate operations of a subclass."""
+
+    norm: Any
+    rotate: Any
+
+    def add(self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float) -> Sum:
+        return _Separate(self, hidden if added is None else hidden + added, weight, epsilon)
+
+    def position(
+        self, heads: torch.Tensor, norms: torch.Tensor | None, queries: int, epsilon: float, rotation: Rotation | None
+    ) -> torch.Tensor:
+        if norms is not None:
+            parts = heads.split([queries, heads.shape[1] - queries], dim=1)
+            heads = torch.cat(
+                [self.norm(part, weight, epsilon) for part, weight in zip(parts, norms, strict=True)], dim=1
+            )
+        return heads if rotation is None else self.rotate(heads, *rotation)
+
+
+class CpuOperations(_Plain):
     """Kernels of `range_kernels`, for float32 on the CPU."""
 
     linear = staticmethod(layers.Linear)
@@ -67,7 +144,7 @@ class TorchLinear:
         return self((F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up)
 
 
-class TorchOperations:
+class TorchOperations(_Plain):
     """torch's operations, for any dtype and device; norms and rotations are computed in float32 and rounded to the dtype."""
 
     linear = staticmethod(TorchLinear)
@@ -89,6 +166,34 @@ class TorchOperations:
         return torch.cat((joined.to(x.dtype), rest), dim=-1)
 
 
-def operations(dtype: torch.dtype, device: torch.device) -> Operations:
-    """Return the operations for this dtype on this device."""
-    return CpuOperations() if dtype is torch.float32 and device.type == "cpu" else TorchOperations()
+class GpuLinear(TorchLinear):
+    """A linear layer by torch's matrix product, after a gated activation in one kernel."""
+
+    def of_gate(self, both: torch.Tensor, gelu: bool) -> torch.Tensor:
+        return self(layers.gate(both, gelu))
+
+
+class GpuOperations(TorchOperations):
+    """Kernels of `range_kernels` between torch's matrix products, on a GPU: one launch each."""
+
+    linear = staticmethod(GpuLinear)
+    norm = staticmethod(layers.rms_norm)
+
+    def add(self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float) -> Sum:
+        if added is None:
+            return _Together(hidden, layers.rms_norm(hidden, weight, epsilon))
+        return _Together(*layers.add_rms_norm(hidden, added, weight, epsilon))
+
+    def position(
+        self, heads: torch.Tensor, norms: torch.Tensor | None, queries: int, epsilon: float, rotation: Rotation | None
+    ) -> torch.Tensor:
+        if rotation is None:
+            return super().position(heads, norms, queries, epsilon, rotation)
+        return layers.rotate_heads(heads, *rotation, norms=norms, queries=queries, epsilon=epsilon)
+
+
+def operations(dtype: torch.dtype, device: torch.device, widths: Sequence[int]) -> Operations:
+    """Return the operations for this dtype on this device; `widths`: of the rows that are normed or gated."""
+    if device.type == "cuda":
+        return GpuOperations() if not any(width % 8 for width in widths) else TorchOperations()
+    return CpuOperations() if dtype is torch.float32 else TorchOperations()

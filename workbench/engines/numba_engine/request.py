@@ -69,6 +69,14 @@ class Request:
         """Append a generated token, which the next step computes."""
         self._generated.append(token)
 
+    def generated_at(self, index: int) -> int | None:
+        """The id of token `index` if it was generated, else None."""
+        return self._generated[index - len(self.prompt)] if index >= len(self.prompt) else None
+
+    def position_at(self, index: int) -> int:
+        """The rotary position of generated token `index`."""
+        return index - len(self.prompt) + self._next_position
+
     def generated(self, start: int, stop: int) -> list[int] | None:
         """Ids of tokens `[start, stop)` if all of them were generated, else None."""
         length = len(self.prompt)
