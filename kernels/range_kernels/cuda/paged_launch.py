@@ -156,7 +156,8 @@ def launch(q, keys, values, out, key_start, key_stop, plan, new, scale, softcap,
     tensor_cores = chosen != "plain"
     long = plan.max_seqlen_q * work.group > 16
     if new is not None and (long or not tensor_cores):
-        keys[work.slots], values[work.slots] = new
+        for cache, rows in zip((keys, values), new, strict=True):
+            cache.index_copy_(0, work.slots, rows)
         new = None
     if not tensor_cores:
         cu_seqlens_k = np.concatenate([[0], np.cumsum(plan.seq_lens)]).astype(np.int32)

@@ -1,6 +1,8 @@
 """Decode steps as CUDA graphs: embedding, layers, head and choice of the likeliest token are one launch; only token ids come back.
 
 host: ids, positions, pages -> one copy to the GPU -> graph: embedding, layers, head, argmax -> ids in pinned memory
+
+A step's tokens also stay on the GPU, so that the next step can be launched before they are known on the host.
 """
 
 from __future__ import annotations
@@ -16,19 +18,23 @@ from .decode_step import DecodeStep, StepInputs
 from .decoder import Decoder
 
 
-@dataclass
 class DecodeResult:
-    """What a step computed; `logits` and `hidden` are valid until the next step.
+    """A step that was launched.
 
     Attributes:
-        tokens: the likeliest token of each request; -1 if its logits contain NaN.
-        logits: `[sequences, vocab]`, on the GPU.
-        hidden: `[sequences, hidden]` after the final norm, on the GPU.
+        logits: `[sequences, vocab]`, on the GPU; valid until the next step is launched.
+        hidden: `[sequences, hidden]` after the final norm, on the GPU; valid as long.
     """
 
-    tokens: list[int]
-    logits: torch.Tensor
-    hidden: torch.Tensor
+    def __init__(
+        self, tokens: torch.Tensor, done: torch.cuda.Event, logits: torch.Tensor, hidden: torch.Tensor
+    ) -> None:
+        self._tokens, self._done, self.logits, self.hidden = tokens, done, logits, hidden
+
+    def tokens(self) -> list[int]:
+        """Wait for the step, and return the likeliest token of each request; -1 if its logits contain NaN."""
+        self._done.synchronize()
+        return self._tokens.tolist()
 
 
 @dataclass
@@ -39,7 +45,7 @@ class _Graph:
     graph: torch.cuda.CUDAGraph
     hidden: torch.Tensor  # [sequences, hidden]
     logits: torch.Tensor  # [sequences, vocab]
-    tokens: torch.Tensor  # int64 [sequences], pinned
+    tokens: torch.Tensor  # int64 [sequences], on the GPU
 
 
 class CUDAGraphRunner:
@@ -62,6 +68,7 @@ class CUDAGraphRunner:
         self._parts: list[object] = []
         self._addresses: list[int] = []
         self._logits: torch.Tensor | None = None  # of all graphs: each would keep megabytes
+        self._chosen: torch.Tensor | None = None  # int64 [rows]: the tokens of the last step, for the next one
         self._stream = torch.cuda.Stream(pages.device)
 
     @staticmethod
@@ -69,15 +76,16 @@ class CUDAGraphRunner:
         """Whether decode steps over `pages` can be captured as CUDA graphs: only if they run on the tensor-core decode kernel."""
         return CUDAGraphPlan.supported(pages, decoder.config.heads, decoder.config.scale)
 
-    def run(self, decoder: Decoder, step: DecodeStep) -> DecodeResult | None:
-        """Run a step, and wait for its tokens.
+    def launch(self, decoder: Decoder, step: DecodeStep) -> DecodeResult | None:
+        """Launch a step, without waiting for it. At most one step may be under way whose tokens were not read.
 
         Returns None if capturing failed, after a warning: the caller must run the step eagerly.
         """
         self._discard_stale_graphs(decoder)
         splits = CUDAGraphPlan.kv_splits_of(step.seq_lens, self.pages, decoder.config.heads)
-        longest = max(map(len, step.pages))
-        key = (_batch_size(len(step.ids)), max(_power_of_two(longest), 16), _power_of_two(len(splits)))
+        longest, sequences = max(map(len, step.pages)), _batch_size(len(step.ids))
+        # Few variants, so that few graphs are captured: unused splits cost little.
+        key = (sequences, max(_power_of_two(longest), 16), _power_of_two(max(len(splits), 2 * sequences)))
         captured = self._graphs.get(key)
         if captured is None:
             captured = self._try_capture(decoder, key, step, splits)
@@ -86,9 +94,11 @@ class CUDAGraphRunner:
             self._graphs[key] = captured
         captured.inputs.write(step, splits)
         captured.graph.replay()
-        torch.cuda.current_stream(self.pages.device).synchronize()
-        count = len(step.ids)
-        return DecodeResult(captured.tokens[:count].tolist(), captured.logits[:count], captured.hidden[:count])
+        count, done = len(step.ids), torch.cuda.Event()
+        tokens = torch.empty(count, dtype=torch.int64, pin_memory=True)  # PyTorch caches pinned memory
+        tokens.copy_(captured.tokens[:count], non_blocking=True)
+        done.record()
+        return DecodeResult(tokens, done, captured.logits[:count], captured.hidden[:count])
 
     def _discard_stale_graphs(self, decoder: Decoder) -> None:
         parts = decoder.parts()
@@ -120,14 +130,17 @@ class CUDAGraphRunner:
     def _capture(self, decoder: Decoder, key: tuple[int, int, int], step: DecodeStep, splits: object) -> _Graph:
         sequences = key[0]
         inputs = StepInputs(*key, decoder, self.pages)
-        tokens = torch.zeros(sequences, dtype=torch.int64, pin_memory=True)
-        logits = self._logits_of(sequences, decoder)
+        logits, chosen = self._outputs(sequences, decoder)
+        tokens = torch.zeros(sequences, dtype=torch.int64, device=self.pages.device)
 
         def run() -> torch.Tensor:
-            hidden = decoder.run_layers(inputs.inputs(F.embedding(inputs.ids, decoder.table)), self.pages)
+            ids = inputs.ids.long()
+            ids = torch.where(ids < 0, chosen[(-1 - ids).clamp(min=0)], ids)
+            hidden = decoder.run_layers(inputs.inputs(F.embedding(ids, decoder.table)), self.pages)
             logits.copy_(decoder.logits(hidden))
             best = logits.max(dim=1)
-            tokens.copy_(torch.where(best.values.isnan(), -1, best.indices), non_blocking=True)
+            tokens.copy_(torch.where(best.values.isnan(), -1, best.indices))
+            chosen[:sequences] = best.indices
             return hidden
 
         if not self._graphs:
@@ -149,13 +162,17 @@ class CUDAGraphRunner:
                 self._stream.synchronize()  # also after an error, before tensors that the stream reads are freed
         return _Graph(inputs, graph, hidden, logits, tokens)
 
-    def _logits_of(self, sequences: int, decoder: Decoder) -> torch.Tensor:
-        """The tensor that graphs of up to so many sequences write logits to; larger ones replace it, and discard graphs that use it."""
-        vocab = decoder.config.vocab
-        if self._logits is None or len(self._logits) < sequences:
+    def _outputs(self, sequences: int, decoder: Decoder) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of `sequences` rows, and the chosen tokens of all rows, which all graphs write to.
+
+        If they must grow, graphs that write to the old ones are discarded.
+        """
+        if self._logits is None or self._chosen is None or len(self._logits) < sequences:
             self._graphs.clear()
-            self._logits = torch.empty((max(sequences, 64), vocab), dtype=decoder.dtype, device=self.pages.device)
-        return self._logits[:sequences]
+            rows, device = max(sequences, 64), self.pages.device
+            self._logits = torch.empty((rows, decoder.config.vocab), dtype=decoder.dtype, device=device)
+            self._chosen = torch.zeros(rows, dtype=torch.int64, device=device)
+        return self._logits[:sequences], self._chosen
 
 
 def _power_of_two(count: int) -> int:

@@ -22,7 +22,7 @@ class DecodeStep:
     """The step as the host knows it; all lists have one entry per request.
 
     Attributes:
-        ids: the tokens.
+        ids: the tokens; -1 - r for the token that row r of the step before chooses, which is known on the GPU only.
         positions: their rotary positions.
         seq_lens: number of keys, the token's own included.
         rope_lengths: sequence lengths by which rotary frequencies are chosen (`Request.rope_lengths`).
@@ -36,11 +36,15 @@ class DecodeStep:
     pages: list[list[int]]
 
     @classmethod
-    def of(cls, chunks: Sequence[Chunk], page_size: int) -> DecodeStep | None:
-        """The step of these chunks; None if one is not a single generated token."""
+    def of(cls, chunks: Sequence[Chunk], page_size: int, after: Sequence[int] | None = None) -> DecodeStep | None:
+        """The step of these chunks; None if one is not a single generated token.
+
+        Args:
+            after: for each chunk the row of the step before that chooses its token; None: the tokens are known.
+        """
         ids, positions, seq_lens, rope_lengths, pages = [], [], [], [], []
-        for request, start, stop in chunks:
-            token = request.generated_at(start)
+        for number, (request, start, stop) in enumerate(chunks):
+            token = request.generated_at(start) if after is None else -1 - after[number]
             if stop - start != 1 or token is None:
                 return None
             ids.append(token)
@@ -59,8 +63,10 @@ class StepInputs:
         decoder: whose steps they are.
         pages: the KV cache.
 
+    Two steps can be under way: each is written to the host buffer that the one before did not use.
+
     Attributes:
-        ids: int32 `[sequences]` on the GPU.
+        ids: int32 `[sequences]` on the GPU, as in `DecodeStep`.
     """
 
     def __init__(self, sequences: int, max_pages: int, kv_splits: int, decoder: Decoder, pages: KVPages) -> None:
@@ -70,7 +76,6 @@ class StepInputs:
         shapes += [(sequences, max_pages), (kv_splits, CUDAGraphPlan.split_fields())]
         shapes += [(sequences, len(rope.frequencies)) for rope in self._ropes for _ in range(2)]
         offsets = np.cumsum([0, *(-(-int(np.prod(shape)) // 4) * 4 for shape in shapes)])  # each aligned to 16 bytes
-        self._host = torch.zeros(int(offsets[-1]), dtype=torch.int32, pin_memory=True)
         self._device = torch.zeros(int(offsets[-1]), dtype=torch.int32, device=pages.device)
 
         def views(whole: torch.Tensor) -> list[torch.Tensor]:
@@ -79,15 +84,13 @@ class StepInputs:
                 for start, shape in zip(offsets[:-1].tolist(), shapes, strict=True)
             ]
 
-        on_host, on_device = ([*each] for each in (views(self._host), views(self._device)))
         at = 2 + len(self._windows)
-        self._ids, self._key_stop, *self._key_starts = (each.numpy() for each in on_host[:at])
-        self._table, self._splits = (each.numpy() for each in on_host[at : at + 2])
-        self._angles = [each.view(torch.float32).numpy() for each in on_host[at + 2 :]]
-        self.ids = on_device[0]
+        hosts = [torch.zeros(int(offsets[-1]), dtype=torch.int32, pin_memory=True) for _ in range(2)]
+        self._hosts = [_HostBuffer(host, views(host), at) for host in hosts]
+        on_device = views(self._device)
+        self.ids, self._key_stop = on_device[:2]
+        self._key_starts = dict(zip(self._windows, on_device[2:at], strict=True))
         angles = [each.view(torch.float32) for each in on_device[at + 2 :]]
-        self._key_stop_on_device, starts = on_device[1], on_device[2:at]
-        self._key_starts_on_device = dict(zip(self._windows, starts, strict=True))
         self._rotations = {
             rope: (angles[2 * number], angles[2 * number + 1]) for number, rope in enumerate(self._ropes)
         }
@@ -102,34 +105,45 @@ class StepInputs:
         )
 
     def write(self, step: DecodeStep, splits: np.ndarray) -> None:
-        """Start the copy of a step to the GPU, on the current stream; the copy before must have ended.
+        """Start the copy of a step to the GPU, on the current stream; the copy before the last one must have ended.
 
         Args:
-            splits: its KV splits (`range_kernels.plan_kv_splits`).
+            splits: its KV splits (`CUDAGraphPlan.kv_splits_of`).
         """
+        host = self._hosts[0]
+        self._hosts.reverse()
         count, positions = len(step.ids), np.asarray(step.seq_lens, np.int32) - 1
-        self._ids[:count], self._ids[count:] = step.ids, 0
-        self._key_stop[:count], self._key_stop[count:] = step.seq_lens, 0
-        for window, key_start in zip(self._windows, self._key_starts, strict=True):
+        host.ids[:count], host.ids[count:] = step.ids, 0
+        host.key_stop[:count], host.key_stop[count:] = step.seq_lens, 0
+        for window, key_start in zip(self._windows, host.key_starts, strict=True):
             key_start[:count] = 0 if window is None else np.maximum(positions - window + 1, 0)
-        for row, numbers in zip(self._table, step.pages, strict=False):
+        for row, numbers in zip(host.table, step.pages, strict=False):
             row[: len(numbers)] = numbers
-        self._splits[: len(splits)], self._splits[len(splits) :] = splits, 0
+        host.splits[: len(splits)], host.splits[len(splits) :] = splits, 0
         own, lengths = torch.tensor(step.positions), torch.tensor(step.rope_lengths)
         for number, rope in enumerate(self._ropes):
-            for into, angles in zip(
-                self._angles[2 * number : 2 * number + 2], rope.rotation(own, lengths), strict=True
-            ):
+            for into, angles in zip(host.angles[2 * number : 2 * number + 2], rope.rotation(own, lengths), strict=True):
                 into[:count] = angles.numpy()
-        self._device.copy_(self._host, non_blocking=True)
+        self._device.copy_(host.whole, non_blocking=True)
 
     def inputs(self, hidden: torch.Tensor) -> DecoderInputs:
         """What the layers get, with hidden state 0."""
         return DecoderInputs(
             hidden=hidden,
             rotations=self._rotations,
-            key_starts=self._key_starts_on_device,
-            key_stop=self._key_stop_on_device,
+            key_starts=self._key_starts,
+            key_stop=self._key_stop,
             plan=self._plan,
             deepstack=[],
         )
+
+
+class _HostBuffer:
+    """One pinned buffer and the NumPy views of its parts."""
+
+    def __init__(self, whole: torch.Tensor, parts: list[torch.Tensor], angles_at: int) -> None:
+        self.whole = whole
+        arrays = [each.numpy() for each in parts]
+        self.ids, self.key_stop, *self.key_starts = arrays[:angles_at]
+        self.table, self.splits = arrays[angles_at : angles_at + 2]
+        self.angles = [each.view(np.float32) for each in arrays[angles_at + 2 :]]

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
 
@@ -15,6 +16,7 @@ from range_kernels import KVPages
 
 from ...errors import ModelError
 from ...prompt.ranges import clip
+from .cuda_graphs import DecodeResult
 from .model_runner import Chunk, ModelRunner, StepResult
 from .request import Request
 from .scheduler import ScheduledChunk, Scheduler
@@ -23,6 +25,9 @@ from .stats import Counters, EngineStats, Step, StepChunk
 
 class Loop:
     """Runs the engine's steps (one forward pass over a batch each), in a thread of its own or in a caller's (`step_alone`).
+
+    On a GPU a decode step is launched before the tokens of the step before are known on the host, if it is certain which requests run in
+    it; outputs are delivered while it runs. A request that ends by a stop token has then run once more; what it computed is dropped.
 
     Any thread may submit and abort requests. A request's outputs are passed to its `deliver` in the thread that runs the step. The
     loop's thread is started on demand and ends when no request is left. If a forward pass fails, its requests run again one by one,
@@ -41,6 +46,7 @@ class Loop:
         self._step_lock = threading.Lock()  # one step at a time; taken before the other lock
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._under_way: tuple[list[ScheduledChunk], DecodeResult] | None = None  # a launched step
         self._numbers = 0
         self._process_id = os.getpid()
         _LOOPS.add(self)
@@ -79,6 +85,7 @@ class Loop:
         if thread is not None:
             thread.join()
         with self._step_lock:
+            self._drop_step_under_way()
             left = [*self.scheduler.running, *self.scheduler.waiting]
             self._fail(left, ModelError("the engine was closed before this request finished"))
 
@@ -137,36 +144,83 @@ class Loop:
     def _one_step(self) -> bool:
         """Schedule and run a step; return False if nothing is left to run. The loop's thread, if any, must then end."""
         began = time.perf_counter()
-        chunks: list[ScheduledChunk] = []
+        under_way, self._under_way = self._under_way, None
+        chunks: list[ScheduledChunk] = [] if under_way is None else under_way[0]
         try:
+            if under_way is not None:
+                self._finish_launched(*under_way, began)
+                return True
             with self._lock:
                 chunks = self.scheduler.schedule()
                 if not chunks:
                     self._thread = None
                     return False
-            self._step(chunks, began)
+            launched = self._launch(chunks)
+            if launched is None:
+                self._step(chunks, began)
+            else:
+                self._finish_launched(chunks, launched, began)
         except BaseException as error:  # an error outside the forward pass: no consumer may wait forever
             scheduler = self.scheduler
+            self._drop_step_under_way()
             self._fail([chunk.request for chunk in chunks] or [*scheduler.running, *scheduler.waiting], error)
             if isinstance(error, KeyboardInterrupt):  # raised in the caller's thread
                 raise
         return True
 
+    def _launch(self, chunks: Sequence[ScheduledChunk], after: Sequence[int] | None = None) -> DecodeResult | None:
+        """Launch a decode step without waiting for it; None if it must be run by `_step`, or cannot be launched."""
+        try:
+            return self.runner.launch(
+                [Chunk(chunk.request, chunk.start, chunk.stop) for chunk in chunks], self.pages, after
+            )
+        except Exception:  # `_step` runs it again, and names the request that fails
+            return None
+
+    def _drop_step_under_way(self) -> None:
+        if self._under_way is not None:
+            with suppress(Exception):
+                self._under_way[1].tokens()
+            self._under_way = None
+
+    def _finish_launched(self, chunks: list[ScheduledChunk], launched: DecodeResult, began: float) -> None:
+        """Launch the step after a launched one, if it is certain, and wait for the tokens of the launched one."""
+        before = time.perf_counter()
+        with self._lock:
+            running = set(map(id, self.scheduler.running))
+            live = [chunk for chunk in chunks if id(chunk.request) in running and not chunk.request.aborted]
+            following = self.scheduler.ahead(live)
+        if following:
+            row_of = {id(chunk.request): row for row, chunk in enumerate(chunks)}
+            ahead = self._launch(following, [row_of[id(chunk.request)] for chunk in following])
+            self._under_way = None if ahead is None else (following, ahead)
+        try:
+            tokens = launched.tokens()
+            results: list[Any] = [StepResult(token, None, None) for token in tokens]
+        except Exception:
+            self._drop_step_under_way()
+            results = [self._forward_alone(chunk) for chunk in chunks]
+        kept = set(map(id, live))
+        pairs = [(chunk, result) for chunk, result in zip(chunks, results, strict=True) if id(chunk) in kept]
+        self._complete_all(pairs, began, time.perf_counter() - before)
+
     def _step(self, chunks: list[ScheduledChunk], began: float) -> None:
-        decoding = [chunk.request.decoding for chunk in chunks]
         before = time.perf_counter()
         try:
             results: list[Any] = list(self._forward(chunks))
         except Exception:
             results = [self._forward_alone(chunk) for chunk in chunks]
-        model_seconds = time.perf_counter() - before
+        self._complete_all(list(zip(chunks, results, strict=True)), began, time.perf_counter() - before)
+
+    def _complete_all(self, pairs: Sequence[tuple[ScheduledChunk, Any]], began: float, model_seconds: float) -> None:
+        """Deliver the results of a step, and count it."""
+        shown = tuple(_step_chunk(chunk, chunk.request.decoding) for chunk, _ in pairs)
         used = self.scheduler.blocks.used
-        for chunk, result in zip(chunks, results, strict=True):
+        for chunk, result in pairs:
             if isinstance(result, Exception):
                 self._fail([chunk.request], result)
             else:
                 self._complete(chunk, result)
-        shown = tuple(_step_chunk(chunk, decodes) for chunk, decodes in zip(chunks, decoding, strict=True))
         now = time.perf_counter()
         self.counters.add(Step(shown, began - self.counters.started, now - began, model_seconds, used))
 

@@ -11,7 +11,7 @@ from range_kernels import KVPages, PagedPlan
 
 from ...models import Model
 from .batch import Batch, DecoderInputs
-from .cuda_graphs import CUDAGraphRunner
+from .cuda_graphs import CUDAGraphRunner, DecodeResult
 from .decode_step import DecodeStep
 from .decoder import Decoder, Tap
 from .request import Request
@@ -62,16 +62,41 @@ class ModelRunner:
 
     def step(self, chunks: Sequence[Chunk], pages: KVPages) -> list[StepResult]:
         """Run the forward pass of one scheduled step; keys and values are written into `pages`."""
+        decoded = self._launch_graph(chunks, pages, None)
+        if decoded is None:
+            return self._eager_step(chunks, pages)
+        return self._results(chunks, decoded.tokens(), decoded.logits, decoded.hidden, [1] * len(chunks))
+
+    def launch(
+        self, chunks: Sequence[Chunk], pages: KVPages, after: Sequence[int] | None = None
+    ) -> DecodeResult | None:
+        """Launch a decode step of requests that need no more than their likeliest tokens, without waiting for it.
+
+        Args:
+            after: for each chunk the row of the step before, whose tokens are not known yet, that chooses its token.
+
+        Returns:
+            the step; None if it must be run by `step`.
+        """
+        generations = [chunk.request.generation for chunk in chunks]
+        if any(each is None or each.needs_logits or each.wants_all_states for each in generations):
+            return None
+        return self._launch_graph(chunks, pages, after)
+
+    def _launch_graph(
+        self, chunks: Sequence[Chunk], pages: KVPages, after: Sequence[int] | None
+    ) -> DecodeResult | None:
         graphs = self.graphs
         # Not if `run_batch` was replaced by one that changes batches (`faults/inject.py`).
-        if graphs is not None and graphs.pages is pages and "run_batch" not in vars(self):
-            step = DecodeStep.of(chunks, pages.page_size)
-            decoded = None if step is None else graphs.run(self.decoder, step)
-            if decoded is not None:
-                return self._results(chunks, decoded.tokens, decoded.logits, decoded.hidden, [1] * len(chunks))
-            if step is not None:
-                self.graphs = None  # capturing failed, and a warning was issued
-        return self._eager_step(chunks, pages)
+        if graphs is None or graphs.pages is not pages or "run_batch" in vars(self):
+            return None
+        step = DecodeStep.of(chunks, pages.page_size, after)
+        if step is None:
+            return None
+        decoded = graphs.launch(self.decoder, step)
+        if decoded is None:
+            self.graphs = None  # capturing failed, and a warning was issued
+        return decoded
 
     @torch.no_grad()
     def _eager_step(self, chunks: Sequence[Chunk], pages: KVPages) -> list[StepResult]:

@@ -7,6 +7,7 @@ are torch's, whose rounding may depend on how many rows run together, and the re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -170,26 +171,44 @@ class GpuLinear(TorchLinear):
     """A linear layer by torch's matrix product, after a gated activation in one kernel."""
 
     def of_gate(self, both: torch.Tensor, gelu: bool) -> torch.Tensor:
-        return self(layers.gate(both, gelu))
+        out = both.new_empty((len(both), both.shape[1] // 2))
+        layer_ops().launch_gate(both, out, gelu)
+        return self(out)
 
 
 class GpuOperations(TorchOperations):
-    """Kernels of `range_kernels` between torch's matrix products, on a GPU: one launch each."""
+    """Kernels of `range_kernels` between torch's matrix products, on a GPU: one launch each.
+
+    What they get comes from matrix products and kernels, whose rows are contiguous and aligned; the checks of `range_kernels.ops` would
+    take as long as the launches.
+    """
 
     linear = staticmethod(GpuLinear)
     norm = staticmethod(layers.rms_norm)
 
     def add(self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float) -> Sum:
         if added is None:
+            hidden = hidden.contiguous()
             return _Together(hidden, layers.rms_norm(hidden, weight, epsilon))
-        return _Together(*layers.add_rms_norm(hidden, added, weight, epsilon))
+        total, out = torch.empty_like(hidden), torch.empty_like(hidden)
+        layer_ops().launch_norm(hidden, added, weight, total, out, epsilon)
+        return _Together(total, out)
 
     def position(
         self, heads: torch.Tensor, norms: torch.Tensor | None, queries: int, epsilon: float, rotation: Rotation | None
     ) -> torch.Tensor:
         if rotation is None:
             return super().position(heads, norms, queries, epsilon, rotation)
-        return layers.rotate_heads(heads, *rotation, norms=norms, queries=queries, epsilon=epsilon)
+        layer_ops().launch_rotate(heads, *rotation, norms, queries, epsilon)
+        return heads
+
+
+@cache
+def layer_ops() -> Any:
+    """The GPU kernels; they can be imported only where numba-cuda is."""
+    from range_kernels.cuda import layer_ops
+
+    return layer_ops
 
 
 def operations(dtype: torch.dtype, device: torch.device, widths: Sequence[int]) -> Operations:

@@ -65,6 +65,12 @@ class Request:
         """Whether the states of all prompt tokens are requested and not yet delivered."""
         return self.generation is not None and self.generation.wants_all_states and self.generation.num_generated == 0
 
+    @property
+    def ends_with_next_token(self) -> bool:
+        """Whether the next token is the last one that it may generate."""
+        generation = self.generation
+        return generation is not None and generation.num_generated + 1 >= generation.config.max_new_tokens
+
     def append_token(self, token: int) -> None:
         """Append a generated token, which the next step computes."""
         self._generated.append(token)

@@ -11,6 +11,7 @@ by a whole bidirectional range even if that exceeds the budget, so no request st
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .block_manager import BlockManager, NoPages
@@ -92,6 +93,24 @@ class Scheduler:
             budget -= self._add_chunk(request, budget, chunks, must=not prompts)
             prompts += 1
         return chunks
+
+    def ahead(self, chunks: Sequence[ScheduledChunk]) -> list[ScheduledChunk]:
+        """The decode step after that of `chunks`, whose tokens are not known yet; empty if it is not certain which requests run in it.
+
+        It takes the pages that the step needs, but never preempts. Requests whose last token is that of `chunks` are left out; one that
+        ends by a stop token runs once more, and what it computes is dropped.
+        """
+        requests = [chunk.request for chunk in chunks]
+        admits = bool(self.waiting) and len(self.running) < self.max_batch_size
+        if admits or len(requests) != len(self.running) or any(each.aborted for each in (*self.running, *self.waiting)):
+            return []
+        going_on = [chunk for chunk in chunks if not chunk.request.ends_with_next_token]
+        lacking = [each.request for each in going_on if len(each.request.pages) * self.page_size <= each.stop]
+        if len(lacking) > self.blocks.available:
+            return []
+        for request in lacking:
+            request.pages.append(self.blocks.take())
+        return [ScheduledChunk(chunk.request, chunk.stop, chunk.stop + 1) for chunk in going_on]
 
     def advance(self, chunk: ScheduledChunk) -> None:
         """Record a chunk as computed, and register the pages that it completed in the prefix cache."""
