@@ -17,6 +17,7 @@ from ..errors import EmbeddingRangeError, ModelError, PromptError, TraceError
 from ..models import Model
 from ..progress import Progress, counted
 from ..prompt import MultimodalPrompt, Prompt
+from ..prompt.checks import largest
 from ..schema import shortened
 from ..trace import Trace, TracePlan
 from ..trace.files import TraceWriter
@@ -175,6 +176,8 @@ class Engine(ABC):
             )
         prompt.check(vocab_size=config.vocab_size, hidden_size=config.hidden_size)
         for number, item in enumerate(prompt.input_embeddings):
+            if item.dtype is self.dtype or largest(item) <= torch.finfo(self.dtype).max:
+                continue
             overflows = ~torch.isfinite(item.to(self.dtype)).all(dim=1)
             if overflows.any():
                 row = int(overflows.nonzero()[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,14 @@ def check_prompt(prompt: Prompt, vocab_size: int | None = None, hidden_size: int
     for finding in prompt_findings(prompt, vocab_size, hidden_size):
         about_ranges = finding.code.startswith(("range", "row", "item", "span"))
         raise (EmbeddingRangeError if about_ranges else PromptError)(finding.message)
+
+
+def largest(rows: torch.Tensor) -> float:
+    """The largest magnitude in a tensor, 0.0 if it is empty; NaN or infinity if it has one. One pass, without a copy."""
+    if not rows.numel():
+        return 0.0
+    low, high = (float(each) for each in rows.aminmax())
+    return max(-low, high) if low == low and high == high else math.nan
 
 
 def prompt_findings(prompt: Prompt, vocab_size: int | None = None, hidden_size: int | None = None) -> Iterator[Finding]:
@@ -62,8 +71,8 @@ def prompt_findings(prompt: Prompt, vocab_size: int | None = None, hidden_size: 
                 "to the language model's width (a vision model's projector does that)",
                 item,
             )
-        finite = torch.isfinite(rows_of).all(dim=1)
-        if not finite.all():
+        if not math.isfinite(largest(rows_of)):
+            finite = torch.isfinite(rows_of).all(dim=1)
             bad = (~finite).nonzero().flatten().tolist()
             yield Finding(
                 "item-finite",

@@ -44,3 +44,9 @@ def max_smem_per_block(device: int) -> int:
     """Return the bytes of shared memory that one block may request: 227 KiB on an H100, 163 on an A100, 99 on GeForce 30 and 40."""
     properties: Any = torch.cuda.get_device_properties(device)  # the type stubs lack this property
     return properties.shared_memory_per_block_optin
+
+
+@cache
+def is_hopper(device: int) -> bool:
+    """Whether a GPU has compute capability 9."""
+    return torch.cuda.get_device_capability(device)[0] == 9

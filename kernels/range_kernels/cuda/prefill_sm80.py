@@ -36,10 +36,14 @@ def can_run(q: torch.Tensor, scale: float) -> bool:
 
     (The maximum of a row is taken before scaling, so the scale must keep the order of the scores.)
     """
-    capable = torch.cuda.get_device_capability(q.device) >= (8, 0)
-    if not capable or q.dtype not in DTYPES or q.shape[-1] not in HEAD_DIMS or scale <= 0:
+    return scale > 0 and _can_run(q.dtype, q.shape[-1], q.device.index or 0, max_smem_per_block(q.device.index or 0))
+
+
+@cache
+def _can_run(dtype: torch.dtype, head_dim: int, device: int, smem: int) -> bool:
+    if torch.cuda.get_device_capability(device) < (8, 0) or dtype not in DTYPES or head_dim not in HEAD_DIMS:
         return False
-    return choose_shape(q.shape[-1], max_smem_per_block(q.device.index or 0)) is not None
+    return choose_shape(head_dim, smem) is not None
 
 
 @dataclass(frozen=True)

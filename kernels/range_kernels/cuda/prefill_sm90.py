@@ -27,7 +27,7 @@ from numba import cuda, float32, int32, uint32, uint64
 from . import prefill_sm80
 from .compiled_kernel import Kernel, Source
 from .cp_async import LINE, make_swizzled_load
-from .device import multiprocessors
+from .device import is_hopper, multiprocessors
 from .pipeline import arrive_stage, stage_barrier, stage_index, wait_stage
 from .ptx import atomic_increment, divide, shared_address, types
 from .ptx_sm90 import (
@@ -73,8 +73,7 @@ _REGISTERS = {2: (40, 232), 3: (32, 160)}
 
 def can_run(q: torch.Tensor, scale: float) -> bool:
     """Whether this path supports a call: compute capability 9, a size in `HEAD_DIMS`, and `prefill_sm80.can_run`."""
-    hopper = torch.cuda.get_device_capability(q.device)[0] == 9
-    return hopper and q.shape[-1] in HEAD_DIMS and prefill_sm80.can_run(q, scale)
+    return q.shape[-1] in HEAD_DIMS and is_hopper(q.device.index or 0) and prefill_sm80.can_run(q, scale)
 
 
 @cache

@@ -203,11 +203,11 @@ class ModelRunner:
 
     def _rotation(self, rope: Rope, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the batch's tokens, float32 `[tokens, pairs]`."""
-        cosine, sine = rope.rotation(batch.positions, batch.rope_lengths)
+        cosine, sine = rope.rotation(batch.positions, batch.rope_lengths, self.decoder.device)
         if batch.positions.ndim == 2:
             sections, interleaved = self.decoder.config.mrope, self.decoder.config.interleaved_mrope
             cosine, sine = choose_axes(cosine, sections, interleaved), choose_axes(sine, sections, interleaved)
-        return cosine.to(self.decoder.device), sine.to(self.decoder.device)
+        return cosine, sine
 
 
 def _to_host(x: torch.Tensor) -> torch.Tensor:

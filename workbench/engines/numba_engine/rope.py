@@ -13,6 +13,9 @@ from range_kernels.cpu.kernel_cache import checked_cache
 
 from ...errors import ModelError
 
+_CPU = torch.device("cpu")
+_TABLE = 1 << 15
+"""Positions whose cosines and sines are kept: 16 MB for 64 pairs."""
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
@@ -33,6 +36,7 @@ class Rope:
     interleaved: bool = False
     limit: int | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
+    _tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def of_length(self, length: int) -> torch.Tensor:
         """The frequencies for a sequence of `length` tokens, float64 `[pairs]`."""
@@ -42,15 +46,32 @@ class Rope:
             return self.parameters["long_frequencies"]
         return _dynamic(self.parameters, length)
 
-    def rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotation(
+        self, positions: torch.Tensor, lengths: torch.Tensor, device: torch.device = _CPU
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines (times `scaling`), float32 `[..., pairs]`.
 
-        Angles are computed in float64, since positions grow large, and one by one, so that no result depends on the batch.
+        Angles are computed in float64, since positions grow large, and one by one, so that no result depends on the batch. Those of the
+        first positions are kept in a table.
 
         Args:
             positions: integers `[..., tokens]`, on the CPU.
             lengths: `[tokens]`, the sequence length by which each token's frequencies are chosen.
+            device: where the result is.
         """
+        end = int(positions.max()) + 1 if positions.numel() else 1
+        if end > _TABLE or (self.limit is not None and int(lengths.max()) > self.limit) or int(positions.min()) < 0:
+            cosine, sine = self._compute(positions, lengths)
+            return cosine.to(device), sine.to(device)
+        table = self._tables.get(device)
+        if table is None or len(table[0]) < end:
+            rows = torch.arange(min(1 << max(end - 1, 1023).bit_length(), _TABLE))
+            cosine, sine = self._compute(rows, torch.ones_like(rows))
+            table = self._tables[device] = cosine.to(device), sine.to(device)
+        indices = positions.to(device)
+        return table[0][indices], table[1][indices]
+
+    def _compute(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cosine = np.empty((*positions.shape, len(self.frequencies)), np.float32)
         sine = np.empty_like(cosine)
         flat = [x.reshape(-1, x.shape[-1]) for x in (cosine, sine)]
