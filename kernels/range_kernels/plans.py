@@ -67,6 +67,15 @@ class PagedPlan:
         plan = self.device_plan
         return 0 if plan is None or plan.kv_splits is None else len(plan.kv_splits)
 
+    @property
+    def slots_to_write(self) -> torch.Tensor | None:
+        """On a GPU, the slots of the queries' own keys, int64 `[queries]`, if attention's kernels do not write all of them themselves.
+
+        None if they do, as in decode steps, and on the CPU.
+        """
+        plan = self.device_plan
+        return None if plan is None or self.max_seqlen_q * plan.group <= 16 else plan.slots
+
     def bounds(
         self, key_start: torch.Tensor | None, key_stop: torch.Tensor | None, window: int | None, q: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,6 +107,7 @@ class CUDAGraphPlan:
     """
 
     max_seqlen_q = 1
+    slots_to_write: torch.Tensor | None = None  # the decode kernel writes new keys itself
 
     def __init__(
         self,

@@ -96,6 +96,27 @@ def test_heads_are_normed_and_rotated_in_place(dtype, head_dim, pairs, norms, in
         assert torch.equal(ops.rotate(before[:, :7], cosine, sine, interleaved), found)
 
 
+@pytest.mark.parametrize(("head_dim", "pairs", "norms"), [(64, 32, False), (96, 24, True), (128, 64, True)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_and_values_are_written_to_the_cache(dtype, head_dim, pairs, norms):
+    from range_kernels.cuda import layer_ops
+
+    stacked = drawn(21, 9, head_dim, dtype=dtype)  # five query heads, two of keys, two of values
+    plain, cache = stacked.clone(), [drawn(40, 2, head_dim, dtype=dtype, seed=each) for each in (7, 8)]
+    before = [each.clone() for each in cache]
+    angles = torch.rand(21, pairs, generator=torch.Generator().manual_seed(4)) * 6.3
+    cosine, sine = angles.cos().cuda(), angles.sin().cuda()
+    weights = drawn(2, head_dim, dtype=dtype, seed=5) if norms else None
+    slots = torch.randperm(40, generator=torch.Generator().manual_seed(6))[:21].cuda()
+    layer_ops.launch_rotate(stacked[:, :7], cosine, sine, False, weights, 5, 1e-6, (*cache, slots))
+    layer_ops.launch_rotate(plain[:, :7], cosine, sine, False, weights, 5, 1e-6)
+    assert torch.equal(stacked, plain)
+    assert torch.equal(cache[0][slots], plain[:, 5:7])
+    assert torch.equal(cache[1][slots], plain[:, 7:])
+    others = torch.ones(40, dtype=torch.bool, device="cuda").index_fill(0, slots, False)
+    assert all(torch.equal(now[others], was[others]) for now, was in zip(cache, before, strict=True))
+
+
 def test_bad_shapes_are_refused_by_name():
     with pytest.raises(ValueError, match="multiple of 8 wide"):
         ops.rms_norm(drawn(3, 12), drawn(12), 1e-6)

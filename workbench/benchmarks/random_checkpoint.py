@@ -51,8 +51,21 @@ def write_checkpoint(folder: Path, shape: str, device: str = "cpu", seed: int = 
         save_file(tensors, folder / shard, {"format": "pt"})
         shard_of |= dict.fromkeys(shapes, shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
+    _write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A tokenizer of single bytes, which some engines need to open a model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: number for number, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def _files(config: dict[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:

@@ -47,8 +47,8 @@ def spliced_prompt(model: Model, tokens: int, images: int, seed: int = 0) -> Pro
 def run(kinds: Sequence[str], model_name: str, dtype: str, device: str, rounds: int = 3) -> dict[str, Any]:
     """Measure every engine in this process, one after the other; print a table and return all figures.
 
-    Figures are medians: of five times to the first token (or `rounds`, if more), and of two decoding rates (of one with 64 requests
-    at once). A figure is None if the engine runs out of memory.
+    Figures are medians: of ten times to the first token, and of three decoding rates (of `rounds`, if more). A figure is None if the
+    engine runs out of memory.
     """
     model = load_model(model_name)
     figures: dict[str, Any] = {"model": model_name, "dtype": dtype, "rounds": rounds, "engines": {}}
@@ -75,8 +75,9 @@ def _measure(engine: Engine, model: Model, rounds: int) -> dict[str, Any]:
     one = GenerationConfig(max_new_tokens=1, ignore_eos=True)
     for tokens, images in PROMPTS:
         prompt = spliced_prompt(model, tokens, images)
-        engine.generate(prompt, one)  # compiles, fills caches
-        times = [_seconds(engine.generate, prompt, one) for _ in range(max(rounds, 5))]
+        for _ in range(3):  # compiles, fills caches, raises clocks
+            engine.generate(prompt, one)
+        times = [_seconds(engine.generate, prompt, one) for _ in range(max(rounds, 10))]
         figures[f"first token, {tokens}"] = median(times)
     for batch in BATCHES:
         prompts = [spliced_prompt(model, *PROMPTS[0], seed=seed) for seed in range(batch)]
@@ -85,7 +86,7 @@ def _measure(engine: Engine, model: Model, rounds: int) -> dict[str, Any]:
         try:
             together(engine, prompts, 4 + NEW_TOKENS)  # engines that capture graphs have them then
             rates = []
-            for _ in range(1 if batch > 16 else min(rounds, 2)):
+            for _ in range(max(rounds, 3)):
                 few, many = (_seconds(together, engine, prompts, tokens) for tokens in (4, 4 + NEW_TOKENS))
                 rates.append(batch * NEW_TOKENS / (many - few))
             figures[f"decode, {batch} at once"] = median(rates)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import torch
-from numba import cuda, float32, int32, uint64
+from numba import cuda, float32, int32, int64, uint64
 
 from .compiled_kernel import Kernel, Source
-from .ptx import types
+from .ptx import load_long, types
 from .vectors import (
     SIZES,
     gelu_tanh,
@@ -110,17 +110,39 @@ def make_gate(dtype: str, gelu: bool) -> Callable[..., None]:
 
 @cache
 def make_rotate(dtype: str, weight_dtype: str, interleaved: bool, norms: bool) -> Callable[..., None]:
-    """The kernel of `rotate_`: one warp per token and head; with `norms`, heads are normed first."""
+    """The kernel of `rotate_heads`: one warp per token and head; with `norms`, heads are normed first.
+
+    Keys are also written to the KV cache, and values copied there, if there is one.
+    """
     size, weight_size = uint64(SIZES[dtype]), uint64(SIZES[weight_dtype])
     load, store, load_weight, rounded = load_one[dtype], store_one[dtype], load_one[weight_dtype], round_to[dtype]
 
-    def rotate(x, row_bytes, heads, queries, head_dim, cosine, sine, pairs, weights, epsilon):
-        """The first `heads` heads of each row of `x` are rotated in place; `weights` are of the norms of queries, then of keys."""
+    def rotate(
+        x, row_bytes, heads, queries, head_dim, cosine, sine, pairs, weights, epsilon, slots, key_cache, value_cache
+    ):
+        """The first `heads` heads of each row of `x` are rotated in place; `weights` are of the norms of queries, then of keys.
+
+        With `slots`, heads from `queries` on are written to slot `slots[token]` of `key_cache` too, and as many heads after `heads` to
+        `value_cache`.
+        """
         lane, warp = int32(cuda.threadIdx.x & 31), int32(cuda.threadIdx.x >> 5)
         token, head = int32(cuda.blockIdx.x), int32(cuda.blockIdx.y * _ROTATE_WARPS + warp)
-        if head >= heads:
+        keys = int32(heads - queries)
+        if head >= heads + (keys if slots != uint64(0) else int32(0)):
             return
         start = x + uint64(token) * uint64(row_bytes) + uint64(head) * uint64(head_dim) * size
+        cache, slot = uint64(0), int64(0)
+        if slots != uint64(0) and head >= queries:
+            slot = load_long(slots + uint64(8) * uint64(token))
+            row = uint64(slot) * uint64(keys) * uint64(head_dim) * size
+            cache = key_cache + row + uint64(int32(head - queries)) * uint64(head_dim) * size
+        if head >= heads:
+            cache = value_cache + row + uint64(int32(head - heads)) * uint64(head_dim) * size
+            channel = lane
+            while channel < head_dim:
+                store(cache + uint64(channel) * size, load(start + uint64(channel) * size))
+                channel += int32(32)
+            return
         angles = uint64(token) * uint64(pairs)
         factor, scales = float32(1.0), weights
         if norms:
@@ -147,15 +169,23 @@ def make_rotate(dtype: str, weight_dtype: str, interleaved: bool, norms: bool) -
                 load_one_float(cosine + (angles + uint64(pair)) * uint64(4)),
                 load_one_float(sine + (angles + uint64(pair)) * uint64(4)),
             )
-            store(start + one * size, a * c - b * s)
-            store(start + other * size, b * c + a * s)
+            first, second = a * c - b * s, b * c + a * s
+            store(start + one * size, first)
+            store(start + other * size, second)
+            if cache != uint64(0):
+                store(cache + one * size, first)
+                store(cache + other * size, second)
             pair += int32(32)
-        if norms:
-            channel = int32(int32(2) * pairs + lane)
-            while channel < head_dim:
-                at = uint64(channel)
-                store(start + at * size, load(start + at * size) * factor * load_weight(scales + at * weight_size))
-                channel += int32(32)
+        channel = int32(int32(2) * pairs + lane)
+        while channel < head_dim:
+            at = uint64(channel)
+            value = load(start + at * size)
+            if norms:
+                value = value * factor * load_weight(scales + at * weight_size)
+                store(start + at * size, value)
+            if cache != uint64(0):
+                store(cache + at * size, value)
+            channel += int32(32)
 
     return rotate
 
@@ -178,7 +208,7 @@ def gate_source(dtype: str, gelu: bool) -> Source:
 
 def rotate_source(dtype: str, weight_dtype: str, interleaved: bool, norms: bool) -> Source:
     """The `Source` of `make_rotate`'s kernel."""
-    kinds = types.void(_A, types.int64, _I, _I, _I, _A, _A, _I, _A, _F)
+    kinds = types.void(_A, types.int64, _I, _I, _I, _A, _A, _I, _A, _F, _A, _A, _A)
     make = partial(make_rotate, dtype, weight_dtype, interleaved, norms)
     name = f"rotate {dtype} {weight_dtype} interleaved={interleaved} norms={norms}"
     return Source(name, make, kinds, 32 * _ROTATE_WARPS)
@@ -241,11 +271,19 @@ def launch_rotate(
     norms: torch.Tensor | None,
     queries: int,
     epsilon: float,
+    cache: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Rotate the heads of `x` `[tokens, heads, head_dim]` in place; the last two dimensions are contiguous."""
+    """Rotate the heads of `x` `[tokens, heads, head_dim]` in place; the last two dimensions are contiguous.
+
+    Args:
+        cache: keys and values of the KV cache, `[slots, kv_heads, head_dim]` each, and int64 `[tokens]`, the slots that the keys, and the
+            values that follow the heads in memory, are written to.
+    """
     weight = x if norms is None else norms
     kernel = _rotate(DTYPES[x.dtype], DTYPES[weight.dtype], interleaved, norms is not None, x.device.index or 0)
+    warps = x.shape[1] + (0 if cache is None else x.shape[1] - queries)
+    written = (0, 0, 0) if cache is None else (cache[2].data_ptr(), cache[0].data_ptr(), cache[1].data_ptr())
     kernel.launch(
-        (len(x), -(-x.shape[1] // _ROTATE_WARPS)), x, x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1], queries, x.shape[2],
-        cosine.data_ptr(), sine.data_ptr(), cosine.shape[1], weight.data_ptr(), epsilon,
+        (len(x), -(-warps // _ROTATE_WARPS)), x, x.data_ptr(), x.stride(0) * x.element_size(), x.shape[1], queries, x.shape[2],
+        cosine.data_ptr(), sine.data_ptr(), cosine.shape[1], weight.data_ptr(), epsilon, *written,
     )  # fmt: skip

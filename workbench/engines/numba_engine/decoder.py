@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from range_kernels import KVPages, paged_attention
+from range_kernels import CUDAGraphPlan, KVPages, PagedPlan, paged_attention
 
 from ...errors import ModelError
 from ...models import Model
 from ...models.quantization import quantization_settings
 from .architectures import read_decoder_config
 from .batch import DecoderInputs
-from .ops import Linear, Rotation, Sum, operations
+from .ops import KVCache, Linear, Rotation, Sum, operations
 from .weights import TensorReader
 
 Tap = Callable[[str, torch.Tensor], None]
@@ -150,9 +150,10 @@ class Decoder:
         heads, values = x[:, :rotated], x[:, rotated:]
         rope = config.ropes[number]
         rotation = None if rope is None else Rotation(*inputs.rotations[rope], rope.interleaved)
-        heads = self.ops.position(heads, layer.head_norms, config.heads, config.epsilon, rotation)
+        cache = _cache_of(number, inputs.plan, pages)
+        heads, written = self.ops.position(heads, layer.head_norms, config.heads, config.epsilon, rotation, cache)
         seen = paged_attention(
-            heads[:, : config.heads], pages, number, inputs.plan, new=(heads[:, config.heads :], values),
+            heads[:, : config.heads], pages, number, inputs.plan, new=None if written else (heads[:, config.heads :], values),
             key_start=inputs.key_starts[config.windows[number]], key_stop=inputs.key_stop, softcap=config.softcap, scale=config.scale,
         )  # fmt: skip
         added = layer.output(seen.flatten(1))
@@ -177,3 +178,11 @@ class Decoder:
 
     def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self.ops.norm(x, weight, self.config.epsilon)
+
+
+def _cache_of(number: int, plan: PagedPlan | CUDAGraphPlan, pages: KVPages) -> KVCache | None:
+    """The layer's KV cache, if keys and values must be written before attention: a decode step's kernel writes them itself."""
+    slots = plan.slots_to_write
+    if slots is None:
+        return None
+    return KVCache(pages.keys[number].flatten(0, 1), pages.values[number].flatten(0, 1), slots)

@@ -44,13 +44,23 @@ class Operations(Protocol):
         """Add to the residual stream, to be normed: `hidden + added`, or `hidden` if there is nothing to add."""
 
     def position(
-        self, heads: torch.Tensor, norms: torch.Tensor | None, queries: int, epsilon: float, rotation: Rotation | None
-    ) -> torch.Tensor:
+        self,
+        heads: torch.Tensor,
+        norms: torch.Tensor | None,
+        queries: int,
+        epsilon: float,
+        rotation: Rotation | None,
+        cache: KVCache | None,
+    ) -> tuple[torch.Tensor, bool]:
         """Norm the heads of queries and keys, `[tokens, heads, head_dim]`, and rotate them; may write to `heads`.
 
         Args:
             norms: weights `[2, head_dim]` of the norms of the first `queries` heads and of the others; None: no norms.
             rotation: None: no rotation.
+            cache: where keys and values may be written in the same launch; the values follow the heads in memory.
+
+        Returns:
+            the heads, and whether keys and values were written to the cache.
         """
 
 
@@ -60,6 +70,14 @@ class Rotation(NamedTuple):
     cosine: torch.Tensor
     sine: torch.Tensor
     interleaved: bool
+
+
+class KVCache(NamedTuple):
+    """Keys and values of one layer, `[slots, kv_heads, head_dim]`, and the slots of a batch's tokens, int64 `[tokens]`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    slots: torch.Tensor
 
 
 class Sum(Protocol):
@@ -110,14 +128,20 @@ class _Plain:
         return _Separate(self, hidden if added is None else hidden + added, weight, epsilon)
 
     def position(
-        self, heads: torch.Tensor, norms: torch.Tensor | None, queries: int, epsilon: float, rotation: Rotation | None
-    ) -> torch.Tensor:
+        self,
+        heads: torch.Tensor,
+        norms: torch.Tensor | None,
+        queries: int,
+        epsilon: float,
+        rotation: Rotation | None,
+        cache: KVCache | None,
+    ) -> tuple[torch.Tensor, bool]:
         if norms is not None:
             parts = heads.split([queries, heads.shape[1] - queries], dim=1)
             heads = torch.cat(
                 [self.norm(part, weight, epsilon) for part, weight in zip(parts, norms, strict=True)], dim=1
             )
-        return heads if rotation is None else self.rotate(heads, *rotation)
+        return heads if rotation is None else self.rotate(heads, *rotation), False
 
 
 class CpuOperations(_Plain):
@@ -195,12 +219,18 @@ class GpuOperations(TorchOperations):
         return _Together(total, out)
 
     def position(
-        self, heads: torch.Tensor, norms: torch.Tensor | None, queries: int, epsilon: float, rotation: Rotation | None
-    ) -> torch.Tensor:
+        self,
+        heads: torch.Tensor,
+        norms: torch.Tensor | None,
+        queries: int,
+        epsilon: float,
+        rotation: Rotation | None,
+        cache: KVCache | None,
+    ) -> tuple[torch.Tensor, bool]:
         if rotation is None:
-            return super().position(heads, norms, queries, epsilon, rotation)
-        layer_ops().launch_rotate(heads, *rotation, norms, queries, epsilon)
-        return heads
+            return super().position(heads, norms, queries, epsilon, rotation, cache)
+        layer_ops().launch_rotate(heads, *rotation, norms, queries, epsilon, cache)
+        return heads, cache is not None
 
 
 @cache
