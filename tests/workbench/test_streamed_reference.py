@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,14 +14,18 @@ from safetensors.torch import load_file, save_file
 import workbench
 from tests.sweep.small_configs import small_network
 from tests.workbench.small_models import save_llama
+from workbench.cli.main import main
 from workbench.comparison import reference_cache, runs_together, unfinished_runs
 from workbench.comparison.floor_runs import reference_runs
+from workbench.comparison.noise_floor import NoiseFloor
 from workbench.comparison.reference_cache import reference_pair, reference_run
+from workbench.comparison.reference_files import write_references
 from workbench.comparison.reference_pass import ReferencePass
 from workbench.engines.transformers import loading, streamed_weights
 from workbench.engines.transformers.reference import TransformersReference
 from workbench.faults import FAULTS
 from workbench.progress import Stopped
+from workbench.trace import Trace
 
 IDS = list(range(20, 44))
 TAPS = ("embed", "layers.*", "layers.*.*", "norm", "logits")
@@ -192,6 +199,24 @@ def test_shard_that_is_gone_in_the_middle_is_named_with_its_layer(sharded, tmp_p
     assert again[0] > 0.4
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["sharded", "experts"])
+def test_streamed_weights_on_a_gpu(kind, request):
+    model = workbench.load_model(str(request.getfixturevalue(kind)))
+    what = [ReferencePass(workbench.Prompt(IDS), TAPS)]
+    whole, streamed = (reference_pair(model, "bfloat16", "cuda", streamed=each) for each in (False, True))
+    expected = reference_runs(*whole, what)[0]
+    _check_equal(reference_runs(*streamed, what, progress=lambda fraction: None)[0], expected)
+    with pytest.raises(Stopped):
+        reference_runs(*streamed, what, progress=_stop_after(0.5))
+    begun = []
+    _check_equal(reference_runs(*streamed, what, progress=begun.append)[0], expected)
+    assert begun[0] > 0.5
+    engine = workbench.open_engine("numba", model, dtype="bfloat16", device="cuda") if kind == "sharded" else None
+    if engine is not None:
+        assert workbench.check_engine(engine, what[0].prompt, device="cuda", streamed=True).verdict == "noise"
+
+
 def test_full_disk_does_not_stop_the_runs(sharded, monkeypatch, capsys):
     model = workbench.load_model(str(sharded))
     whole = _run(model)
@@ -261,3 +286,54 @@ def test_progress_of_a_stopped_verdict_is_kept_too(sharded):
         reference_run(model, prompt, "float32", TAPS, progress=_stop_after(0.6), streamed=True)
     found = reference_run(model, prompt, "float32", TAPS, progress=lambda fraction: None, streamed=True)[0]
     assert all(torch.equal(found[tap], expected[tap]) for tap in expected)
+
+
+def _prompt_files(folder):
+    folder.mkdir()
+    for number in range(3):
+        workbench.Prompt(IDS[number:]).save(folder / f"p{number}.json")
+    workbench.Prompt([1 << 40]).save(folder / "bad.json")
+    return sorted(folder.glob("*.json"))
+
+
+def test_references_of_many_prompts_are_written_and_a_bad_prompt_is_reported(sharded, tmp_path, monkeypatch, capsys):
+    """States are kept at every layer, so that those that are in the files are dropped from memory."""
+    monkeypatch.setattr(unfinished_runs, "INTERVAL", -1.0)
+    files, out = _prompt_files(tmp_path / "prompts"), tmp_path / "out"
+    arguments = ["references", *map(str, files), "--model", str(sharded), "--dtype", "float32", "--out", str(out)]
+    assert main([*arguments, "--streamed"]) == 1
+    captured = capsys.readouterr()
+    assert "3 written, 1 failed" in captured.out
+    assert "bad.json: " in captured.err
+    model = workbench.load_model(str(sharded))
+    for number in range(3):
+        alone = reference_runs(
+            *reference_pair(model, "float32", streamed=False), [ReferencePass(workbench.Prompt(IDS[number:]), TAPS[:2])]
+        )[0]
+        trace, floor = (
+            Trace.load(out / f"p{number}.safetensors"),
+            NoiseFloor.load(out / f"p{number}.floor-float32.safetensors"),
+        )
+        assert all(torch.equal(trace[tap], alone.trace[tap]) for tap in alone.trace)
+        assert all(torch.equal(floor.errors[tap], alone.floor.errors[tap]) for tap in alone.floor.errors)
+    with pytest.raises(ValueError, match="two prompts are named p0"):
+        write_references(str(sharded), [files[1], files[1]], out, "float32")
+
+
+def test_ray_workers_write_the_same_references(sharded, tmp_path):
+    pytest.importorskip("ray")
+    files = _prompt_files(tmp_path / "prompts")
+    code = "import sys; from workbench.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    folders = [tmp_path / name for name in ("here", "there")]
+    arguments = ["references", *map(str, files), "--model", str(sharded), "--dtype", "float32", "--streamed", "--out"]
+    assert main([*arguments, str(folders[0])]) == 1
+    done = subprocess.run(  # a process of its own: Ray leaves others behind
+        [sys.executable, "-c", code, *arguments, str(folders[1]), "--workers", "2"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}, capture_output=True, text=True,
+        timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "3 written, 1 failed" in done.stdout
+    for path in folders[0].glob("p?.safetensors"):
+        one, other = Trace.load(path), Trace.load(folders[1] / path.name)
+        assert all(torch.equal(one[tap], other[tap]) for tap in one)

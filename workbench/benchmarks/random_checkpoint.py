@@ -11,12 +11,19 @@ import torch
 from safetensors.torch import save_file
 
 SHAPES: dict[str, dict[str, int]] = {
+    "0.3B": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "vocab_size": 32000,
+    },
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
     "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "24B": {"hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40, "num_attention_heads": 32},
 }
-"""Llama 3.2 1B and 3B, Llama 3 8B, Mistral Small 24B."""
+"""A small one, Llama 3.2 1B and 3B, Llama 3 8B, Mistral Small 24B."""
 _VOCABULARY, _KV_HEADS, _HEAD_DIM = 128256, 8, 128
 
 
@@ -84,8 +91,8 @@ def _files(config: dict[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
             f"{at}mlp.up_proj.weight": (inner, hidden),
             f"{at}mlp.down_proj.weight": (hidden, inner),
         }
-    yield {"model.embed_tokens.weight": (_VOCABULARY, hidden), "model.norm.weight": (hidden,)}
-    yield {"lm_head.weight": (_VOCABULARY, hidden)}
+    yield {"model.embed_tokens.weight": (config["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    yield {"lm_head.weight": (config["vocab_size"], hidden)}
 
 
 def _random(name: str, size: tuple[int, ...], generator: torch.Generator, device: str) -> torch.Tensor:

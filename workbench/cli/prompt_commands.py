@@ -1,4 +1,4 @@
-"""The commands `workbench lint|trace|compare|probe|record` and their options, for prompts and traces in files."""
+"""The commands `workbench lint|trace|references|compare|probe|record` and their options, for prompts and traces in files."""
 
 from __future__ import annotations
 
@@ -42,6 +42,18 @@ def add(commands: Any) -> dict[str, Any]:
         help="read the reference's weights layer by layer; by default if they are large",
     )
 
+    references = commands.add_parser(
+        "references", help="write the references of many prompts, for which the weights are read once"
+    )
+    references.add_argument("prompts", nargs="+", help="files that Prompt.save wrote")
+    references.add_argument("--model", required=True)
+    references.add_argument("--dtype", required=True, help="of the noise floors, such as bfloat16")
+    references.add_argument("--out", required=True, help="a folder; files are named after the prompts")
+    references.add_argument("--taps", nargs="+", default=["embed", "layers.*", "norm", "logits"])
+    references.add_argument("--device", default="cpu")
+    references.add_argument("--streamed", action=argparse.BooleanOptionalAction, help="as for trace")
+    references.add_argument("--workers", type=int, default=0, help="Ray workers; 0 (the default) runs in this process")
+
     compare = commands.add_parser("compare", help="compare a recorded run with a recorded reference")
     compare.add_argument("reference", help="what `workbench trace --reference` wrote")
     compare.add_argument("run")
@@ -66,7 +78,14 @@ def add(commands: Any) -> dict[str, Any]:
     record.add_argument("--positions", help="such as 0:40 or 3,17,-1; by default at most 24 informative ones")
     record.add_argument("--reference-device", default="cpu", help="where Transformers runs")
     record.add_argument("--no-invalid-prompts", action="store_true", help="do not run invalid prompts")
-    return {"lint": _lint, "trace": _trace, "compare": _compare, "probe": _probe, "record": _record}
+    return {
+        "lint": _lint,
+        "trace": _trace,
+        "references": _references,
+        "compare": _compare,
+        "probe": _probe,
+        "record": _record,
+    }
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +155,7 @@ def _lint(options: argparse.Namespace) -> int:
 
 def _trace(options: argparse.Namespace) -> int:
     from ..comparison.floor_runs import reference_runs
+    from ..comparison.noise_floor import floor_path
     from ..comparison.reference_cache import reference_pair
     from ..comparison.reference_pass import ReferencePass
     from ..models import load_model
@@ -163,11 +183,25 @@ def _trace(options: argparse.Namespace) -> int:
     return 0
 
 
+def _references(options: argparse.Namespace) -> int:
+    """Return 0 if all were written, 1 if a prompt could not be run."""
+    from ..comparison.reference_files import write_references
+
+    report = write_references(
+        options.model, options.prompts, options.out, options.dtype, taps=options.taps, device=options.device,
+        streamed=options.streamed, workers=options.workers,
+    )  # fmt: skip
+    for path, why in report.failed:
+        print(f"{path}: {why}", file=sys.stderr)
+    print(report)
+    return int(bool(report.failed))
+
+
 def _compare(options: argparse.Namespace) -> int:
     """Return 0 if the verdict is "same" or "noise", 1 if it is "bug"."""
     from ..comparison import FACTOR, compare, compare_logits
     from ..comparison.diagnosis import explain
-    from ..comparison.noise_floor import NoiseFloor, check_comparable
+    from ..comparison.noise_floor import NoiseFloor, check_comparable, floor_path
     from ..models import load_model
     from ..prompt import Prompt
     from ..trace import Trace
@@ -280,12 +314,6 @@ def parse_positions(text: str | None) -> slice | list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"--positions {text}: write a slice such as 0:40, or a list such as 3,17,-1") from error
-
-
-def floor_path(reference: str | Path, dtype: str) -> Path:
-    """Return the path of a recorded reference's noise floor in `dtype`: next to it, `name.floor-dtype.safetensors`."""
-    path = Path(reference)
-    return path.with_name(f"{path.stem}.floor-{dtype}.safetensors")
 
 
 def _print(value: Any) -> None:

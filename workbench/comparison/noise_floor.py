@@ -270,3 +270,9 @@ def check_shape(tap: str, reference: torch.Tensor, state: torch.Tensor, name: st
 def state_digest(state: torch.Tensor) -> str:
     """SHA-256 of a state's bytes."""
     return hashlib.sha256(raw_bytes(state)).hexdigest()
+
+
+def floor_path(reference: str | Path, dtype: str) -> Path:
+    """Return the path of a recorded reference's noise floor in `dtype`: next to it, `name.floor-dtype.safetensors`."""
+    path = Path(reference)
+    return path.with_name(f"{path.stem}.floor-{dtype}.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class ReferenceWork:
         self._complete = 0
         self._states: dict[str, torch.Tensor] = {}
         self._saved_taps: set[str] = set()
+        self._measured: collections.Counter[str] = collections.Counter()
 
     @property
     def routers(self) -> Mapping[int, RouterRead]:
@@ -102,6 +104,7 @@ class ReferenceWork:
 
         def add(tap: str, state: torch.Tensor) -> None:
             self._measurement.add_state(tap, state.cpu())
+            self._measured[tap] += 1
 
         with engine.watching(self._watch):
             self._pass.run(engine, self._plan, seed, add)
@@ -111,6 +114,7 @@ class ReferenceWork:
 
         def add(tap: str, state: torch.Tensor) -> None:
             self._measurement.add_state(tap, state.cpu(), exchanged=True)
+            self._measured[tap] += 1
 
         with engine.watching(RouterWatch(self.exchanges)):
             self._pass.run(engine, self._plan, 0, add)
@@ -160,6 +164,10 @@ class ReferenceWork:
             (self._complete,) = reached
             states = {job: each.state for job, each in self._reached.items() if each.state is not None}
             self._states = dict(states)
+        if self._writer is not None:  # states that are in the file, and kept for the next call, need no memory
+            runs = len(self.jobs) - 1
+            for tap in [tap for tap in self._saved_taps if self._measured[tap] >= runs]:
+                self._running.states.pop(tap, None)
 
     @property
     def resumable(self) -> bool:
@@ -192,6 +200,7 @@ class ReferenceWork:
         for tap, state in taps.items():
             self._saved_taps.add(tap)
             self._keep(tap, state)
+        self._measured.update(dict.fromkeys(taps, len(self.jobs)))
         self._measurement.go_on({tap: tensors[f"error {tap}"] for tap in rest["typical"]}, rest)
         for job, reached in self._reached.items():
             state = tensors[f"state {job}"].clone()  # aligned as torch allocates: products may round otherwise

@@ -30,8 +30,9 @@ from .generation import CachedRun
 from .layer_hooks import Given, layer_hooks
 from .layer_progress import LayerProgress
 from .loading import load_network
-from .masks import span_mask, takes_masks
+from .masks import takes_masks
 from .network import Inject, Network, Output
+from .prompt_inputs import PromptInputs
 from .routers import RouterWatch
 from .streamed_weights import Arrive, StreamedWeights
 from .structure import examine, plain_tokens
@@ -85,8 +86,11 @@ class TransformersReference(Engine):
             raise ModelError(
                 f"{type(self.network).__name__} of {model.name!r} cannot be a reference: {self._structure.fault}"
             )
-        (self._filler,) = plain_tokens(self.network.config, 1)
         self._capabilities = self._find_capabilities()
+        (filler,) = plain_tokens(self.network.config, 1)
+        self._inputs = PromptInputs(
+            filler, self.decoder.config, self.dtype, self.device, self._net.mrope, self._structure.needs_mask
+        )
 
     def _release(self) -> None:
         del self._net, self._weights
@@ -299,33 +303,20 @@ class TransformersReference(Engine):
             new: generated tokens that follow the prompt.
             hidden: given to the head in place of the states after the final norm.
         """
-        ids = torch.tensor([[*self._ids(prompt), *new]], device=self.device)
-        own: dict[str, Any] = {"attention_mask": self._mask(prompt, len(new)), **self._deepstack(prompt)}
-        if (positions := self.positions(prompt, len(new))) is not None:
-            own["position_ids"] = positions
-        own = {name: value for name, value in own.items() if value is not None}
+        ids = torch.tensor([[*self._inputs.ids(prompt), *new]], device=self.device)
+        own = self._inputs.of_decoder(prompt, len(new))
+        given = {name: own[name] for name in ("position_ids",) if name in own and self._net.takes(name)}
         return self._net.forward(
-            ids,
-            self._inject(prompt),
-            decoder_inputs=own,
-            keep=keep,
-            cache=cache,
-            hidden=hidden,
-            **self._inputs(prompt, len(new)),
+            ids, self._inject(prompt), decoder_inputs=own, keep=keep, cache=cache, hidden=hidden, **given
         )
 
     def forward_one(self, prompt: Prompt, new: Sequence[int], cache: Mapping[str, Any]) -> Output:
         """Run the last of the tokens `new`, which follow the prompt, with the cache of the pass before."""
         ids = torch.tensor([[new[-1]]], device=self.device)
-        positions = self.positions(prompt, len(new))
+        positions = self._inputs.positions(prompt, len(new))
         own = {} if positions is None else {"position_ids": positions[..., -1:]}
         given: dict[str, Any] = dict(own) if self._net.takes("position_ids") else {}
         return self._net.forward(ids, decoder_inputs=own, keep=1, cache=cache, **given)
-
-    def _inputs(self, prompt: Prompt, new: int) -> dict[str, Any]:
-        """Arguments of the model beside the ids, for a prompt and `new` tokens after it."""
-        positions = self.positions(prompt, new)
-        return {} if positions is None or not self._net.takes("position_ids") else {"position_ids": positions}
 
     @torch.no_grad()
     def logit_lens(self, states: torch.Tensor, *, normed: bool = False) -> torch.Tensor:
@@ -338,18 +329,8 @@ class TransformersReference(Engine):
     @torch.no_grad()
     def splice(self, prompt: Prompt) -> torch.Tensor:
         """The embeddings that enter the model, `[seq, hidden]`: of the tokens, with each item assigned to its range."""
-        ids = torch.tensor([self._ids(prompt)], device=self.device)
+        ids = torch.tensor([self._inputs.ids(prompt)], device=self.device)
         return self._inject(prompt)(self._net.embedding(ids))[0]
-
-    def _ids(self, prompt: Prompt) -> list[int]:
-        """The prompt's ids, with a plain token in place of all rows that are injected.
-
-        Their own ids are placeholders of any value; some classes skip positions where they see the padding token.
-        """
-        ids = list(prompt.input_ids)
-        for start, stop in prompt.embedding_ranges:
-            ids[start:stop] = [self._filler] * (stop - start)
-        return ids
 
     def _inject(self, prompt: Prompt) -> Inject:
         """Return the function that replaces looked-up rows `[1, seq, hidden]` by the items, perturbed for `noise_floor`."""
@@ -365,38 +346,6 @@ class TransformersReference(Engine):
     def _jittered(self, state: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         noise = torch.randn(state.shape, generator=generator) * (torch.finfo(self.dtype).eps / 2)
         return (state.double() * (1.0 + noise.to(self.device))).to(state.dtype)
-
-    def positions(self, prompt: Prompt, new: int = 0) -> torch.Tensor | None:
-        """Positions of a prompt and of `new` tokens after it, `[1, seq]` or `[3, 1, seq]`; None: the model computes its own.
-
-        A model with M-RoPE would compute them from images, which it does not get.
-        """
-        if prompt.position_ids is None and not self._capabilities.mrope:
-            return None
-        positions = torch.arange(len(prompt)) if prompt.position_ids is None else prompt.position_ids
-        after = (int(positions.max()) + 1 + torch.arange(new)).expand(*positions.shape[:-1], new)
-        return torch.cat([positions, after], dim=-1).to(self.device)[..., None, :]
-
-    def _mask(self, prompt: Prompt, new: int) -> torch.Tensor | dict[str, torch.Tensor] | None:
-        """The mask of a prompt and of `new` tokens after it; None: the model makes its own, which is causal."""
-        if not prompt.bidirectional_ranges and not self._structure.needs_mask:
-            return None
-        return span_mask(self.decoder.config, len(prompt) + new, prompt.bidirectional_ranges, self.dtype, self.device)
-
-    def _deepstack(self, prompt: Prompt) -> dict[str, Any]:
-        """Extra arguments of Qwen3-VL's decoder: the positions of image tokens, and the features that each early layer adds there."""
-        if not prompt.deepstack:
-            return {}
-        inside = torch.zeros((1, len(prompt)), dtype=torch.bool)
-        for start, stop in prompt.embedding_ranges:
-            inside[0, start:stop] = True
-        levels = torch.cat(
-            [levels.to(self.dtype) for levels in prompt.deepstack], dim=1
-        )  # [levels, rows of all items, hidden]
-        return {
-            "visual_pos_masks": inside.to(self.device),
-            "deepstack_visual_embeds": list(levels.to(self.device)),
-        }
 
 
 def _generator(seed: int, tap: str) -> torch.Generator:
