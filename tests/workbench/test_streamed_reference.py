@@ -205,16 +205,24 @@ def test_streamed_weights_on_a_gpu(kind, request):
     model = workbench.load_model(str(request.getfixturevalue(kind)))
     what = [ReferencePass(workbench.Prompt(IDS), TAPS)]
     whole, streamed = (reference_pair(model, "bfloat16", "cuda", streamed=each) for each in (False, True))
+    # CUDA adds the results of experts in any order.
+    check = _check_equal if kind == "sharded" else _check_close
     expected = reference_runs(*whole, what)[0]
-    _check_equal(reference_runs(*streamed, what, progress=lambda fraction: None)[0], expected)
+    check(reference_runs(*streamed, what, progress=lambda fraction: None)[0], expected)
     with pytest.raises(Stopped):
         reference_runs(*streamed, what, progress=_stop_after(0.5))
     begun = []
-    _check_equal(reference_runs(*streamed, what, progress=begun.append)[0], expected)
+    check(reference_runs(*streamed, what, progress=begun.append)[0], expected)
     assert begun[0] > 0.5
-    engine = workbench.open_engine("numba", model, dtype="bfloat16", device="cuda") if kind == "sharded" else None
-    if engine is not None:
+    if kind == "sharded":
+        engine = workbench.open_engine("numba", model, dtype="bfloat16", device="cuda")
         assert workbench.check_engine(engine, what[0].prompt, device="cuda", streamed=True).verdict == "noise"
+
+
+def _check_close(one, other):
+    for tap in other.trace:
+        torch.testing.assert_close(one.trace[tap], other.trace[tap], rtol=1e-9, atol=1e-12)
+        assert float((one.floor.errors[tap] / other.floor.errors[tap].clamp(min=1e-30)).max()) < 10
 
 
 def test_full_disk_does_not_stop_the_runs(sharded, monkeypatch, capsys):
