@@ -4,7 +4,9 @@ import pytest
 import torch
 from range_kernels import ops
 
-pytestmark = pytest.mark.gpu
+from tests.range_kernels.gpu_calls import NEEDS_GPU
+
+pytestmark = NEEDS_GPU
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -200,6 +200,7 @@ def test_shard_that_is_gone_in_the_middle_is_named_with_its_layer(sharded, tmp_p
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("kind", ["sharded", "experts"])
 def test_streamed_weights_on_a_gpu(kind, request):
     model = workbench.load_model(str(request.getfixturevalue(kind)))
