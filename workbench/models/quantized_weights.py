@@ -1,18 +1,19 @@
 """Read quantized checkpoints as plain weights: weight = (code - zero point) x scale, in float64, in which that product is exact.
 
-Formats: AWQ ("gemm" layout, AutoAWQ), GPTQ (AutoGPTQ, GPTQModel), block-wise FP8 (DeepSeek-V3), and compressed-tensors (vLLM's llm-compressor)
-with FP8, int8 or packed int4 weights. What else exists is refused by name.
+Formats: AWQ ("gemm" layout, AutoAWQ), GPTQ (AutoGPTQ, GPTQModel), block-wise FP8 (DeepSeek-V3), compressed-tensors (vLLM's llm-compressor)
+with FP8, int8 or packed int4 weights, bitsandbytes with 4 bits (nf4, fp4) or int8, and MXFP4 (gpt-oss). What else exists is refused by name.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 
-from ..errors import ModelError
+from ..errors import ModelError, foreign_errors
 from .checkpoint import Checkpoint
 from .stored_tensor import StoredTensor
 
@@ -32,7 +33,14 @@ def plain_weights(checkpoint: Checkpoint, settings: Mapping[str, Any], model: st
             that does not fit.
     """
     method = settings.get("quant_method")
-    formats = {"awq": _awq, "gptq": _gptq, "fp8": _fp8, "compressed-tensors": _compressed}
+    formats = {
+        "awq": _awq,
+        "gptq": _gptq,
+        "fp8": _fp8,
+        "compressed-tensors": _compressed,
+        "bitsandbytes": _bitsandbytes,
+        "mxfp4": _mxfp4,
+    }
     if method not in formats:
         raise ModelError(
             f"the weights of {model!r} are quantized as {method!r}; of quantized weights {', '.join(formats)} are read: dequantize the "
@@ -42,14 +50,17 @@ def plain_weights(checkpoint: Checkpoint, settings: Mapping[str, Any], model: st
     found: dict[str, StoredTensor] = {}
     taken: set[str] = set()
     for suffix, parts, decode, shape in formats[method](source):
-        for name in [name for name in checkpoint if name.endswith(f".{suffix}")]:
-            base = name.removesuffix(f".{suffix}")
-            present = {f"{base}.{part}" for part in parts} & source.names
+        joint = "" if suffix.startswith("_") else "."
+        for name in [name for name in checkpoint if name.endswith(f"{joint}{suffix}")]:
+            base = name.removesuffix(f"{joint}{suffix}")
+            present = {f"{base}{joint}{part}" for part in parts} & source.names
             if not present:  # a plain weight among quantized ones
                 continue
-            taken |= {name, *(f"{base}.{part}" for part in parts)}
+            taken |= {name, *present}
             stored = tuple(source.entries[each] for each in (name, *sorted(present)))
-            found[f"{base}.weight"] = StoredTensor(shape(base), torch.float64, partial(decode, base), stored)
+            found[f"{base}.weight" if joint else base] = StoredTensor(
+                shape(base), torch.float64, partial(decode, base), stored
+            )
     for name, entry in source.entries.items():
         if name not in taken:
             if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
@@ -97,7 +108,10 @@ class _Source:
 
 
 _Format = Iterator[tuple[str, tuple[str, ...], Callable[[str], torch.Tensor], Callable[[str], tuple[int, ...]]]]
-"""Suffix of the codes' names, suffixes of what belongs to them, and for the name before the suffix the weight and its shape."""
+"""Suffix of the codes' names, suffixes of what belongs to them, and for the name before the suffix the weight and its shape.
+
+Suffixes are parts of the names after a dot; those that begin with "_" end a name themselves, and what is before them is the weight's name.
+"""
 
 
 def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -231,6 +245,94 @@ def _compressed(source: _Source) -> _Format:
     beside = ("weight_scale", "weight_zero_point", "weight_g_idx")
     yield "weight", (*beside, "input_scale"), whole, lambda base: source.shape(f"{base}.weight")
     yield "weight_packed", (*beside, "weight_shape"), packed, packed_shape
+
+
+def _bitsandbytes(source: _Source) -> _Format:
+    """4 bits: `weight` uint8, two codes a byte, the first in its upper half, in the weight's row-major order; `weight.quant_map` `[16]` has
+    what they mean, `weight.absmax` the scale of each block, which may be quantized too; `weight.quant_state...` is JSON with the sizes.
+    int8: `weight` int8 `[out, in]`, `SCB` `[out]`; the weight is code x SCB / 127.
+    """
+    kinds = ("nf4", "fp4")
+    states = [f"weight.quant_state.bitsandbytes__{kind}" for kind in kinds]
+
+    def state_of(base: str) -> dict[str, Any]:
+        name = next((f"{base}.{each}" for each in states if f"{base}.{each}" in source.names), None)
+        if name is None:
+            source.refuse(f"{base}.weight.quant_state is missing. Fetch the checkpoint again")
+        text = bytes(source.get(str(name)).flatten().to(torch.uint8).tolist())
+        with foreign_errors(
+            ModelError, f"{name} of {source.model!r} is not its quantization state", "Fetch the checkpoint again"
+        ):
+            state = json.loads(text)
+            shape = tuple(int(size) for size in state["shape"])
+            if len(shape) != 2 or min(shape) < 1 or not 1 <= int(state["blocksize"]) <= 1 << 20:
+                raise ValueError(f"shape {shape}, blocks of {state['blocksize']}")
+        return {**state, "shape": shape}
+
+    def four_bits(base: str) -> torch.Tensor:
+        state, packed = state_of(base), source.get(f"{base}.weight")
+        source.need(f"{base}.weight", packed.dtype, torch.uint8)
+        count = state["shape"][0] * state["shape"][1]
+        flat = packed.flatten().to(torch.int64)
+        if len(flat) != (count + 1) // 2:
+            source.refuse(f"{base}.weight has {len(flat)} bytes for {count} codes of four bits")
+        codes = torch.stack([flat >> 4, flat & 15], dim=1).flatten()[:count]
+        blocks = -(-count // int(state["blocksize"]))
+        stored = source.fit(f"{base}.weight.absmax", source.get(f"{base}.weight.absmax"), blocks)
+        scales = stored.double()
+        if not stored.is_floating_point() or "nested_blocksize" in state:
+            source.need(f"{base}.weight.absmax", stored.dtype, torch.uint8)
+            if not {"nested_blocksize", "nested_offset"} <= set(state):
+                source.refuse(f"{base}.weight.quant_state does not say how its scales are quantized")
+            size = int(state["nested_blocksize"])
+            outer = source.get(f"{base}.weight.nested_absmax").double()
+            source.fit(f"{base}.weight.nested_absmax", outer, -(-blocks // size))
+            meaning = source.fit(f"{base}.weight.nested_quant_map", source.get(f"{base}.weight.nested_quant_map"), 256)
+            scales = meaning.double()[scales.long()] * outer[torch.arange(blocks) // size] + float(
+                state["nested_offset"]
+            )
+        values = source.fit(f"{base}.weight.quant_map", source.get(f"{base}.weight.quant_map"), 16).double()[codes]
+        return (values * scales[torch.arange(count) // int(state["blocksize"])]).view(state["shape"])
+
+    def eight_bits(base: str) -> torch.Tensor:
+        codes = source.get(f"{base}.weight")
+        source.need(f"{base}.weight", codes.dtype, torch.int8)
+        scales = source.fit(f"{base}.SCB", source.get(f"{base}.SCB"), len(codes))
+        if f"{base}.weight_format" in source.names:
+            source.need(f"{base}.weight_format", int(source.get(f"{base}.weight_format")), 0)
+        return codes.double() * scales.double()[:, None] / 127
+
+    beside = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+    yield "weight", (*(f"weight.{each}" for each in beside), *states), four_bits, lambda base: state_of(base)["shape"]
+    yield "weight", ("SCB", "weight_format"), eight_bits, lambda base: source.shape(f"{base}.weight")
+
+
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of FP4 E2M1 by code; the fourth bit is the sign."""
+
+
+def _mxfp4(source: _Source) -> _Format:
+    """`..._blocks` uint8 `[..., out, blocks, 16]`, two FP4 codes a byte, the first in its lower half; `..._scales` uint8 `[..., out, blocks]`,
+    exponents of two plus 127. The weight is `[..., in, out]`, as gpt-oss multiplies with it.
+    """
+    values = torch.tensor([*_FP4, *(-each for each in _FP4)], dtype=torch.float64)
+
+    def decode(base: str) -> torch.Tensor:
+        blocks, scales = source.get(f"{base}_blocks"), source.get(f"{base}_scales")
+        source.need(f"{base}_blocks", blocks.dtype, torch.uint8)
+        source.need(f"{base}_scales", scales.dtype, torch.uint8)
+        source.fit(f"{base}_scales", scales, *blocks.shape[:-1])
+        codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).long()
+        wide = torch.ldexp(values[codes], scales.to(torch.int32)[..., None] - 127)
+        return wide.flatten(-2).transpose(-1, -2).contiguous()
+
+    def shape(base: str) -> tuple[int, ...]:
+        found = source.entries[f"{base}_blocks"].shape
+        if len(found) < 3:
+            source.refuse(f"{base}_blocks has shape {found}, which is not [..., out, blocks, 16]")
+        return (*found[:-3], found[-2] * found[-1] * 2, found[-3])
+
+    yield "_blocks", ("_scales",), decode, shape
 
 
 def _group_size(source: _Source, base: str, inputs: int, groups: int) -> int:

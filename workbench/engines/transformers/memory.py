@@ -14,10 +14,10 @@ from ...models.quantization import quantization_settings
 
 
 def weight_bytes(model: Model, dtype: torch.dtype) -> int:
-    """Bytes of a model's weights in a dtype. Packed codes of four bits count as eight weights."""
-    packed = 8 if quantization_settings(model.config) is not None else 1
+    """Bytes of a model's weights in a dtype. Packed integers of quantized checkpoints count as codes of four bits."""
+    packed = {torch.int32: 8, torch.uint8: 2} if quantization_settings(model.config) is not None else {}
     entries = model.weights.entries(model.weights).values()
-    counts = (entry.bytes // entry.dtype.itemsize * (packed if entry.dtype is torch.int32 else 1) for entry in entries)
+    counts = (entry.bytes // entry.dtype.itemsize * packed.get(entry.dtype, 1) for entry in entries)
     return sum(counts) * dtype.itemsize
 
 
