@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import workbench
 from tests.workbench.small_architectures import internlm2_of
@@ -193,3 +195,58 @@ def test_lmdeploy_pytorch_engine_refuses_embeddings(llama, prompt):
         engine.generate(prompt, CONFIG)
     config = json.loads((llama.path / "config.json").read_text())
     assert len(engine.generate(Prompt([5] * 20), CONFIG).token_ids) == 16, config
+
+
+GROUP = 128  # the only group size of TurboMind's AWQ
+COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]  # of the eight of an integer, from its lowest bits
+
+
+def _packed(codes):
+    """int32 `[rows, columns / 8]` of codes of four bits."""
+    groups = codes.view(len(codes), -1, 8)[:, :, COLUMNS]
+    numbers = sum(groups[:, :, place] << (4 * place) for place in range(8))
+    return torch.where(numbers >= 1 << 31, numbers - (1 << 32), numbers).to(torch.int32)
+
+
+def _save_awq(folder):
+    """A random Llama whose linear layers are quantized; returns its tensors."""
+    shape = {
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
+    model = save(folder, **shape)
+    generator, tensors = torch.Generator().manual_seed(0), load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        out, inputs = tensors.pop(name).shape
+        base, groups = name.removesuffix(".weight"), inputs // GROUP
+        tensors[f"{base}.qweight"] = _packed(torch.randint(0, 16, (inputs, out), generator=generator))
+        tensors[f"{base}.qzeros"] = _packed(torch.randint(6, 10, (groups, out), generator=generator))
+        spread = torch.rand(groups, out, generator=generator) * 0.5 + 0.75
+        tensors[f"{base}.scales"] = (spread * inputs**-0.5 / 4.6).half()
+    tensors = {name: each.half() if each.dtype is torch.bfloat16 else each for name, each in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model.path / "config.json").read_text())
+    settings = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16", "quantization_config": settings}))
+    return tensors
+
+
+def test_awq_weights_are_noise_and_a_wrong_group_scale_is_a_bug_at_its_layer(tmp_path):
+    tensors = _save_awq(tmp_path / "right")
+    shutil.copytree(tmp_path / "right", tmp_path / "wrong")
+    tensors["model.layers.3.mlp.down_proj.scales"][2] *= 1.5
+    save_file(tensors, tmp_path / "wrong" / "model.safetensors", metadata={"format": "pt"})
+    right, wrong = (workbench.load_model(tmp_path / name) for name in ("right", "wrong"))
+    ids = torch.randint(10, 1000, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    prompt = Prompt(ids, [right.token_rows(ids[:12])], [(20, 32)])
+    verdicts = []
+    for opened in (right, wrong):
+        engine = workbench.open_engine("turbomind", opened, dtype="float16", device="cuda", depth_sweep=True, **SMALL)
+        engine.model = right  # compared with what the codes and scales mean
+        verdicts.append(workbench.check_engine(engine, prompt, ["depth.*", "norm", "logits"], device="cuda"))
+        engine.close()
+    assert verdicts[0].verdict == "noise"
+    assert (verdicts[1].verdict, verdicts[1].first_divergence.tap) == ("bug", "depth.4")
