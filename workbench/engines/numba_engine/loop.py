@@ -194,15 +194,17 @@ class Loop:
             row_of = {id(chunk.request): row for row, chunk in enumerate(chunks)}
             ahead = self._launch(following, [row_of[id(chunk.request)] for chunk in following])
             self._under_way = None if ahead is None else (following, ahead)
+        kept = set(map(id, live))
+        pairs: list[tuple[ScheduledChunk, Any]]
         try:
             tokens = launched.tokens()
-            results: list[Any] = [StepResult(token, None, None) for token in tokens]
+            named = zip(chunks, tokens, strict=True)
+            pairs = [(chunk, StepResult(token, None, None)) for chunk, token in named if id(chunk) in kept]
         except Exception:
             self._drop_step_under_way()
-            results = [self._forward_alone(chunk) for chunk in chunks]
-        kept = set(map(id, live))
-        pairs = [(chunk, result) for chunk, result in zip(chunks, results, strict=True) if id(chunk) in kept]
-        self._complete_all(pairs, began, time.perf_counter() - before)
+            pairs = [(chunk, self._forward_alone(chunk)) for chunk in live]
+        if pairs:
+            self._complete_all(pairs, began, time.perf_counter() - before)
 
     def _step(self, chunks: list[ScheduledChunk], began: float) -> None:
         before = time.perf_counter()
