@@ -42,7 +42,8 @@ def _table(outcomes: list[Outcome], counts: collections.Counter[str]) -> str:
 
 Written by `make sweep` with Transformers {transformers.__version__}. Each class for causal language modelling was built small and with
 random weights; states, logits, sums of attention and MLP, logits with injected rows and greedy tokens of the reference were compared with
-the class's own forward, in float32 and float64. "Refused" is an error by name; "not built": the sweep has no small configuration for it.
+the class's own forward, in float32 and float64; and states and noise floors with streamed weights, interrupted runs included, with those
+of weights in memory, bit for bit ("not streamed": refused by name). "Refused" is an error by name; "not built": the sweep has no small configuration for it.
 
 {", ".join(f"{kind}: {count}" for kind, count in counts.most_common())}, of {len(outcomes)} classes.
 

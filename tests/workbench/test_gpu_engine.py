@@ -83,6 +83,33 @@ def test_batched_graph_replay_differs_only_by_noise(tmp_path):
     assert max(sequences for sequences, *_ in replays.runner.graphs._graphs) >= 4
 
 
+def test_tokens_of_steps_that_are_launched_ahead(tmp_path):
+    """Greedy tokens alone, past 512 tokens, where another graph is needed; and of a batch that shrinks. Compared with the eager mode's logits."""
+    replays, launches = engines_of(save_llama(tmp_path, head_dim=64, max_position_embeddings=1024))
+    requests = [
+        (random_prompt(3, 480), 60),
+        *((random_prompt(number, 30 + number), 3 + 5 * number) for number in range(6)),
+    ]
+
+    def run(request):
+        prompt, count = request
+        return replays.generate(prompt, workbench.GenerationConfig(max_new_tokens=count, ignore_eos=True)).token_ids
+
+    for together in ([each] for each in requests[:2]), [requests[1:]]:
+        for batch in together:
+            with ThreadPoolExecutor(len(batch)) as pool:
+                found = list(pool.map(run, batch))
+            for (prompt, count), tokens in zip(batch, found, strict=True):
+                assert len(tokens) == count
+                # Teacher-forced: each token must be as likely as the best one, up to a tie in bfloat16.
+                ids = [*prompt.input_ids, *tokens]
+                forced = workbench.Prompt(ids, prompt.input_embeddings, prompt.embedding_ranges, prompt.spans)
+                logits = launches.trace(forced, ["logits"], range(len(prompt) - 1, len(ids) - 1))["logits"].float()
+                chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+                spread = logits.std(dim=1)
+                assert ((logits.amax(dim=1) - chosen) <= 0.1 * spread).all()
+
+
 def test_replaced_weights_are_used_by_graph_and_eager_mode(tmp_path):
     engines = engines_of(save_llama(tmp_path, head_dim=64))
     before = [engine.generate(random_prompt(), LONG).logits for engine in engines]

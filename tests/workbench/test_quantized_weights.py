@@ -308,6 +308,11 @@ def test_numba_engine_refuses_quantized_weights_wherever_their_settings_are(tmp_
         ("fp8", {"weight_block_size": [16, 16]}, "weight_scale_inv has shape"),
         ("compressed-tensors int4", _group(num_bits=4, type="int", symmetric=False), "symmetric is False"),
         ("bitsandbytes nf4", {"quant_method": "eetq"}, "'eetq'"),
+        (
+            "compressed-tensors int4",
+            {"config_groups": {str(bits): {"weights": {"num_bits": bits, "strategy": "channel"}} for bits in (4, 8)}},
+            "4 and of 8 bits",
+        ),
         ("compressed-tensors fp8", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
     ],
 )

@@ -154,6 +154,54 @@ def test_interrupted_runs_go_on_where_they_stopped(kind, together, request):
     assert not any(together.glob("*"))
 
 
+def test_runs_with_depth_taps_go_on_too(sharded):
+    model, taps = workbench.load_model(str(sharded)), ["depth.*", "norm"]
+    what = [ReferencePass(workbench.Prompt(IDS), taps)]
+    expected = reference_runs(*reference_pair(model, "float32", streamed=False), what)[0]
+    reference_cache.forget()
+    pair = reference_pair(model, "float32", streamed=True)
+    with pytest.raises(Stopped):
+        reference_runs(*pair, what, progress=_stop_after(0.5))
+    reference_cache.forget()
+    again = []
+    _check_equal(
+        reference_runs(*reference_pair(model, "float32", streamed=True), what, progress=again.append)[0], expected
+    )
+    assert again[0] > 0.5
+
+
+def test_runs_that_fail_as_soon_as_they_go_on_keep_what_was_done(experts, monkeypatch):
+    model = workbench.load_model(str(experts))
+    whole = _run(model)
+    with pytest.raises(Stopped):
+        _run(model, progress=_stop_after(0.5))
+
+    def fails(self, *arguments):
+        raise workbench.ModelError("no memory for a copy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streamed_weights.StreamedWeights, "new_network", fails)
+        with pytest.raises(workbench.ModelError, match="no memory for a copy"):
+            _run(model)
+    begun = []
+    _check_equal(_run(model, progress=begun.append), whole)
+    assert begun[0] > 0.5
+
+
+def test_a_prompt_whose_states_are_nan_does_not_stop_the_others(sharded, tmp_path):
+    """The embedding of token 100 is NaN, and one prompt has it."""
+    tensors = load_file(sharded / "rest.safetensors")
+    tensors["model.embed_tokens.weight"][100] = float("nan")
+    save_file(tensors, sharded / "rest.safetensors", {"format": "pt"})
+    for number, ids in enumerate((IDS, [*IDS, 100], IDS[::-1])):
+        workbench.Prompt(ids).save(tmp_path / f"p{number}.json")
+    files, out = sorted(tmp_path.glob("p?.json")), tmp_path / "out"
+    report = write_references(str(sharded), files, out, "float32", streamed=True, progress=lambda fraction: None)
+    assert [path.stem for path in report.written] == ["p0", "p2"]
+    assert report.failed[0][0].endswith("p1.json")
+    assert "NaN or infinity" in report.failed[0][1]
+
+
 def test_interrupted_run_of_another_prompt_is_refused(sharded, tmp_path):
     model = workbench.load_model(str(sharded))
     folder = tmp_path / "kept"

@@ -50,7 +50,12 @@ def reference_runs(
     if reads_together(exact, rounded):
         run_together(exact, rounded, works, progress, unfinished)
     else:
-        _run_in_turn(exact, rounded, works, progress, exact_done)
+        try:
+            _run_in_turn(exact, rounded, works, progress, exact_done)
+        finally:
+            for engine in (exact, rounded):
+                if engine.streamed is not None:
+                    engine.streamed.forget()
     return [work.result() for work in works]
 
 

@@ -104,6 +104,7 @@ def _write(
     exact, rounded = reference_pair(load_model(model), dtype, device, streamed)
     report = ReferenceReport()
     passes: list[ReferencePass] = []
+    sources: dict[int, Path] = {}
     for path in paths:
         target = folder / f"{path.stem}.safetensors"
         try:
@@ -114,7 +115,17 @@ def _write(
             report.failed.append((str(path), reason(error)))
             continue
         passes.append(what)
-    for what, run in zip(passes, reference_runs(exact, rounded, passes, progress=progress), strict=True):
+        sources[id(what)] = path
+    try:
+        found = list(zip(passes, reference_runs(exact, rounded, passes, progress=progress), strict=True))
+    except (ModelError, TraceError):  # of one prompt, such as NaN in its states: each is run alone, to find which
+        found = []
+        for what in passes:
+            try:
+                found += [(what, run) for run in reference_runs(exact, rounded, [what], progress=progress)]
+            except (ModelError, TraceError) as error:
+                report.failed.append((str(sources[id(what)]), reason(error)))
+    for what, run in found:
         assert what.path is not None
         run.floor.save(floor_path(what.path, dtype))
         report.written.append(what.path)

@@ -69,6 +69,7 @@ class ReferenceWork:
         self.jobs = [*names, *([EXCHANGED] if has_routers(rounded.network) else [])]
         self._reached = {job: LayerProgress() for job in self.jobs}
         self._complete = 0
+        self._together = False
         self._states: dict[str, torch.Tensor] = {}
         self._saved_taps: set[str] = set()
         self._measured: collections.Counter[str] = collections.Counter()
@@ -95,9 +96,10 @@ class ReferenceWork:
             self._pass.run(engine, self._plan, 0, self._keep)
 
     def _keep(self, tap: str, state: torch.Tensor) -> None:
-        self._running.states[tap] = state.cpu()
         if self._writer is not None:
             self._writer.write(tap, state)
+        if self._writer is None or self._together:  # else the floor's runs read the file
+            self._running.states[tap] = state.cpu()
 
     def run_rounded(self, engine: TransformersReference, seed: int) -> None:
         """A run in the engine's dtype."""
@@ -123,6 +125,7 @@ class ReferenceWork:
         self, job: str, exact: TransformersReference, rounded: TransformersReference, arrive: Callable[[str], None]
     ) -> None:
         """Make one of `jobs`, as one of several runs that read streamed weights together."""
+        self._together = True
         reached = self._reached[job]
         if reached.state is not None:  # of an interrupted run
             reached.state = reached.state.to(rounded.device)
@@ -148,6 +151,11 @@ class ReferenceWork:
         }
 
     @property
+    def taps(self) -> list[str]:
+        """The taps that are traced."""
+        return list(self._plan.shapes)
+
+    @property
     def tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self._pass.prompt)
@@ -166,8 +174,10 @@ class ReferenceWork:
             self._states = dict(states)
         if self._writer is not None:  # states that are in the file, and kept for the next call, need no memory
             runs = len(self.jobs) - 1
-            for tap in [tap for tap in self._saved_taps if self._measured[tap] >= runs]:
-                self._running.states.pop(tap, None)
+            keeps = self.resumable
+            for tap in [tap for tap in self._running.states if self._measured[tap] >= runs]:
+                if tap in self._saved_taps or not keeps:
+                    self._running.states.pop(tap)
 
     @property
     def resumable(self) -> bool:

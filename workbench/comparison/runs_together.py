@@ -54,6 +54,12 @@ def run_together(
         print(StreamPlan.of(exact, rounded, tokens), file=sys.stderr)
     unfinished = UnfinishedRuns({"works": [work.what for work in works]}, folder)
     with contextlib.ExitStack() as files:
+        for engine, own in zip((exact, rounded), weights, strict=True):  # all passes share the memory of a layer
+            files.enter_context(engine.exclusive())
+            files.callback(own.forget)
+        if any(tap.startswith("depth.") for work in works for tap in work.taps):
+            for engine in (exact, rounded):
+                engine.check_final_norm()  # by a pass of its own, before layers are left out
         for work in works:
             files.enter_context(work.writing())
         report = _Report(weights[0], progress, files)
@@ -98,6 +104,7 @@ class _UnitDone:
         report: _Report,
     ) -> None:
         self._weights, self._works, self._unfinished, self._report = weights, works, unfinished, report
+        self._kept = works[0].complete
 
     def __call__(self, unit: str) -> None:
         for each in self._weights:
@@ -112,6 +119,8 @@ class _UnitDone:
         """Keep what is done; return the number of layers that the next call need not run."""
         if not all(work.resumable for work in self._works) or len({work.complete for work in self._works}) > 1:
             return 0
+        if self._works[0].complete == self._kept:  # nothing new; runs that have just gone on may not have begun
+            return self._kept
         states: dict[str, torch.Tensor] = {}
         taps: dict[str, torch.Tensor] = {}
         rests = []
@@ -120,7 +129,10 @@ class _UnitDone:
             states |= {f"{number} {name}": each for name, each in own_states.items()}
             taps |= {f"{number} {name}": each for name, each in own_taps.items()}
             rests.append(rest)
-        return self._works[0].complete if self._unfinished.save(states, taps, {"works": rests}) else 0
+        if not self._unfinished.save(states, taps, {"works": rests}):
+            return 0
+        self._kept = self._works[0].complete
+        return self._kept
 
 
 class _Report:

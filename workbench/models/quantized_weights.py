@@ -204,6 +204,8 @@ def _compressed(source: _Source) -> _Format:
         source.need("num_bits", settings.get("num_bits"), 4, 8)
     for settings in weights:
         source.need("strategy", settings.get("strategy", "tensor"), "tensor", "channel", "group")
+    if len({settings.get("num_bits") for settings in weights}) > 1:
+        source.refuse("config_groups of 4 and of 8 bits in one checkpoint are not known")
     sizes = {settings.get("group_size") if settings.get("strategy") == "group" else None for settings in weights}
     sparsity = (source.settings.get("sparsity_config") or {}).get("format", "dense")
     source.need("sparsity_config.format", sparsity, "dense")
@@ -222,6 +224,10 @@ def _compressed(source: _Source) -> _Format:
             )
         if f"{base}.weight_g_idx" in source.names:
             group = source.fit(f"{base}.weight_g_idx", source.get(f"{base}.weight_g_idx"), columns).long()
+            if int(group.min()) < 0 or int(group.max()) >= scales.shape[1]:
+                source.refuse(
+                    f"{base}.weight_g_idx names groups {int(group.min())} to {int(group.max())} of {scales.shape[1]}"
+                )
         else:
             group = torch.arange(columns) // (columns // scales.shape[1])
         return codes.double() * scales[:, group]
@@ -240,7 +246,7 @@ def _compressed(source: _Source) -> _Format:
         return scaled(base, codes[:, :columns])
 
     def packed_shape(base: str) -> tuple[int, ...]:
-        return tuple(source.get(f"{base}.weight_shape").tolist())
+        return tuple(source.fit(f"{base}.weight_shape", source.get(f"{base}.weight_shape"), 2).tolist())
 
     beside = ("weight_scale", "weight_zero_point", "weight_g_idx")
     yield "weight", (*beside, "input_scale"), whole, lambda base: source.shape(f"{base}.weight")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from range_kernels import CUDAGraphPlan, KVPages
@@ -82,10 +83,7 @@ class CUDAGraphRunner:
         Returns None if capturing failed, after a warning: the caller must run the step eagerly.
         """
         self._discard_stale_graphs(decoder)
-        splits = CUDAGraphPlan.kv_splits_of(step.seq_lens, self.pages, decoder.config.heads)
-        longest, sequences = max(map(len, step.pages)), _batch_size(len(step.ids))
-        # Few variants, so that few graphs are captured: unused splits cost little.
-        key = (sequences, max(_power_of_two(longest), 16), _power_of_two(max(len(splits), 2 * sequences)))
+        key, splits = self._key(decoder, step)
         captured = self._graphs.get(key)
         if captured is None:
             captured = self._try_capture(decoder, key, step, splits)
@@ -100,6 +98,18 @@ class CUDAGraphRunner:
         done.record()
         return DecodeResult(tokens, done, captured.logits[:count], captured.hidden[:count])
 
+    def ready(self, decoder: Decoder, step: DecodeStep) -> bool:
+        """Whether a step's graph is captured. Capturing runs the step once, and overwrites the tokens that a step launched ahead takes."""
+        self._discard_stale_graphs(decoder)
+        return self._key(decoder, step)[0] in self._graphs
+
+    def _key(self, decoder: Decoder, step: DecodeStep) -> tuple[tuple[int, int, int], np.ndarray]:
+        """The largest step that the graph of a step takes, and the step's KV splits."""
+        splits = CUDAGraphPlan.kv_splits_of(step.seq_lens, self.pages, decoder.config.heads)
+        longest, sequences = max(map(len, step.pages)), _batch_size(len(step.ids))
+        # Few variants, so that few graphs are captured: unused splits cost little.
+        return (sequences, max(_power_of_two(longest), 16), _power_of_two(max(len(splits), 2 * sequences))), splits
+
     def _discard_stale_graphs(self, decoder: Decoder) -> None:
         parts = decoder.parts()
         addresses = [part.data_ptr() for part in parts if isinstance(part, torch.Tensor)]  # `.data` may be replaced
@@ -109,7 +119,7 @@ class CUDAGraphRunner:
             self._parts, self._addresses = parts, addresses
 
     def _try_capture(
-        self, decoder: Decoder, key: tuple[int, int, int], step: DecodeStep, splits: object
+        self, decoder: Decoder, key: tuple[int, int, int], step: DecodeStep, splits: np.ndarray
     ) -> _Graph | None:
         """Capture the step; if that fails, discard all graphs, warn and return None."""
         for _ in range(2):
@@ -127,7 +137,7 @@ class CUDAGraphRunner:
     # Tensors created in a caller's inference mode could not be written to outside it.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _capture(self, decoder: Decoder, key: tuple[int, int, int], step: DecodeStep, splits: object) -> _Graph:
+    def _capture(self, decoder: Decoder, key: tuple[int, int, int], step: DecodeStep, splits: np.ndarray) -> _Graph:
         sequences = key[0]
         inputs = StepInputs(*key, decoder, self.pages)
         logits, chosen = self._outputs(sequences, decoder)
@@ -150,7 +160,7 @@ class CUDAGraphRunner:
         self._stream.wait_stream(torch.cuda.current_stream(self.pages.device))
         with torch.cuda.stream(self._stream):
             try:
-                inputs.write(step, splits)  # type: ignore[arg-type]
+                inputs.write(step, splits)
                 run()  # warm-up: the one-time setup of first calls cannot be captured
                 self._stream.synchronize()
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

@@ -91,7 +91,7 @@ class ModelRunner:
         if graphs is None or graphs.pages is not pages or "run_batch" in vars(self):
             return None
         step = DecodeStep.of(chunks, pages.page_size, after)
-        if step is None:
+        if step is None or (after is not None and not graphs.ready(self.decoder, step)):
             return None
         decoded = graphs.launch(self.decoder, step)
         if decoded is None:

@@ -102,7 +102,13 @@ class Scheduler:
         """
         requests = [chunk.request for chunk in chunks]
         admits = bool(self.waiting) and len(self.running) < self.max_batch_size
-        if admits or len(requests) != len(self.running) or any(each.aborted for each in (*self.running, *self.waiting)):
+        known = not all(chunk.last for chunk in chunks)  # tokens that are computed again after a preemption
+        if (
+            known
+            or admits
+            or len(requests) != len(self.running)
+            or any(each.aborted for each in (*self.running, *self.waiting))
+        ):
             return []
         going_on = [chunk for chunk in chunks if not chunk.request.ends_with_next_token]
         lacking = [each.request for each in going_on if len(each.request.pages) * self.page_size <= each.stop]

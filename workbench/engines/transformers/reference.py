@@ -115,6 +115,18 @@ class TransformersReference(Engine):
         other._progress = progress
         return other
 
+    def exclusive(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which no other thread runs this engine."""
+        return self._lock
+
+    def check_final_norm(self) -> None:
+        """Make sure that the taps `depth.*` can be computed, by a short pass.
+
+        Raises:
+            ModelError: what the class does after its last layer is not one norm.
+        """
+        self._net.final_norm()
+
     @property
     def network(self) -> Any:
         """Transformers' model."""

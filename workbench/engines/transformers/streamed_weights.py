@@ -140,6 +140,11 @@ class StreamedWeights:
             for entry in stored.entries:
                 self._source.release(entry.shard, entry.start, entry.stop)
 
+    def forget(self) -> None:
+        """Drop the memory that is kept between units."""
+        self._held = None
+        self._buffers.clear()
+
     def _find_units(self) -> Iterator[tuple[str, list[str]]]:
         """The units and their parameters: each layer, and each other module with large parameters of its own."""
         owners: dict[str, list[str]] = {}
@@ -192,9 +197,10 @@ class StreamedWeights:
         for name, value in self._held[1].items():
             owner, attribute = _owner(module, unit, name)
             if isinstance(value, LazyExperts):
-                del owner._parameters[attribute]
+                owner._parameters.pop(attribute, None)  # gone already if the last pass was interrupted
                 owner.__dict__[attribute] = value
             else:
+                owner.__dict__.pop(attribute, None)
                 owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
 
     def _read(self, unit: str) -> dict[str, Any]:
