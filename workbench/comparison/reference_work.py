@@ -58,6 +58,7 @@ class ReferenceWork:
         self.is_known = known is not None
         self._pass, self._known = what, known
         self._plan = what.plan(exact)
+        rounded.check(what.prompt)  # rows may overflow in its dtype
         self._running = RunningTrace(self._plan, what.provenance(exact))
         self._writer: TraceWriter | None = None
         self._measurement = FloorMeasurement(self._running if known is None else known[0])
@@ -255,7 +256,7 @@ class _Exchanges(Mapping[int, Exchange]):
 
 
 def layer_of(tap: str) -> int:
-    """The number of the layer after which a tap is known: -1 for `embed`, infinity-like for norm and logits."""
+    """The number of the layer after which a tap is known: -1 for `embed`, a number above all layers for norm and logits."""
     if tap == "embed":
         return -1
     kind, _, rest = tap.partition(".")
