@@ -171,8 +171,7 @@ class ReferenceWork:
         reached = {each.done for each in self._reached.values()}
         if len(reached) == 1:
             (self._complete,) = reached
-            states = {job: each.state for job, each in self._reached.items() if each.state is not None}
-            self._states = dict(states)
+            self._states = {job: each.state for job, each in self._reached.items() if each.state is not None}
         if self._writer is not None:  # states that are in the file, and kept for the next call, need no memory
             runs = len(self.jobs) - 1
             keeps = self.resumable

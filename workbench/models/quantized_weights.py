@@ -92,7 +92,7 @@ class _Source:
             self.refuse(f"{name} is missing. Fetch the checkpoint again")
         shape = self.entries[name].shape
         if len(shape) != 2:
-            self.refuse(f"{name} has shape {shape}, which is no matrix")
+            self.refuse(f"{name} has shape {shape} where [out, in] is needed")
         return shape
 
     def need(self, setting: str, value: Any, *allowed: Any) -> None:

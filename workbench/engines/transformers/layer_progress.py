@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class LayerProgress:
     state: torch.Tensor | None = None
     width: int = 0
     fault: str | None = None
-    skipped: int = field(default=0)
+    skipped: int = 0
 
     def see_input(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Note what a layer gets: something that layers can write to may carry more than the states from layer to layer."""

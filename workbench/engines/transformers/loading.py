@@ -55,8 +55,9 @@ def load_network(
         except NotStreamable as why:
             if streamed or needed > free:
                 need = f"{needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB are free"
+                fix = "leave streamed=True out" if needed <= free else "use a machine with more memory"
                 raise ModelError(
-                    f"the weights of {model.name!r} cannot be streamed: {why}. All at once they take {need}"
+                    f"the weights of {model.name!r} cannot be streamed: {why}. All at once they take {need}: {fix}"
                 ) from why
     elif streamed is False and needed > free:
         raise ModelError(

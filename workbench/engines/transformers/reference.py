@@ -78,7 +78,9 @@ class TransformersReference(Engine):
         self._structure = examine(self._net)
         if self._structure.fault is not None and self._weights is not None:  # a class may use weights in unusual places
             if streamed:
-                raise ModelError(f"the weights of {model.name!r} cannot be streamed: {self._structure.fault}")
+                raise ModelError(
+                    f"the weights of {model.name!r} cannot be streamed: {self._structure.fault}. Leave streamed=True out"
+                )
             network, self._weights = load_network(model, self.dtype, self.device, False)
             self._net = Network(network, self.dtype, self.device)
             self._structure = examine(self._net)
@@ -208,22 +210,15 @@ class TransformersReference(Engine):
             progress: called with the completed fraction of all runs; an exception that it raises stops them.
         """
         steps = [part(progress, seed / samples, (seed + 1) / samples) for seed in range(samples)]
-        return [self.noise_run(prompt, taps, positions, seed, step) for seed, step in enumerate(steps)]
-
-    def noise_run(
-        self,
-        prompt: Prompt,
-        taps: Iterable[str],
-        positions: slice | Sequence[int],
-        seed: int,
-        progress: Progress | None = None,
-    ) -> Trace:
-        """One run of `noise_floor`; with seed 0 it is unperturbed."""
-        with self._jittering(seed):
-            return self.trace(prompt, taps, positions, progress=progress)
+        runs = []
+        for seed, step in enumerate(steps):
+            with self._jittering(seed):
+                runs.append(self.trace(prompt, taps, positions, progress=step))
+        return runs
 
     @contextlib.contextmanager
     def _jittering(self, seed: int) -> Iterator[None]:
+        """A context whose runs are perturbed by this seed's errors; with seed 0 they are not."""
         with self._lock:
             self._jitter = torch.Generator().manual_seed(seed) if seed else None
             try:

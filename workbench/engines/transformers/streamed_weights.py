@@ -8,6 +8,7 @@ weights in memory. Several passes can go through each layer together, so that it
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import time
@@ -44,7 +45,13 @@ class StreamedWeights:
         network: Transformers' model with its parameters on the meta device; it stays as it is.
         reader: reads its parameters.
         dtypes: of the parameters in the run (`parameter_dtypes`).
+        dtype, device: of the run.
         source: where the checkpoint's files are.
+        layers: the path of the decoder's list of layers in the network; "" if there is none.
+
+    Attributes:
+        units: what is read and dropped at a time, with the names of its parameters: each layer, and each other module with a large
+            parameter.
     """
 
     def __init__(
@@ -204,10 +211,8 @@ class StreamedWeights:
                 owner._parameters[attribute] = nn.Parameter(value, requires_grad=False)
 
     def _read(self, unit: str) -> dict[str, Any]:
-        try:
+        with _needed_for(unit):
             return self._read_unit(unit)
-        except ModelError as error:
-            raise ModelError(f"{error} (needed for {unit})") from error
 
     def _read_unit(self, unit: str) -> dict[str, Any]:
         lazy = self._lazy(unit)
@@ -238,11 +243,8 @@ class StreamedWeights:
         if arrive is not None:
             arrive(unit)
         stored = self._reader.as_stored(f"{unit}.weight")
-        weight = (
-            stored.read()
-            if stored is not None
-            else self._reader.read([f"{unit}.weight"], self._dtypes, self._device)[f"{unit}.weight"]
-        )
+        with _needed_for(unit):
+            weight = self._one(f"{unit}.weight") if stored is None else stored.read()
         rows = max(1024, _BLOCK_BYTES // (weight.shape[1] * self._dtype.itemsize) // 1024 * 1024)
         out = x.new_empty((*x.shape[:-1], len(weight)))
         for first in range(0, len(weight), rows):
@@ -254,14 +256,13 @@ class StreamedWeights:
                 self._source.release(entry.shard, start, start + len(block) * weight.stride(0) * weight.itemsize)
         if module.bias is not None:
             bias = f"{unit}.bias"
-            out = out + (
-                self._resident[bias]
-                if bias in self._resident
-                else self._reader.read([bias], self._dtypes, self._device)[bias]
-            )
+            out = out + (self._resident[bias] if bias in self._resident else self._one(bias))
         if arrive is None:
             self.drop(unit)
         return out
+
+    def _one(self, name: str) -> torch.Tensor:
+        return self._reader.read([name], self._dtypes, self._device)[name]
 
     def _looked_up(
         self,
@@ -278,7 +279,8 @@ class StreamedWeights:
         stored = self._reader.as_stored(name)
         assert stored is not None
         needed, numbers = ids.unique(return_inverse=True)
-        rows = stored.read()[needed.cpu()].to(self._device, self._dtypes[name])
+        with _needed_for(unit):
+            rows = stored.read()[needed.cpu()].to(self._device, self._dtypes[name])
         padding, module.padding_idx = module.padding_idx, None  # it would be an index into the whole table
         try:
             module._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
@@ -286,6 +288,15 @@ class StreamedWeights:
         finally:
             module.padding_idx = padding
             self._unload(unit, module, arrive)
+
+
+@contextlib.contextmanager
+def _needed_for(unit: str) -> Iterator[None]:
+    """Name the unit in the error of a tensor that cannot be read."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{error} (needed for {unit})") from error
 
 
 def _put(network: nn.Module, name: str, tensor: torch.Tensor) -> None:
