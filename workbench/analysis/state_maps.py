@@ -27,6 +27,7 @@ class Metric:
         low, high: ends of the colour scale; None takes them from the numbers.
         palette: name of a matplotlib colour map.
         unit: appended to a number that is shown as text.
+        worst: which of several tokens is drawn if they share a column, the one with the "largest" or the "lowest" number.
     """
 
     title: str
@@ -35,14 +36,15 @@ class Metric:
     high: float | None
     palette: str
     unit: str = ""
+    worst: Literal["largest", "lowest"] = "largest"
 
 
 METRICS: Mapping[str, Metric] = {
     "change": Metric("change by the embeddings, |Δ| / |plain|; white: exactly 0", "log", 1e-3, 3.0, "magma_r"),
-    "cosine": Metric("cosine with the run without embeddings", "linear", 0.0, 1.0, "viridis"),
+    "cosine": Metric("cosine with the run without embeddings", "linear", 0.0, 1.0, "viridis", worst="lowest"),
     "norm": Metric("2-norm of the state", "log", None, None, "cividis"),
     "error": Metric("error against the reference, in noise floors", "log", 1 / 64, 64.0, "RdYlBu_r", " noise floors"),
-    "lens": Metric("logit lens: probability of the likeliest token", "linear", 0.0, 1.0, "GnBu"),
+    "lens": Metric("logit lens: probability of the likeliest token", "linear", 0.0, 1.0, "GnBu", worst="lowest"),
 }
 
 
@@ -54,7 +56,9 @@ class StateMaps:
         tokens: the text of each token of the prompt.
         taps: names of the hidden states, the rows of the maps, from the first layer up.
         ranges: embedding ranges of the run.
-        values: `{metric: float32 [taps, tokens]}`; the keys are those of `METRICS` that were computed.
+        values: `{metric: float32 [taps, tokens]}`; the keys are those of `METRICS` that were computed. NaN: not computed there;
+            infinity (for a metric whose worst number is the lowest: minus infinity): the state contains NaN or infinity.
+        failures: tokens at which the verdict of `add_error` failed at any tap.
         words: text of the logit lens' likeliest token at each tap and token, `[taps][tokens]`; empty before `add_lens`.
         row_states: function from a row of the maps to its states `[tokens, hidden]`; None if states are not kept.
     """
@@ -64,6 +68,7 @@ class StateMaps:
     ranges: Sequence[Range]
     values: dict[str, np.ndarray]
     words: list[list[str]] = field(default_factory=list)
+    failures: list[int] = field(default_factory=list)
     row_states: Callable[[int], torch.Tensor] | None = None
 
     def bounds(self, metric: str) -> tuple[float, float]:
@@ -90,10 +95,11 @@ class StateMaps:
         at = {tap: row for row, tap in enumerate(comparison.taps)}
         if not set(at) & set(self.taps):
             raise ValueError(f"the comparison has none of the taps {', '.join(self.taps[:4])}, ...")
-        ratios = comparison.ratios.numpy()
+        ratios = _worst_if_nan(comparison.ratios.numpy(), "error")
         missing = np.full(len(self.tokens), np.nan)
         rows = [ratios[at[tap]] if tap in at else missing for tap in self.taps]
         self.values["error"] = np.stack(rows).astype(np.float32)
+        self.failures = comparison.wrong.any(dim=0).nonzero().flatten().tolist()
 
     def add_lens(self, engine: Engine, progress: Progress | None = None) -> None:
         """Add the map "lens" and `words`: apply the final norm and the head to every state, keep the likeliest token (logit lens).
@@ -151,6 +157,22 @@ def state_maps(engine: Engine, injected: Trace, plain: Trace, prompt: Prompt) ->
         engine.model.tokens(prompt.input_ids),
         taps,
         list(prompt.embedding_ranges),
-        {name: value.astype(np.float32) for name, value in values.items()},
+        {name: _worst_if_nan(value, name).astype(np.float32) for name, value in values.items()},
         row_states=lambda row: injected[taps[row]],
     )
+
+
+def comparison_maps(comparison: Comparison, tokens: Sequence[str], ranges: Sequence[Range]) -> StateMaps:
+    """The map "error" of a comparison alone, over its own taps and positions.
+
+    `tokens` are the texts of all tokens of the prompt, `ranges` its embedding ranges.
+    """
+    shown = [tokens[int(position)] for position in comparison.positions]
+    ratios = _worst_if_nan(comparison.ratios.numpy(), "error").astype(np.float32)
+    failures = comparison.wrong.any(dim=0).nonzero().flatten().tolist()
+    return StateMaps(shown, comparison.taps, comparison.columns(ranges), {"error": ratios}, failures=failures)
+
+
+def _worst_if_nan(values: np.ndarray, metric: str) -> np.ndarray:
+    """Replace NaN and infinities, which come from states that are not finite, by the metric's worst number."""
+    return np.where(np.isfinite(values), values, np.inf if METRICS[metric].worst == "largest" else -np.inf)

@@ -22,6 +22,7 @@ from .checkpoint import Checkpoint
 from .pypi import GEMMA3, SMOLLM2
 from .remote_code import python_files
 from .sources import FolderSource
+from .token_texts import token_texts
 from .weight_checksums import weight_checksums
 
 BUILT_IN: dict[str, Callable[[], Path]] = {
@@ -166,8 +167,8 @@ class Model:
         return ids.index(tokens[0]) if tokens and tokens[0] in ids else otherwise
 
     def tokens(self, ids) -> list[str]:
-        """The text of each token id, decoded separately."""
-        return [self.tokenizer.decode([token]) for token in ids]
+        """The text of each token id, decoded separately; a token that is part of a character is `<0xF0>`, one per byte."""
+        return token_texts(self.tokenizer, ids)
 
 
 def embedding_scale(text_config: Any) -> float:

@@ -11,7 +11,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from ..comparison import Comparison, LocalError
+from .columns import column_extent, columns_note, mark_failures, tokens_per_column, worst_per_column
 from .style import ENGINE, FLOOR, SPAN, mark_spans, mark_tokens, tap_axis, token_axis
+from .visible_text import without_math
 
 
 def error_by_layer(comparison: Comparison) -> Figure:
@@ -50,7 +52,7 @@ def comparison_figure(comparison: Comparison, tokens: Sequence[str], ranges: Seq
     """Draw `error_by_layer`, with the verdict as its title, above `ratio_map`; arguments as there."""
     figure = Figure(figsize=(11, 7.4), dpi=100, layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(3, 4))
-    above.set_title("\n".join(wrap(str(comparison), 150)), fontsize=9, loc="left")
+    above.set_title(without_math("\n".join(wrap(str(comparison), 150))), fontsize=9, loc="left")
     _draw_errors(above, comparison)
     _draw_map(below, comparison, tokens, ranges)
     return figure
@@ -73,7 +75,7 @@ def _draw_errors(axes: Axes, comparison: Comparison) -> None:
         linewidth=1.5,
         marker=".",
         markersize=4,
-        label=f"{comparison.engine}, {comparison.dtype}",
+        label=without_math(f"{comparison.engine}, {comparison.dtype}"),
     )
     if comparison.first_divergence is not None:
         index = comparison.taps.index(comparison.first_divergence.tap)
@@ -97,20 +99,22 @@ def _draw_errors(axes: Axes, comparison: Comparison) -> None:
 def _draw_map(axes: Axes, comparison: Comparison, tokens: Sequence[str], ranges: Sequence[tuple[int, int]]) -> None:
     ratios = np.nan_to_num(comparison.ratios.numpy(), nan=np.inf, posinf=1e12)
     spread = comparison.factor**2
+    rows, positions = ratios.shape
+    per_column = tokens_per_column(positions)
     image = axes.imshow(
-        np.clip(ratios, 1 / spread, spread),
-        origin="lower",
-        aspect="auto",
-        cmap="RdYlBu_r",
-        norm=LogNorm(1 / spread, spread),
-        interpolation="nearest",
+        np.clip(worst_per_column(ratios, per_column), 1 / spread, spread), origin="lower", aspect="auto", cmap="RdYlBu_r",
+        norm=LogNorm(1 / spread, spread), interpolation="nearest", extent=column_extent(rows, positions, per_column),
+    )  # fmt: skip
+    more = columns_note(per_column)
+    axes.set_title(
+        f"error in noise floors (up to {comparison.factor:g} is noise){more}", fontsize=9, loc="left", pad=10
     )
-    axes.set_title(f"error in noise floors (up to {comparison.factor:g} is noise)", fontsize=9, loc="left")
     columns = comparison.columns(ranges)
-    mark_spans(axes, columns)
     tap_axis(axes, comparison.taps)
     shown = [tokens[int(position)] for position in comparison.positions]
     token_axis(axes, shown)
     mark_tokens(axes, shown, columns)
+    mark_spans(axes, columns)
+    mark_failures(axes, comparison.wrong.any(dim=0).nonzero().flatten().tolist())
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
     bar.ax.tick_params(labelsize=7)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from ..analysis.injection_effect import InjectionEffect
@@ -35,6 +38,7 @@ class InjectionEffectFigure:
             kind: draw_map(axes, getattr(effect, kind), effect.taps, kind) for kind, axes in self.maps.items()
         }
         self.maps["change"].set_xticks([])
+        self.maps["change"].set_xlim(-0.5, len(effect.tokens) - 0.5)
         token_axis(self.maps["cosine"], effect.tokens)
         self.words = self.figure.add_axes((0.85, 0.165, 0.135, 0.67))
         self.marks: list[Artist] = []
@@ -45,7 +49,7 @@ class InjectionEffectFigure:
         for mark in self.marks:
             mark.remove()
         for kind, image in self.images.items():
-            image.set_data(map_data(getattr(effect, kind), kind))
+            image.set_data(map_data(getattr(effect, kind), kind, cast(Normalize, image.norm)))
         self.marks = [
             *mark_strip(self.strip, effect.tokens, effect.ranges),
             *(mark for axes in self.maps.values() for mark in mark_spans(axes, effect.ranges)),

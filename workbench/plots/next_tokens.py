@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from .style import QUIET, SPAN, visible
+from .style import QUIET, SPAN
+from .visible_text import drawable, fonts, label
 
 
 def draw_next_tokens(axes: Axes, words: Sequence[str], plain: Sequence[float], injected: Sequence[float]) -> None:
@@ -15,7 +16,7 @@ def draw_next_tokens(axes: Axes, words: Sequence[str], plain: Sequence[float], i
     rows = range(len(words))
     axes.barh([row - 0.19 for row in rows], plain, height=0.36, color=QUIET, label="plain")
     axes.barh([row + 0.19 for row in rows], injected, height=0.36, color=SPAN, label="injected")
-    axes.set_yticks(list(rows), [visible(word) for word in words], fontsize=8, family="monospace")
+    axes.set_yticks(list(rows), [drawable(label(word)) for word in words], fontsize=8, family=fonts())
     axes.invert_yaxis()
     axes.set_xlim(0.0, 1.0)
     axes.tick_params(axis="x", labelsize=7)

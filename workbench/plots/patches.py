@@ -11,6 +11,9 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
+_IN_A_ROW = 6
+_LINED = 4096  # cells; lines between more would hide them
+
 
 @dataclass(frozen=True)
 class PatchGrid:
@@ -33,18 +36,25 @@ class PatchGrid:
 def grids_figure(
     grids: Sequence[PatchGrid], norm: Normalize, colours: Colormap, opacity: float = 0.55, caption: str = ""
 ) -> Figure:
-    """Draw the grids side by side over their images, with patches coloured by their values.
+    """Draw the grids over their images, up to six in a row, with patches coloured by their values.
 
     `norm` and `colours` map values to colours, `opacity` is that of the colours over the image, `caption` labels the
     colour bar.
     """
-    figure = Figure(figsize=(11, 3.2 if grids else 0.6), dpi=100, layout="compressed")
     if not grids:
+        figure = Figure(figsize=(11, 0.6), dpi=100)
         figure.text(0.02, 0.3, "this prompt has no images")
         return figure
+    columns = min(len(grids), _IN_A_ROW)
+    rows = -(-len(grids) // columns)
+    figure = Figure(
+        figsize=(11, 3.2 if rows == 1 else 2.1 * rows), dpi=100, layout="compressed" if rows == 1 else "constrained"
+    )
     coloured = None
-    every = list(np.atleast_1d(figure.subplots(1, len(grids))))
-    for axes, grid in zip(every, grids, strict=True):
+    every = list(np.ravel(figure.subplots(rows, columns)))
+    for axes in every[len(grids) :]:
+        axes.set_axis_off()
+    for axes, grid in zip(every, grids, strict=False):
         extent, aspect = (0, grid.columns, grid.lines, 0), cast(Any, "auto")
         if grid.image is not None:
             aspect = grid.image.height / grid.lines * grid.columns / grid.image.width
@@ -54,9 +64,12 @@ def grids_figure(
                 np.ma.masked_invalid(np.clip(grid.values, norm.vmin, norm.vmax)),
                 cmap=colours, norm=norm, alpha=opacity, interpolation="nearest", extent=extent, aspect=aspect,
             )  # fmt: skip
-        axes.set_xticks(range(grid.columns + 1), [])
-        axes.set_yticks(range(grid.lines + 1), [])
-        axes.grid(color="white", linewidth=0.6)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if grid.columns * grid.lines <= _LINED:
+            edges = {"color": "white", "linewidth": 0.6}
+            axes.vlines(range(1, grid.columns), 0, grid.lines, **edges)
+            axes.hlines(range(1, grid.lines), 0, grid.columns, **edges)
         axes.set_xlim(0, grid.columns)
         axes.set_ylim(grid.lines, 0)
         axes.set_title(grid.title, fontsize=8)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
+from .visible_text import drawable, fonts, label
+
 SPAN = "#d1495b"  # injected rows
 ENGINE = "#00798c"
 FLOOR = "#edae49"
@@ -15,18 +17,26 @@ QUIET = "#8a8a8a"
 PAPER = "#f4f4f2"
 
 
-def visible(token: str) -> str:
-    """A token as a short label: line breaks and tabs as arrows, a leading space as a dot, an empty token as ∅."""
-    text = token.replace("\n", "↵").replace("\t", "⇥").replace("$", r"\$")
-    text = "".join(letter if letter.isprintable() else "·" for letter in text)
-    text = "·" + text[1:] if text.startswith(" ") else text
-    return (text if len(text) <= 14 else text[:13] + "…") or "∅"
+_LINED_TOKENS = 200
+"""The largest number of tokens of a plot over which the ends of ranges are lines; with more, a line would hide tokens."""
 
 
 def mark_spans(axes: Axes, ranges: Sequence[tuple[int, int]]) -> list[Artist]:
-    """Draw a vertical line at both ends of each range, on a plot whose columns are tokens; return the lines."""
+    """Mark ranges on a plot whose columns are tokens (`token_axis` comes first); return what was drawn.
+
+    On short prompts the ends are vertical lines; otherwise each range is a bar above the plot, where it hides nothing.
+    """
     edges = sorted({edge for pair in ranges for edge in pair})
-    return [axes.axvline(edge - 0.5, color=SPAN, linewidth=1.2) for edge in edges]
+    first, last = axes.get_xlim()
+    if last - first <= _LINED_TOKENS:
+        return [axes.axvline(edge - 0.5, color=SPAN, linewidth=1.2) for edge in edges]
+    bars: list[Artist] = []
+    for start, stop in ranges:
+        bars += axes.plot(
+            [start - 0.5, max(stop, start + 1) - 0.5], [1.006, 1.006], color=SPAN, linewidth=3.0, solid_capstyle="butt",
+            transform=axes.get_xaxis_transform(), clip_on=False,
+        )  # fmt: skip
+    return bars
 
 
 LABELLED_TOKENS = 80
@@ -56,14 +66,14 @@ def mark_tokens(axes: Axes, tokens: Sequence[str], ranges: Sequence[tuple[int, i
 def token_label(axes: Axes, tokens: Sequence[str], position: int, color: str) -> Artist:
     """Write one label under column `position`, as plain text: matplotlib's ticks take five times as long to draw."""
     return axes.text(
-        position, -0.03, visible(tokens[position]), rotation=90, ha="center", va="top", fontsize=7, family="monospace",
-        color=color, transform=axes.get_xaxis_transform(),
+        position, -0.03, drawable(label(tokens[position])), rotation=90, ha="center", va="top", fontsize=7,
+        family=fonts(), color=color, transform=axes.get_xaxis_transform(),
     )  # fmt: skip
 
 
 def tap_axis(axes: Axes, taps: Sequence[str]) -> None:
     """Label row i of a plot (y = i) with `taps[i]`, on the left, thinned so that it stays readable; first and last are always shown."""
-    short = [tap.removeprefix("layers.") for tap in taps]
+    short = [drawable(tap).removeprefix("layers.") for tap in taps]
     step = max(1, -(-len(short) // 10))
     at = [*range(0, max(len(short) - step, 1), step), len(short) - 1]
     axes.set_yticks(sorted(set(at)), [short[i] for i in sorted(set(at))], fontsize=7)

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .style import INK, PAPER, QUIET, SPAN, visible
+from .style import INK, PAPER, QUIET, SPAN
+from .visible_text import drawable, fonts, label, width
 
 _LINE_LENGTH = 118  # characters per line
 
@@ -20,12 +21,12 @@ def _lines(tokens: Sequence[str]) -> list[list[tuple[int, str, int]]]:
     line: list[tuple[int, str, int]] = []
     at = 0
     for position, token in enumerate(tokens):
-        label = visible(token)
-        if at + len(label) + 1 > _LINE_LENGTH:
+        text = label(token)
+        if at + width(text) + 1 > _LINE_LENGTH:
             lines.append(line)
             line, at = [], 0
-        line.append((position, label, at))
-        at += len(label) + 1
+        line.append((position, text, at))
+        at += width(text) + 1
     return [*lines, line]
 
 
@@ -33,8 +34,8 @@ def draw_token_strip(axes: Axes, tokens: Sequence[str]) -> None:
     """Draw tokens as boxes in reading order, with the position under the first of each line."""
     lines = _lines(tokens)
     for row, line in enumerate(lines):
-        for position, label, at in line:
-            _box(axes, row, at, label, PAPER, INK)
+        for position, text, at in line:
+            _box(axes, row, at, text, PAPER, INK)
             if position == line[0][0]:
                 axes.text(at + 0.1, row + 0.8, str(position), ha="left", va="center", fontsize=6, color=QUIET)
     axes.set_xlim(-0.3, _LINE_LENGTH + 1)
@@ -52,9 +53,9 @@ def mark_strip(axes: Axes, tokens: Sequence[str], ranges: Sequence[tuple[int, in
     starts = {start for start, _ in ranges}
     marks: list[Artist] = []
     for row, line in enumerate(_lines(tokens)):
-        for position, label, at in line:
+        for position, text, at in line:
             if position in inside:
-                marks += _box(axes, row, at, label, SPAN, "white")
+                marks += _box(axes, row, at, text, SPAN, "white")
             if position in starts:
                 marks.append(
                     axes.text(at + 0.1, row + 0.8, str(position), ha="left", va="center", fontsize=6, color=SPAN)
@@ -62,19 +63,20 @@ def mark_strip(axes: Axes, tokens: Sequence[str], ranges: Sequence[tuple[int, in
     return marks
 
 
-def _box(axes: Axes, row: int, at: int, label: str, fill: str, ink: str) -> list[Artist]:
-    box = Rectangle((at, row), len(label) + 0.6, 0.62, facecolor=fill, edgecolor="#d8d8d4", linewidth=0.6)
-    text = axes.text(
-        at + len(label) / 2 + 0.3,
+def _box(axes: Axes, row: int, at: int, text: str, fill: str, ink: str) -> list[Artist]:
+    size = width(text)
+    box = Rectangle((at, row), size + 0.6, 0.62, facecolor=fill, edgecolor="#d8d8d4", linewidth=0.6)
+    written = axes.text(
+        at + size / 2 + 0.3,
         row + 0.32,
-        label,
+        drawable(text),
         ha="center",
         va="center",
         fontsize=7.5,
         color=ink,
-        family="monospace",
+        family=fonts(),
     )
-    return [axes.add_patch(box), text]
+    return [axes.add_patch(box), written]
 
 
 def token_strip(tokens: Sequence[str], ranges: Sequence[tuple[int, int]] = ()) -> Figure:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from html import escape
 
 import ipywidgets as w
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from ..analysis.state_maps import StateMaps
+from ..analysis.state_maps import comparison_maps
 from ..comparison import Comparison
 from ..models import Model
 from ..plots.errors import comparison_figure, error_by_layer
@@ -78,10 +77,7 @@ class ComparisonView(Composite):
         self.restate()
         alt = f"error by layer compared with the noise floor: {comparison}"
         self.chart.value = f'<img alt="{escape(alt)}" style="max-width:100%" src="data:image/png;base64,{chart}">'
-        shown = [tokens[int(position)] for position in comparison.positions]
-        ratios = comparison.ratios.numpy().astype(np.float32)
-        columns = comparison.columns(prompt.embedding_ranges)
-        self.map.show(StateMaps(shown, comparison.taps, columns, {"error": ratios}))
+        self.map.show(comparison_maps(comparison, tokens, prompt.embedding_ranges))
         first = comparison.first_divergence
         if first is not None:
             self.map.chosen = [comparison.taps.index(first.tap), comparison.positions.tolist().index(first.token)]

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ..analysis.state_maps import METRICS, StateMaps
 from ..plots.heat_map import hidden_state_map
+from ..plots.visible_text import escaped
 from .view import View, palette, source
 
 _BARS = 48
@@ -45,6 +46,8 @@ class HiddenStateMap(View):
     bounds = traitlets.List(traitlets.Float(), default_value=[1e-3, 3.0]).tag(sync=True)
     palette = traitlets.Bytes(palette("magma_r")).tag(sync=True)
     unit = traitlets.Unicode("").tag(sync=True)
+    worst = traitlets.Unicode("largest").tag(sync=True)
+    failures = traitlets.List(traitlets.Int()).tag(sync=True)
     hovered = traitlets.Int(-1).tag(sync=True)
     row = traitlets.Int(-1).tag(sync=True)
     chosen = traitlets.List(traitlets.Int()).tag(sync=True)
@@ -74,9 +77,8 @@ class HiddenStateMap(View):
             self.metric = next(iter(maps.values))
         with self.hold_sync():
             self.metrics = {name: METRICS[name].title for name in maps.values} | (wanted or {})
-            self.tokens, self.taps = list(maps.tokens), list(maps.taps)
+            self.tokens, self.taps = [escaped(token) for token in maps.tokens], list(maps.taps)
             self.spans = [list(pair) for pair in maps.ranges]
-            self.words = maps.words
             if not -1 < self.row < len(maps.taps):
                 self.row = len(maps.taps) - 1
             self.refresh()
@@ -91,13 +93,14 @@ class HiddenStateMap(View):
         with self.hold_sync():
             self.bounds = list(self.maps.bounds(self.metric))
             self.values = np.ascontiguousarray(self.maps.values[self.metric], np.float32).tobytes()
-            self.words = self.maps.words
+            self.words = [[escaped(word) for word in row] for row in self.maps.words]
+            self.failures = self.maps.failures
             self.message = ""
 
     def clear(self, message: str) -> None:
         """Remove the numbers and show `message` instead."""
         with self.hold_sync():
-            self.values, self.words, self.detail, self.message = b"", [], {}, message
+            self.values, self.words, self.failures, self.detail, self.message = b"", [], [], {}, message
 
     def row_values(self) -> np.ndarray:
         """Return the selected metric's numbers at tap `row`, float32 `[tokens]`; empty if they are not computed."""
@@ -110,7 +113,13 @@ class HiddenStateMap(View):
             return Figure(figsize=(11, 1))
         maps = self.maps
         return hidden_state_map(
-            maps.values[self.metric], maps.taps, maps.tokens, maps.ranges, self.metric, maps.bounds(self.metric)
+            maps.values[self.metric],
+            maps.taps,
+            maps.tokens,
+            maps.ranges,
+            self.metric,
+            maps.bounds(self.metric),
+            maps.failures,
         )
 
     def _apply_metric(self) -> None:
@@ -123,7 +132,7 @@ class HiddenStateMap(View):
     def _set_colour_scale(self) -> None:
         kind = METRICS[self.metric]
         with self.hold_sync():
-            self.scale, self.palette, self.unit = kind.scale, palette(kind.palette), kind.unit
+            self.scale, self.palette, self.unit, self.worst = kind.scale, palette(kind.palette), kind.unit, kind.worst
 
     def _open(self) -> None:
         maps, at = self.maps, list(self.chosen)
@@ -141,14 +150,19 @@ class HiddenStateMap(View):
         counts, edges = np.histogram(finite, bins=_BARS, range=(ends[0] - margin, ends[1] + margin))
         lines: list[list[str]] = [["nearest at this layer", "token", "cosine"]]
         for position, similarity in maps.neighbours(row, token):
-            lines.append([repr(maps.tokens[position]), str(position), f"{similarity:.4f}"])
+            lines.append([_quoted(maps.tokens[position]), str(position), f"{similarity:.4f}"])
         if maps.words:
-            lines.append(["reads as", repr(maps.words[row][token]), f"{maps.values['lens'][row, token]:.1%}"])
+            lines.append(["reads as", _quoted(maps.words[row][token]), f"{maps.values['lens'][row, token]:.1%}"])
         self.detail = {
-            "title": f"{maps.taps[row]}, token {token} {maps.tokens[token]!r}: {len(state)} numbers, 2-norm "
+            "title": f"{maps.taps[row]}, token {token} {_quoted(maps.tokens[token])}: {len(state)} numbers, 2-norm "
             f"{np.linalg.norm(state):.4g}, largest {_largest(state)}",
             "size": len(state), "low": float(edges[0]), "high": float(edges[-1]), "counts": counts.tolist(), "lines": lines,
         }  # fmt: skip
+
+
+def _quoted(token: str) -> str:
+    text = escaped(token)
+    return repr(text if len(text) <= 32 else text[:31] + "…")
 
 
 def _largest(state: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 
@@ -75,7 +76,10 @@ class LatestJob:
             except Stopped:  # a newer job is waiting
                 pass
             except Exception as error:  # any error must be shown to the user
-                self._failed(error)
+                try:
+                    self._failed(error)
+                except Exception:  # the thread must live, or the next change would wait for ever
+                    logging.getLogger(__name__).exception("an error could not be shown")
             with self._change:
                 if self._wanted is None:
                     self._busy = False

@@ -14,19 +14,22 @@ from PIL import Image
 
 from ..analysis.state_maps import METRICS
 from ..plots.patches import PatchGrid, grids_figure
-from ..plots.style import visible
+from ..plots.visible_text import drawable, escaped, label
 from ..prompt import Prompt, Span
 from ..vision.images import open_image
 from .view import View, palette, source
 
 _MAX_SIDE = 512  # pixels; larger images are scaled down before they are sent to the browser
+_LINE = 64  # cells in a line of an item without a grid
+_STORED = 12  # items in the stored image
 
 
 class PatchView(View):
     """Images with patch grids: pointing at a patch shows its token. Patches can be coloured by one number per token.
 
     The grid of an item is that of its span, with one grid per frame for M-RoPE's (time, height, width). An item whose
-    span has no grid of as many cells as it has rows, such as audio, is drawn as a strip of one line.
+    span has no grid of as many cells as it has rows, such as audio, is drawn in reading order in lines of up to 64 cells.
+    With many items the view has pages of 12.
 
     Args:
         prompt: its embedding ranges give the positions of the rows.
@@ -86,6 +89,12 @@ class PatchView(View):
 
     def figure(self) -> Figure:
         """Return the images with their grids, current colours and token ranges as a matplotlib figure."""
+        return self._figure(self.items)
+
+    def snapshot(self) -> Figure:
+        return self._figure(self.items[:_STORED])
+
+    def _figure(self, items: Sequence[dict[str, Any]]) -> Figure:
         values, (low, high) = np.frombuffer(self.values, np.float32), self.bounds
         logarithmic = self.scale == "log"
         if low >= high or (logarithmic and low <= 0):  # no valid colour scale: draw without colours
@@ -93,37 +102,45 @@ class PatchView(View):
         if logarithmic:
             values = np.where(values > 0, values, np.nan)
         grids = []
-        for item in self.items:
+        for item in items:
             lines, columns, start = item["lines"], item["columns"], item["start"]
             stop = start + item["rows"]
             image = Image.open(BytesIO(self._png[item["image"]])) if item["image"] >= 0 else None
-            numbers = values[start:stop].reshape(lines, columns) if start >= 0 and stop <= len(values) else None
-            title = f"{visible(item['label'])}: tokens [{start}, {stop})"
+            numbers = None
+            if start >= 0 and stop <= len(values):
+                numbers = np.full(lines * columns, np.nan, np.float32)
+                numbers[: stop - start] = values[start:stop]
+                numbers = numbers.reshape(lines, columns)
+            title = f"{drawable(label(item['label'], 40))}: tokens [{start}, {stop})"
             grids.append(PatchGrid(title, lines, columns, image, numbers))
+        left_out = len(self.items) - len(items)
+        caption = self.caption + (f"; {left_out} more items are not drawn" if left_out else "")
         norm = LogNorm(low, high) if logarithmic else Normalize(low, high)
         colours = ListedColormap(np.frombuffer(self.palette, np.uint8).reshape(-1, 3) / 255)
-        return grids_figure(grids, norm, colours, self.opacity, self.caption)
+        return grids_figure(grids, norm, colours, self.opacity, drawable(caption))
 
     def _items(self, prompt: Prompt) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         for number, (start, stop) in enumerate(prompt.embedding_ranges):
             span = prompt.spans[number] if number < len(prompt.spans) else None
-            label = (span.label or f"{span.modality} {number}") if span else f"item {number}"
+            name = escaped((span.label or f"{span.modality} {number}") if span else f"item {number}")[:200]
+            start, stop = max(start, 0), min(stop, len(prompt))  # ranges may be invalid, and endless
             rows = stop - start
             if rows < 1:
                 continue
             grid = _grid(span, rows)
             image = number if grid is not None and number < len(self._png) and self._png[number] else -1
-            frames, (lines, columns) = (1, (1, rows)) if grid is None else (int(np.prod(grid[:-2])), grid[-2:])
+            frames = 1 if grid is None else int(np.prod(grid[:-2]))
+            lines, columns = (-(-rows // _LINE), min(rows, _LINE)) if grid is None else grid[-2:]
             for frame in range(frames):
-                name = label if frames == 1 else f"{label}, frame {frame}"
                 geometry = {
                     "start": start + frame * lines * columns,
-                    "rows": lines * columns,
+                    "rows": rows // frames,
                     "lines": lines,
                     "columns": columns,
                 }
-                found.append({"label": name, "range": number, "image": image, **geometry})
+                shown = name if frames == 1 else f"{name}, frame {frame}"
+                found.append({"label": shown, "range": number, "image": image, **geometry})
         return found
 
 
@@ -135,7 +152,7 @@ def _grid(span: Span | None, rows: int) -> tuple[int, ...] | None:
 
 
 def _geometries(items: Sequence[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    return [(item["label"], item["start"], item["lines"], item["columns"]) for item in items]
+    return [(item["label"], item["start"], item["rows"], item["lines"], item["columns"]) for item in items]
 
 
 def _png(image: Image.Image | None) -> bytes:

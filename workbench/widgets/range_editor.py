@@ -13,6 +13,7 @@ from ..errors import ModelError
 from ..linting.lint import lint
 from ..models import Model
 from ..plots.tokens import token_strip
+from ..plots.visible_text import escaped
 from ..prompt import Prompt
 from .view import View, source
 
@@ -65,7 +66,7 @@ class RangeEditor(View):
         self._prompt, self.model, self.target, self.dtype = prompt, model, target, dtype
         self._items = items
         super().__init__(
-            tokens=model.tokens(prompt.input_ids),
+            tokens=_texts(prompt, model),
             special=_special(prompt, model),
             labels=[span.label or f"{span.modality} {number}" for number, span in enumerate(prompt.spans)],
             embedding_ranges=[list(pair) for pair in prompt.embedding_ranges],
@@ -73,6 +74,14 @@ class RangeEditor(View):
         )
         self._lint()
         self.observe(lambda change: self._lint(), "embedding_ranges")
+
+    @traitlets.validate("embedding_ranges")
+    def _check_ranges(self, proposal: Any) -> list[list[int]]:
+        """Refuse what no range is, whoever sends it: traitlets' `Int` accepts booleans, and JavaScript's numbers are exact to 2**53."""
+        for pair in proposal.value:
+            if any(isinstance(end, bool) or abs(end) > 1 << 53 for end in pair):
+                raise traitlets.TraitError(f"embedding_ranges: {pair} is not a pair of positions")
+        return proposal.value
 
     @property
     def prompt(self) -> Prompt:
@@ -89,7 +98,7 @@ class RangeEditor(View):
     def prompt(self, prompt: Prompt) -> None:
         self._prompt = prompt
         with self.hold_sync():
-            self.tokens = self.model.tokens(prompt.input_ids)
+            self.tokens = _texts(prompt, self.model)
             self.special = _special(prompt, self.model)
             self.labels = [span.label or f"{span.modality} {number}" for number, span in enumerate(prompt.spans)]
             self.embedding_ranges = [list(pair) for pair in prompt.embedding_ranges]
@@ -120,6 +129,10 @@ class RangeEditor(View):
 
 def _finding(code: str, severity: str, message: str) -> dict[str, Any]:
     return {"code": code, "severity": severity, "message": message, "item": None}
+
+
+def _texts(prompt: Prompt, model: Model) -> list[str]:
+    return [escaped(token) for token in model.tokens(prompt.input_ids)]
 
 
 def _special(prompt: Prompt, model: Model) -> list[int]:

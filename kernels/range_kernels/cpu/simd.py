@@ -1,7 +1,7 @@
 """SIMD operations of the CPU kernels, emitted as LLVM vectors for Numba's CPU target.
 
 Numba's own loops reach about 40 GFLOP/s per pair of cores because the accumulators of a small matrix product go through
-memory. `block_product` and `block_product_add` keep a tile of C in registers:
+memory. `block_product` and `block_product_sum` keep a tile of C in registers:
 
     C[ROWS, COLUMNS] = or +=  A[ROWS, depth] @ B[depth, COLUMNS]
 
@@ -59,8 +59,8 @@ def prefetch(builder, place):
     builder.call(function, [builder.bitcast(place, byte), _I32(0), _I32(0), _I32(1)])
 
 
-def _make_block_product(accumulate: str = ""):
-    """The sums start from C ("before"), C is added to them at the end ("after"), or C is only written ("")."""
+def _make_block_product(add: bool):
+    """The product is added to C, once it is summed up, or C is only written."""
 
     @intrinsic
     def product(typing_context, a, stride_a, b, stride_b, c, stride_c, depth):
@@ -80,10 +80,7 @@ def _make_block_product(accumulate: str = ""):
                 return builder.add(builder.mul(stride_c, _I64(row)), _I64(part * WIDTH))
 
             tile = [(row, part) for row in range(ROWS) for part in range(2)]
-            if accumulate == "before":
-                start = [load_vector(c, tile_element(row, part)) for row, part in tile]
-            else:
-                start = [ir.Constant(_VECTOR, [0.0] * WIDTH)] * len(tile)
+            start = [ir.Constant(_VECTOR, [0.0] * WIDTH)] * len(tile)
             before = builder.block
             loop = builder.append_basic_block("product.loop")
             done = builder.append_basic_block("product.done")
@@ -119,7 +116,7 @@ def _make_block_product(accumulate: str = ""):
                 value.add_incoming(new[index], loop)
                 start[index] = value
             for value, (row, part) in zip(start, tile, strict=True):
-                if accumulate == "after":
+                if add:
                     value = builder.fadd(load_vector(c, tile_element(row, part)), value)
                 address = builder.bitcast(builder.gep(c, [tile_element(row, part)]), vector)
                 builder.store(value, address).align = 4
@@ -130,9 +127,8 @@ def _make_block_product(accumulate: str = ""):
     return product
 
 
-block_product = _make_block_product()
-block_product_add = _make_block_product("before")  # a sum's bits do not depend on where it is split
-block_product_sum = _make_block_product("after")  # a long sum of shorter sums has less rounding error
+block_product = _make_block_product(add=False)
+block_product_sum = _make_block_product(add=True)  # a long sum of shorter sums has less rounding error
 
 
 def _each_pair_of_vectors(builder, address, count, start, body):

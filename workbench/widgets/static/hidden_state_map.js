@@ -1,21 +1,18 @@
 // A map of hidden states: taps from bottom to top, tokens from left to right. The cells are one small image that is scaled up; the
 // cross at the pointer and the marks of row and chosen cell are drawn on a second canvas, so that pointer moves do not redraw the map.
 
+const LINED = 5, FAILED = "#c2185b"; // LINED: least column width at which the ends of ranges are drawn over the cells
 const LEFT = 82, TOP = 16, RIGHT = 8, LABELS = 74, WRITTEN = 11; // WRITTEN: least column width for token labels, in CSS pixels
 
 function render({ model, el }) {
   const root = piece("div", "wb-map", el);
-  root.dataset.lmSuppressShortcuts = "true";
   const bar = piece("div", "wb-bar", root);
   const stage = piece("div", "wb-stage", root);
   const below = piece("canvas", "wb-cells", stage);
   const above = piece("canvas", "wb-above", stage);
   const read = piece("div", "wb-read", root);
   const detail = piece("div", "wb-detail", root);
-  above.tabIndex = 0;
-  above.dataset.lmSuppressShortcuts = "true"; // Jupyter checks the focused node first
-  above.setAttribute("role", "application");
-  above.setAttribute("aria-label", "hidden state map, layers by tokens; arrow keys move, Enter opens a state");
+  focusable(above, "application", "hidden state map, layers by tokens; arrow keys move, Enter opens a state");
   read.setAttribute("role", "status");
 
   const label = piece("label", "wb-label", bar, "Colour by ");
@@ -27,7 +24,7 @@ function render({ model, el }) {
   const key = piece("canvas", "wb-key", bar);
   const keyText = piece("span", "wb-keytext", bar);
 
-  let values = new Float32Array(0), cells = null, shape = [0, 0], plot = null, at = null;
+  let values = new Float32Array(0), cells = null, shape = [0, 0], plot = null, at = null, perColumn = 1;
   const hover = sender(model, "hovered"), choose = sender(model, "chosen"), look = sender(model, "row");
 
   function take() {
@@ -36,7 +33,8 @@ function render({ model, el }) {
     paint();
   }
 
-  // Draw the cells as an image of one pixel per cell; if there are more tokens than pixels, a pixel shows the largest of its cells.
+  // Draw the cells as an image of one pixel per cell. If there are more tokens than pixels, a pixel stands for several tokens and
+  // shows the worst of them, so that no single wrong token is hidden.
   function paint() {
     const started = performance.now();
     const [taps, tokens] = shape;
@@ -45,10 +43,11 @@ function render({ model, el }) {
       draw();
       return;
     }
-    const [low, high] = model.get("bounds"), kind = model.get("scale");
-    const toIndex = scaleOf(kind, low, high), colours = pixels(model.get("palette"));
+    const [low, high] = model.get("bounds"), colours = pixels(model.get("palette"));
+    const pixel = painter(model.get("scale"), low, high, colours), lowest = model.get("worst") === "lowest";
     const available = Math.max(Math.floor((stage.clientWidth || 700) - LEFT - RIGHT), 50);
-    const columns = Math.min(tokens, available);
+    perColumn = Math.ceil(tokens / available);
+    const columns = Math.ceil(tokens / perColumn);
     cells = document.createElement("canvas");
     cells.width = columns;
     cells.height = taps;
@@ -56,18 +55,14 @@ function render({ model, el }) {
     const image = context.createImageData(columns, taps), out = new Uint32Array(image.data.buffer);
     for (let tap = 0; tap < taps; tap++) {
       const row = (taps - 1 - tap) * columns, from = tap * tokens;
-      if (columns === tokens) {
-        for (let token = 0; token < tokens; token++) {
-          const index = toIndex(values[from + token]);
-          out[row + token] = index < 0 ? PAPER : colours[index];
-        }
-        continue;
-      }
       for (let column = 0; column < columns; column++) {
-        const first = Math.floor((column * tokens) / columns), last = Math.max(Math.floor(((column + 1) * tokens) / columns), first + 1);
-        let most = -1;
-        for (let token = first; token < last; token++) most = Math.max(most, toIndex(values[from + token]));
-        out[row + column] = most < 0 ? PAPER : colours[most];
+        const first = from + column * perColumn, last = Math.min(first + perColumn, from + tokens);
+        let worst = values[first];
+        for (let at = first + 1; at < last; at++) {
+          const value = values[at];
+          if (Number.isNaN(worst) || (lowest ? value < worst : value > worst)) worst = value;
+        }
+        out[row + column] = pixel(worst) || PAPER;
       }
     }
     context.putImageData(image, 0, 0);
@@ -84,7 +79,8 @@ function render({ model, el }) {
       context.fillStyle = css(colours[Math.round((i * 255) / 119)]);
       context.fillRect(i, 0, 1, 10);
     }
-    keyText.textContent = `${readable(low)} to ${readable(high)}`;
+    const worst = model.get("worst") === "lowest" ? "lowest" : "largest";
+    keyText.textContent = `${readable(low)} to ${readable(high)}${perColumn > 1 ? `; ${perColumn} tokens per column, the ${worst} is shown` : ""}`;
   }
 
   function draw() {
@@ -103,7 +99,12 @@ function render({ model, el }) {
       return;
     }
     context.imageSmoothingEnabled = false;
-    context.drawImage(cells, plot.x, plot.y, plot.width, plot.height);
+    context.save();
+    context.beginPath();
+    context.rect(plot.x, plot.y, plot.width, plot.height);
+    context.clip(); // the last column may stand for fewer tokens
+    context.drawImage(cells, plot.x, plot.y, (plot.width * cells.width * perColumn) / tokens, plot.height);
+    context.restore();
     context.strokeStyle = colours.line;
     context.strokeRect(plot.x - 0.5, plot.y - 0.5, plot.width + 1, plot.height + 1);
     context.fillStyle = colours.text;
@@ -134,10 +135,21 @@ function render({ model, el }) {
       if (b <= a) return;
       context.fillStyle = context.strokeStyle = SPAN_COLOURS[item % SPAN_COLOURS.length];
       context.fillRect(plot.x + a * column, plot.y - 7, (b - a) * column, 5);
+      if (column < LINED) return; // a line would hide tokens
       context.globalAlpha = 0.7;
       for (const edge of [a, b]) context.strokeRect(plot.x + edge * column, plot.y, 0, plot.height);
       context.globalAlpha = 1;
     });
+    // Triangles above the tokens at which the verdict failed.
+    context.fillStyle = FAILED;
+    for (const token of model.get("failures")) {
+      const x = plot.x + (token + 0.5) * column;
+      context.beginPath();
+      context.moveTo(x - 4, plot.y - 9);
+      context.lineTo(x + 4, plot.y - 9);
+      context.lineTo(x, plot.y - 1);
+      context.fill();
+    }
     mark();
   }
 
@@ -179,8 +191,10 @@ function render({ model, el }) {
     const tap = at ? at[0] : clampRow(model.get("row"));
     const value = values[tap * tokens + token], words = model.get("words");
     const span = model.get("spans").findIndex(([a, b]) => a <= token && token < b);
-    const lens = words.length ? `, reads as ${JSON.stringify(words[tap][token])}` : "";
-    read.textContent = `${model.get("taps")[tap]}, token ${token} ${JSON.stringify(model.get("tokens")[token])}${span < 0 ? "" : `, range ${span}`}: ${readable(value)}${model.get("unit")}${lens}`;
+    const lens = words.length ? `, reads as ${quoted(words[tap][token])}` : "";
+    const failed = model.get("failures").includes(token) ? ", verdict failed" : "";
+    const unit = Number.isFinite(value) ? model.get("unit") : "";
+    read.textContent = `${model.get("taps")[tap]}, token ${token} ${quoted(model.get("tokens")[token])}${span < 0 ? "" : `, range ${span}`}: ${readable(value)}${unit}${lens}${failed}`;
   }
   const clampRow = (row) => (row >= 0 && row < shape[0] ? row : shape[0] - 1);
 
@@ -273,9 +287,9 @@ function render({ model, el }) {
 
   const end = listen(model, [
     [["values", "taps", "tokens"], onceAFrame(take)],
-    [["bounds", "palette"], onceAFrame(() => { controls(); paint(); })],
+    [["bounds", "palette", "worst"], onceAFrame(() => { controls(); paint(); })],
     [["scale", "metric", "metrics"], () => { controls(); paint(); }],
-    [["spans", "height", "message"], onceAFrame(draw)],
+    [["spans", "height", "message", "failures"], onceAFrame(draw)],
     [["hovered", "chosen", "row", "words"], () => { if (at && at[1] !== model.get("hovered")) at = null; markSoon(); }],
     [["detail"], open],
   ]);

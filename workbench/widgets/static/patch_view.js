@@ -1,19 +1,36 @@
+// Items on one page: fifty images in a column would be longer than any screen.
+const PAGE = 12;
+
 // Images with their patch grids (audio as a strip). A patch is one feature row, which is one token, which is one column of the map.
 
 function render({ model, el }) {
   const root = piece("div", "wb-patches", el);
-  root.dataset.lmSuppressShortcuts = "true";
+  const pager = piece("div", "wb-bar", root);
   const caption = piece("div", "wb-read", root);
   caption.setAttribute("role", "status");
+  root.insertBefore(caption, pager);
+  const turn = (name, by) => {
+    const node = piece("button", "wb-button", pager, name);
+    node.addEventListener("click", () => {
+      page += by;
+      build();
+    });
+    return node;
+  };
+  const earlier = turn("Earlier images", -1), where = piece("span", "wb-label", pager), later = turn("Later images", 1);
   const list = piece("div", "wb-images", root);
   const hover = sender(model, "hovered");
+  let page = 0; // of the items, PAGE on each
   let items = [], values = new Float32Array(0);
 
   const shape = (item) => [item.range, item.image, item.lines, item.columns, item.rows].join();
 
+  const pages = () => Math.max(Math.ceil(model.get("items").length / PAGE), 1);
+  const paged = () => model.get("items").slice(page * PAGE, (page + 1) * PAGE);
+
   // If ranges have only moved, images and focus are kept.
   function move() {
-    const given = model.get("items");
+    const given = paged();
     if (given.map(shape).join(";") !== items.map(shape).join(";")) {
       build();
       return;
@@ -25,14 +42,17 @@ function render({ model, el }) {
   function build() {
     for (const item of items) if (item.url) URL.revokeObjectURL(item.url);
     list.replaceChildren();
-    items = model.get("items").map((item) => {
+    const all = model.get("items").length;
+    page = Math.min(Math.max(page, 0), pages() - 1);
+    pager.hidden = pages() === 1;
+    earlier.disabled = page === 0;
+    later.disabled = page === pages() - 1;
+    where.textContent = `${page * PAGE + 1} to ${Math.min((page + 1) * PAGE, all)} of ${all}`;
+    items = paged().map((item) => {
       const box = piece("figure", "wb-item", list), name = piece("figcaption", "wb-item-name", box, "");
       const stage = piece("div", "wb-stage", box);
       const canvas = piece("canvas", "wb-image", stage), above = piece("canvas", "wb-above", stage);
-      above.tabIndex = 0;
-      above.dataset.lmSuppressShortcuts = "true"; // Jupyter checks the focused node first
-      above.setAttribute("role", "application");
-      above.setAttribute("aria-label", `patches of ${item.label}; arrow keys move from patch to patch`);
+      focusable(above, "application", `patches of ${item.label}; arrow keys move from patch to patch`);
       const made = { ...item, box, name, canvas, above, loaded: null, url: null };
       if (item.image >= 0) {
         made.url = URL.createObjectURL(new Blob([model.get("images")[item.image]], { type: "image/png" }));
@@ -75,7 +95,7 @@ function render({ model, el }) {
   function draw(item) {
     const width = model.get("width");
     const aspect = item.loaded ? item.loaded.naturalHeight / item.loaded.naturalWidth : item.lines / item.columns;
-    const height = item.lines === 1 && !item.loaded ? 44 : Math.round(Math.min(width * aspect, 1.6 * width));
+    const height = item.loaded ? Math.round(Math.min(width * aspect, 1.6 * width)) : Math.round(Math.min(Math.max(width * aspect, item.lines === 1 ? 44 : 0), 1.6 * width));
     item.size = [width, height];
     const context = sized(item.canvas, width, height), colours = ink(root);
     if (item.loaded) context.drawImage(item.loaded, 0, 0, width, height);
@@ -85,12 +105,12 @@ function render({ model, el }) {
     }
     const cell = [width / item.columns, height / item.lines], [low, high] = model.get("bounds");
     if (values.length && low < high) {
-      const toIndex = scaleOf(model.get("scale"), low, high), palette = pixels(model.get("palette"));
+      const pixel = painter(model.get("scale"), low, high, pixels(model.get("palette")));
       context.globalAlpha = model.get("opacity");
       for (let row = 0; row < item.rows; row++) {
-        const token = item.start + row, index = token >= 0 && token < values.length ? toIndex(values[token]) : -1;
-        if (index < 0) continue;
-        context.fillStyle = css(palette[index]);
+        const token = item.start + row, colour = token >= 0 && token < values.length ? pixel(values[token]) : 0;
+        if (!colour) continue;
+        context.fillStyle = css(colour);
         context.fillRect((row % item.columns) * cell[0], Math.floor(row / item.columns) * cell[1], cell[0], cell[1]);
       }
       context.globalAlpha = 1;
@@ -108,7 +128,7 @@ function render({ model, el }) {
     }
     if (item.rows <= 4096) context.stroke();
     item.box.style.setProperty("--wb-colour", SPAN_COLOURS[item.range % SPAN_COLOURS.length]);
-    item.name.textContent = `${item.label}: ${item.lines} x ${item.columns} patches, tokens [${item.start}, ${item.start + item.rows})`;
+    item.name.textContent = `${item.label}: ${item.lines * item.columns === item.rows ? `${item.lines} x ${item.columns} patches` : `${item.rows} rows`}, tokens [${item.start}, ${item.start + item.rows})`;
     marked(item);
   }
 
@@ -122,9 +142,17 @@ function render({ model, el }) {
     context.strokeRect((row % item.columns) * cell[0], Math.floor(row / item.columns) * cell[1], cell[0], cell[1]);
   }
 
+  // Turn to the page of a token that another view points at.
+  function turnTo(token) {
+    const at = model.get("items").findIndex(({ start, rows }) => token >= start && token < start + rows);
+    if (at < 0 || Math.floor(at / PAGE) === page) return;
+    page = Math.floor(at / PAGE);
+    build();
+  }
+
   function mark() {
-    items.forEach((item) => item.size && marked(item));
     const token = model.get("hovered");
+    items.forEach((item) => item.size && marked(item));
     const item = items.find(({ start, rows }) => token >= start && token < start + rows);
     if (!item) {
       caption.textContent = model.get("caption") || "point at a patch";
@@ -143,7 +171,7 @@ function render({ model, el }) {
     [["items"], onceAFrame(move)],
     [["width", "images"], onceAFrame(build)],
     [["values", "bounds", "palette", "scale", "opacity"], recolour],
-    [["hovered", "caption"], onceAFrame(mark)],
+    [["hovered", "caption"], onceAFrame(() => { turnTo(model.get("hovered")); mark(); })],
   ]);
   build();
   return () => {

@@ -1,10 +1,10 @@
 // Ranges as coloured bars over a prompt's tokens, which can be dragged, resized, added and removed by mouse, touch and keyboard.
 
 const HISTORY = 200;
+const MOST_CONTROLS = 400; // with more ranges than this, only those in view can be reached by Tab; "Go to" reaches all
 
 function render({ model, el }) {
   const root = piece("div", "wb-editor", el);
-  root.dataset.lmSuppressShortcuts = "true"; // JupyterLab has its own shortcuts for Page Up and other keys
   const bar = piece("div", "wb-bar", root);
   const strip = piece("div", "wb-strip", root);
   const tokens = tokenLines(model, strip);
@@ -12,11 +12,12 @@ function render({ model, el }) {
   const list = piece("ul", "wb-findings", root);
   const said = piece("div", "wb-said", root);
   said.setAttribute("aria-live", "polite");
-  strip.setAttribute("role", "group");
-  strip.setAttribute("aria-label", "prompt tokens with embedding ranges");
-  strip.tabIndex = 0;
+  focusable(strip, "group", "prompt tokens with embedding ranges");
   strip.style.maxHeight = `${model.get("height")}px`;
 
+  let gone = false; // whether the kernel has ended
+  let fromKernel = null; // ranges that Python set while the mouse held one
+  let opened = false; // whether the first range has been scrolled into view
   let drag = null, chosen = null, past = [], future = [], sending = false, unsent = false, sentAt = 0;
   let ranges = model.get("embedding_ranges").map((pair) => [...pair]);
   const length = () => model.get("tokens").length;
@@ -33,6 +34,11 @@ function render({ model, el }) {
   button("undo", "Undo", "Ctrl+Z", undo);
   button("redo", "Redo", "Ctrl+Y", redo);
   button("copy", "Copy for LMDeploy", "input_embedding_ranges=[...]", copy);
+  const goLabel = piece("label", "wb-label", bar, "Go to "), go = piece("select", "wb-select", goLabel);
+  go.addEventListener("change", () => {
+    if (go.value !== "") goTo(Number(go.value));
+    go.value = "";
+  });
 
   const worst = (item) => {
     const about = model.get("findings").filter((finding) => finding.item === item && finding.severity !== "info");
@@ -50,7 +56,9 @@ function render({ model, el }) {
       const [severity, reason] = worst(item);
       const parts = tokens.pieces(a, b);
       parts.forEach(([line, left, width], at) => {
-        if (line < from || line >= to) return;
+        // The controls of a range are drawn wherever it is, so that Tab reaches it; the browser scrolls to what receives the focus.
+        const ends = (at === 0 || at === parts.length - 1) && ranges.length <= MOST_CONTROLS;
+        if (!ends && (line < from || line >= to)) return;
         const body = document.createElement("div");
         body.className = `wb-range ${severity && "wb-" + severity}`;
         body.style.cssText = `left:${left}px;top:${line * LINE + 6}px;width:${width}px;--wb-colour:${SPAN_COLOURS[item % SPAN_COLOURS.length]}`;
@@ -64,24 +72,45 @@ function render({ model, el }) {
       });
     });
     bars.replaceChildren(page);
+    listRanges();
     if (focus) bars.querySelector(`[data-key="${focus}"]`)?.focus({ preventScroll: true });
     mark();
+  }
+
+  let listed = "";
+  function listRanges() {
+    const names = ranges.map(([start, stop], item) => `${model.get("labels")[item] ?? "item " + item}: [${start}, ${stop})`);
+    if (names.join("\n") === listed) return;
+    listed = names.join("\n");
+    go.replaceChildren(new Option("range …", ""), ...names.map((name, item) => new Option(name, item)));
+    goLabel.hidden = !ranges.length;
+  }
+
+  // Scroll to a range and give it the focus.
+  function goTo(item) {
+    showRange(item);
+    bars.querySelector(`[data-key="${item}-both"]`)?.focus({ preventScroll: true });
+  }
+
+  function showRange(item) {
+    const start = ranges[item]?.[0];
+    if (start === undefined || start < 0 || start >= length()) return;
+    strip.scrollTop = Math.max(tokens.lineOf(start) * LINE - LINE, 0);
+    draw();
   }
 
   // Mark the chosen range without redrawing: a node that is replaced while it receives the focus loses it.
   function mark() {
     for (const node of bars.querySelectorAll(".wb-range")) node.classList.toggle("wb-chosen", Number(node.dataset.item) === chosen);
-    buttons.remove.disabled = chosen === null || chosen >= ranges.length;
-    buttons.undo.disabled = !past.length;
-    buttons.redo.disabled = !future.length;
+    buttons.add.disabled = gone;
+    buttons.remove.disabled = gone || chosen === null || chosen >= ranges.length;
+    buttons.undo.disabled = gone || !past.length;
+    buttons.redo.disabled = gone || !future.length;
   }
 
   function control(node, item, part, label, value) {
-    node.tabIndex = 0;
-    node.dataset.lmSuppressShortcuts = "true"; // Jupyter's shortcuts match the focused node before its ancestors
+    focusable(node, "slider", label);
     node.dataset.key = `${item}-${part}`;
-    node.setAttribute("role", "slider");
-    node.setAttribute("aria-label", label);
     node.setAttribute("aria-valuemin", 0);
     node.setAttribute("aria-valuemax", length());
     node.setAttribute("aria-valuenow", value);
@@ -136,6 +165,7 @@ function render({ model, el }) {
     sending = true;
     unsent = false;
     sentAt = performance.now();
+    sent = String(ranges);
     model.set("embedding_ranges", ranges.map((pair) => [...pair]));
     model.save_changes();
     requestAnimationFrame(() => {
@@ -144,6 +174,7 @@ function render({ model, el }) {
     });
   }
 
+  let sent = String(ranges); // what Python was sent last, to tell its echo from ranges that Python set
   function change(next, words) {
     ranges = next;
     if (words) said.textContent = words;
@@ -193,7 +224,7 @@ function render({ model, el }) {
 
   strip.addEventListener("pointerdown", (event) => {
     const node = event.target.closest("[data-part]");
-    if (!node) return;
+    if (!node || gone) return;
     chosen = Number(node.dataset.item);
     const [token] = tokens.tokenAt(event);
     drag = { item: chosen, part: node.dataset.part, token, before: ranges.map((pair) => [...pair]), moved: false };
@@ -233,11 +264,13 @@ function render({ model, el }) {
   const drop = () => {
     if (drag?.moved) said.textContent = `range ${drag.item}: [${ranges[drag.item]})`;
     drag = null;
+    if (fromKernel) take(fromKernel);
   };
   strip.addEventListener("pointerup", drop);
   strip.addEventListener("pointercancel", drop);
 
   root.addEventListener("keydown", (event) => {
+    if (gone) return;
     const command = event.ctrlKey || event.metaKey;
     const key = event.key.toLowerCase();
     if (command && key === "z" && !event.shiftKey) undo();
@@ -277,19 +310,46 @@ function render({ model, el }) {
     });
   }, { passive: true });
 
+  function take(given) {
+    ranges = given.map((pair) => [...pair]);
+    fromKernel = null;
+    sent = String(ranges);
+    if (chosen !== null && chosen >= ranges.length) chosen = null;
+    draw();
+  }
   const fromPython = () => {
     const given = model.get("embedding_ranges");
-    if (drag || sending || String(given) === String(ranges)) return;
-    ranges = given.map((pair) => [...pair]);
-    draw();
+    if (String(given) === sent || String(given) === String(ranges)) return;
+    if (drag) fromKernel = given;
+    else take(given);
   };
   const again = () => {
     tokens.measure();
     bars.replaceChildren();
     draw();
+    if (!opened && strip.clientHeight && length()) {
+      opened = true;
+      showRange(0);
+    }
   };
+  // Another prompt: its first range is shown, and ranges of the one before cannot come back.
+  const otherTokens = () => {
+    past = [];
+    future = [];
+    opened = false;
+    again();
+  };
+  const endWatch = watchKernel(el, (now) => {
+    gone = now;
+    if (gone) drag = fromKernel = null;
+    root.classList.toggle("wb-gone", gone);
+    if (gone) said.textContent = "No kernel is connected to this view, so ranges cannot be moved: run the cell again.";
+    else if (said.textContent.startsWith("No kernel")) said.textContent = "";
+    mark();
+  });
   model.on("change:embedding_ranges", fromPython);
-  model.on("change:tokens", again);
+  model.on("change:tokens", otherTokens);
+  model.on("change:labels", draw);
   model.on("change:findings", drawFindings);
   model.on("change:hovered", tokens.hover);
   const size = new ResizeObserver(again);
@@ -297,9 +357,11 @@ function render({ model, el }) {
   again();
   drawFindings();
   return () => {
+    endWatch();
     size.disconnect();
     model.off("change:embedding_ranges", fromPython);
-    model.off("change:tokens", again);
+    model.off("change:tokens", otherTokens);
+    model.off("change:labels", draw);
     model.off("change:findings", drawFindings);
     model.off("change:hovered", tokens.hover);
   };

@@ -3,13 +3,47 @@
 // Arrow keys as [rows up, columns right].
 const MOVES = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [1, 0], ArrowDown: [-1, 0] };
 
+// Elements that take the focus by themselves.
+const FOCUSABLE = new Set(["button", "input", "select", "summary"]);
+
 // Create an element with a class and perhaps a text, append it to `parent`, and return it.
 function piece(tag, className, parent, text) {
   const node = document.createElement(tag);
   node.className = className;
   if (text !== undefined) node.textContent = text;
+  if (FOCUSABLE.has(tag)) keepKeys(node);
   parent.append(node);
   return node;
+}
+
+// Jupyter's shortcuts, such as `d d`, which deletes the cell, match the focused node before its ancestors: each node that can have the
+// focus must say that its keys are its own.
+function keepKeys(node) {
+  node.dataset.lmSuppressShortcuts = "true";
+}
+
+// Make a node focusable, with keys of its own and a role and name for screen readers.
+function focusable(node, role, name) {
+  node.tabIndex = 0;
+  keepKeys(node);
+  node.setAttribute("role", role);
+  node.setAttribute("aria-label", name);
+}
+
+// Call `changed(gone)` when the kernel behind a view ends or comes back: ipywidgets sets a class on the view's element. `gone` is also
+// true for a saved notebook that was opened without a kernel. Returns a function that ends it.
+function watchKernel(el, changed) {
+  const DISCONNECTED = "jupyter-widgets-disconnected";
+  let gone = null;
+  const look = () => {
+    const now = Boolean(el.closest("." + DISCONNECTED));
+    if (now !== gone) changed((gone = now));
+  };
+  const watcher = new MutationObserver(look);
+  watcher.observe(el, { attributes: true, attributeFilter: ["class"] });
+  if (el.parentElement) watcher.observe(el.parentElement, { attributes: true, attributeFilter: ["class"] });
+  look();
+  return () => watcher.disconnect();
 }
 
 // Bytes from Python as float32; copied, because their offset may be unaligned.
@@ -18,15 +52,19 @@ function floats(view) {
   return new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
 }
 
-// A function from a number to its palette index, 0 to 255; -1 for NaN and, on a logarithmic scale, for numbers up to 0.
-function scaleOf(kind, low, high) {
-  if (kind === "log") {
-    const a = Math.log(low), span = Math.log(high) - a || 1;
-    return (value) => (value > 0 ? paletteIndex((Math.log(value) - a) / span) : -1);
-  }
-  return (value) => (Number.isNaN(value) ? -1 : paletteIndex((value - low) / (high - low || 1)));
+// A function from a number to its 32-bit pixel: 0, that is, none, for NaN and, on a logarithmic scale, for 0; NOT_FINITE for infinity,
+// which stands for a state that contains NaN or infinity.
+function painter(kind, low, high, colours) {
+  const a = Math.log(low), span = Math.log(high) - a || 1;
+  const share = kind === "log" ? (value) => (Math.log(value) - a) / span : (value) => (value - low) / (high - low || 1);
+  return (value) => {
+    if (Number.isNaN(value) || (kind === "log" && value === 0)) return 0;
+    if (!Number.isFinite(value)) return NOT_FINITE;
+    return colours[paletteIndex(share(value))];
+  };
 }
-const paletteIndex = (share) => (share <= 0 ? 0 : share >= 1 ? 255 : Math.round(share * 255));
+const NOT_FINITE = 0xffff00ff; // magenta, as in figures
+const paletteIndex = (share) => (share > 0 ? (share >= 1 ? 255 : Math.round(share * 255)) : 0);
 
 // The palette as 32-bit pixels, so that a map is filled with one assignment per cell.
 function pixels(palette) {
@@ -38,9 +76,10 @@ function pixels(palette) {
 const css = (pixel) => `rgb(${pixel & 255} ${(pixel >> 8) & 255} ${(pixel >> 16) & 255})`;
 const PAPER = 0xffffffff;
 
-// A number as a short text; "none" for NaN.
+// A number as a short text; "none" for NaN, "not finite" for infinity.
 function readable(value) {
   if (Number.isNaN(value)) return "none";
+  if (!Number.isFinite(value)) return "not finite";
   if (value === 0) return "0";
   const size = Math.abs(value);
   return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(4)));
@@ -50,6 +89,12 @@ function readable(value) {
 function shownToken(token) {
   const text = token.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ /, "·");
   return text === "" ? "∅" : text;
+}
+
+// A token in quotes for a line of text; a long one is cut, so that what follows it stays visible.
+function quoted(token) {
+  const letters = [...token];
+  return JSON.stringify(letters.length > 32 ? letters.slice(0, 31).join("") + "…" : token);
 }
 
 // Colours of the page's theme, for canvases.

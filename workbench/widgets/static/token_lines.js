@@ -5,16 +5,20 @@ const SPARE = 6; // lines drawn above and below the visible ones
 
 function shown(token) {
   const text = shownToken(token);
-  return text.length > 24 ? text.slice(0, 23) + "…" : text;
+  if (text.length <= 24) return text;
+  const letters = [...text]; // not UTF-16 units, so that no character is cut
+  return letters.length > 24 ? letters.slice(0, 23).join("") + "…" : text;
 }
 
 // Lay tokens out in lines of the given width: the line of each token, its left edge and width, and the first token of each line.
-function layOut(tokens, width, character) {
+// ASCII characters are `character` wide; other texts, such as Chinese ones, which are wider, are measured.
+function layOut(tokens, width, character, measured) {
   const line = new Int32Array(tokens.length), left = new Float32Array(tokens.length), wide = new Float32Array(tokens.length);
   const firsts = [0];
   let x = 0;
   tokens.forEach((token, index) => {
-    const size = Math.max(shown(token).length, 1) * character + 8;
+    const text = shown(token);
+    const size = (/^[\x20-\x7e]*$/.test(text) ? Math.max(text.length, 1) * character : Math.max(measured(text), character)) + 8;
     if (x > 0 && x + size > width) {
       firsts.push(index);
       x = 0;
@@ -38,8 +42,15 @@ function tokenLines(model, strip) {
   function measure() {
     const probe = piece("span", "wb-token", inner, "0".repeat(50));
     const character = (probe.getBoundingClientRect().width - 8) / 50 || 8;
+    const pen = document.createElement("canvas").getContext("2d"), style = getComputedStyle(probe);
+    pen.font = `${style.fontSize} ${style.fontFamily}`;
     probe.remove();
-    layout = layOut(model.get("tokens"), Math.max(strip.clientWidth - 18, 120), character);
+    const widths = new Map();
+    const measured = (text) => {
+      if (!widths.has(text)) widths.set(text, Math.ceil(pen.measureText(text).width));
+      return widths.get(text);
+    };
+    layout = layOut(model.get("tokens"), Math.max(strip.clientWidth - 18, 120), character, measured);
     inner.style.height = `${layout.lines * LINE + 12}px`;
     special = new Set(model.get("special"));
     drawn.clear();
@@ -109,5 +120,7 @@ function tokenLines(model, strip) {
     rows.querySelector(`[data-token="${model.get("hovered")}"]`)?.classList.add("wb-hovered");
   }
 
-  return { inner, measure, draw, pieces, tokenAt, hover };
+  const lineOf = (token) => layout.line[token];
+
+  return { inner, measure, draw, pieces, tokenAt, hover, lineOf };
 }
