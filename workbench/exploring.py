@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .engines import open_engine
 from .engines.base import Engine
+from .engines.shared_engines import acquire_engine, release_engine
 from .errors import ModelError, PromptError
 from .models import Model, load_model
 from .prompt import Prompt
@@ -45,7 +46,8 @@ def explore(
         images_or_messages: an image (path or PIL image) or several; or chat messages in Transformers' form that contain images; or
             a `Prompt`; or nothing, for a text-only prompt.
         question: the question about the images, by default "What is in the image?". Not allowed with messages or a Prompt.
-        engine: the engine whose states are shown: a name or an open engine. An engine opened here is closed by `Explorer.close`.
+        engine: the engine whose states are shown: a name or an open engine. Explorers of one model and dtype share an engine that is
+            opened by its name; the last `Explorer.close` closes it. Running a notebook cell again closes the explorers of its last run.
         dtype: used if `engine` is a name.
         target: an engine whose rules lint also applies, such as "turbomind==0.18.0".
         judge: compare with Transformers after each change of the ranges.
@@ -66,8 +68,10 @@ def explore(
     workbench.explore("smollm2-135m", inject="another word", word=" Japan", at=" France")
     ```
     """
+    from .widgets.cells import close_views_of_earlier_runs, remember_view
     from .widgets.explorer import Explorer
 
+    close_views_of_earlier_runs()
     model = model if isinstance(model, Model) else load_model(model)
     given = [images_or_messages] if isinstance(images_or_messages, dict) else images_or_messages
     if question is not None and not isinstance(question, str):
@@ -81,11 +85,19 @@ def explore(
             "question is given in addition to messages or a Prompt, which contain it already: leave one out"
         )
     prompt, images, ask = _prompt(model, given, question, at, answer_start)
-    opened = engine if isinstance(engine, Engine) else open_engine(engine, model, dtype=dtype)
-    return Explorer(
-        opened, prompt, images, question=question or (QUESTION if images else TEXT_QUESTION), ask=ask, target=target, judge=judge,
-        new_tokens=new_tokens, inject=inject, word=word, fault=fault, answer_start=answer_start, owns_engine=opened is not engine,
-    )  # fmt: skip
+    opened = engine if isinstance(engine, Engine) else acquire_engine(engine, model, dtype)
+    release = None if opened is engine else partial(release_engine, opened)
+    try:
+        explorer = Explorer(
+            opened, prompt, images, question=question or (QUESTION if images else TEXT_QUESTION), ask=ask, target=target, judge=judge,
+            new_tokens=new_tokens, inject=inject, word=word, fault=fault, answer_start=answer_start, on_close=release,
+        )  # fmt: skip
+    except BaseException:
+        if release is not None:
+            release()
+        raise
+    remember_view(explorer)
+    return explorer
 
 
 def _prompt(

@@ -84,7 +84,10 @@ def test_run_after_a_stopped_or_refused_run_is_correct(engine):
     with pytest.raises(Stopped):
         run.trace(moved, stop)
     assert shares == sorted(shares)
-    check(engine, run, moved, 40)  # half of the layers had the new keys, so everything is recomputed
+    check(engine, run, moved, 20)  # half of the layers had the new keys from token 20 on; what comes before is kept
+    with pytest.raises(Stopped):
+        run.trace(prompt.replace(embedding_ranges=[(2, 7), (21, 30)]), stop)
+    check(engine, run, moved, 38)  # the stopped run had reached back to token 2
 
 
 def test_progress_rises_to_one_in_traces_and_checks(engine):

@@ -159,7 +159,7 @@ class TestEngineView:
         assert [heights[key] for key in sorted(heights)] == tokens
         assert "64" in [text.get_text() for text in above.texts]
 
-    def test_view_follows_the_engine_until_closed(self, worked):
+    def test_view_follows_the_engine_until_stopped(self, worked):
         with EngineView(worked, seconds=0.01) as live:
             before = live.image.value
             finished = worked.stats().finished

@@ -48,6 +48,10 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
+_LENS_BYTES = 256 << 20
+"""Bytes of the logits that the logit lens computes at a time: those of 8,192 tokens would take 3.2 GB."""
+
+
 @dataclass
 class StateMaps:
     """Maps of one run, one per metric.
@@ -113,16 +117,20 @@ class StateMaps:
         """
         if self.row_states is None:
             raise ValueError("these maps have no states: make them with state_maps")
-        chances, found = [], []
+        step = max(_LENS_BYTES // (8 * engine.model.text_config.vocab_size), 1)  # logits and probabilities, float32
+        chances = np.empty((len(self.taps), len(self.tokens)), np.float32)
+        found: list[list[str]] = []
         for row, tap in enumerate(self.taps):
-            states = self.row_states(row)
-            logits = engine.logit_lens(states, normed=tap == "norm")
-            best = logits.float().softmax(dim=-1).max(dim=-1)
-            chances.append(best.values.cpu().numpy())
-            found.append(engine.model.tokens(best.indices.tolist()))
-            if progress:
-                progress((row + 1) / len(self.taps))
-        self.values["lens"], self.words = np.stack(chances).astype(np.float32), found
+            states, likeliest = self.row_states(row), []
+            for start in range(0, len(states), step):
+                logits = engine.logit_lens(states[start : start + step], normed=tap == "norm")
+                best = logits.float().softmax(dim=-1).max(dim=-1)
+                chances[row, start : start + step] = best.values.cpu().numpy()
+                likeliest += best.indices.tolist()
+                if progress:
+                    progress((row + min(start + step, len(states)) / len(states)) / len(self.taps))
+            found.append(engine.model.tokens(likeliest))
+        self.values["lens"], self.words = chances, found
 
     def neighbours(self, row: int, token: int, count: int = 6) -> list[tuple[int, float]]:
         """The tokens whose states at tap number `row` are nearest to that of `token` by cosine: (index, cosine), nearest first.

@@ -11,6 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 SHAPES: dict[str, dict[str, int]] = {
+    "deep": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": 4096,
+    },
     "0.3B": {
         "hidden_size": 1024,
         "intermediate_size": 4096,
@@ -23,7 +32,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "24B": {"hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40, "num_attention_heads": 32},
 }
-"""A small one, Llama 3.2 1B and 3B, Llama 3 8B, Mistral Small 24B."""
+"""A narrow one with many layers, a small one, Llama 3.2 1B and 3B, Llama 3 8B, Mistral Small 24B."""
 _VOCABULARY, _KV_HEADS, _HEAD_DIM = 128256, 8, 128
 
 
@@ -77,7 +86,8 @@ def _write_tokenizer(folder: Path) -> None:
 
 def _files(config: dict[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    queries, keys = config["num_attention_heads"] * _HEAD_DIM, _KV_HEADS * _HEAD_DIM
+    size = config["head_dim"]
+    queries, keys = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
     for number in range(config["num_hidden_layers"]):
         at = f"model.layers.{number}."
         yield {

@@ -58,9 +58,10 @@ def check_with_traces(
     factor: float = FACTOR,
     device: str = "cpu",
     streamed: bool | None = None,
+    taps: Sequence[str] = EVERY_TAP,
 ) -> tuple[Comparison, Trace, Trace]:
-    """`check_engine` for all taps and positions; return the comparison, the reference's float64 trace and the engine's trace."""
-    expected, floor, run = _run_both(engine, prompt, EVERY_TAP, slice(None), device, progress, streamed)
+    """`check_engine` for all positions; return the comparison, the reference's float64 trace and the engine's trace."""
+    expected, floor, run = _run_both(engine, prompt, taps, slice(None), device, progress, streamed)
     return compare(expected, run, floor=floor, factor=factor), expected, run
 
 

@@ -76,6 +76,11 @@ class Engine(ABC):
         self._closed = False
         self._process_id = os.getpid()
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
     def close(self) -> None:
         """Release the engine's memory and threads; a second call does nothing.
 

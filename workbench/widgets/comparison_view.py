@@ -21,6 +21,7 @@ from ..prompt import Prompt
 from ..trace import Trace
 from . import components
 from .hidden_state_map import HiddenStateMap
+from .key_guard import KeyGuard
 from .view import Composite
 
 
@@ -57,13 +58,14 @@ class ComparisonView(Composite):
         self.comparison: Comparison | None = None
         self._tokens: Sequence[str] = ()
         self._prompt: Prompt | None = None
+        self._note = ""
         self.banner = w.HTML(components.note("plain", "not compared yet"))
         self.chart = w.HTML()
         self.map = HiddenStateMap(metric="error", height=height)
         self.spans, self.words, self.table = w.HTML(), w.HTML(), w.HTML()
         tables = w.HBox([self.spans, self.words], layout={"flex_flow": "row wrap", "grid_gap": "32px"})
-        self.view = w.VBox([self.banner, self.chart, self.map, tables, self.table])
-        self.view.add_class("workbench-verdict")
+        self.view = w.VBox([self.banner, self.chart, self.map, tables, self.table, KeyGuard()])
+        self.view.add_class("workbench-view").add_class("workbench-verdict")
 
     def show(
         self, comparison: Comparison, prompt: Prompt, tokens: Sequence[str], words: NextTokens | None = None
@@ -73,7 +75,7 @@ class ComparisonView(Composite):
         `tokens` are the texts of the prompt's tokens; `words` adds a table of next tokens.
         """
         chart = base64.b64encode(to_png(error_by_layer(comparison))).decode()
-        self.comparison, self._prompt, self._tokens = comparison, prompt, tokens
+        self.comparison, self._prompt, self._tokens, self._note = comparison, prompt, tokens, ""
         self.restate()
         alt = f"error by layer compared with the noise floor: {comparison}"
         self.chart.value = f'<img alt="{escape(alt)}" style="max-width:100%" src="data:image/png;base64,{chart}">'
@@ -106,7 +108,14 @@ class ComparisonView(Composite):
         """Show the verdict of the last comparison again, after `say` has replaced it; RuntimeError if there is none."""
         comparison = self._shown()
         kind = "good" if comparison.verdict != "bug" else "bad"
-        self.banner.value = components.note(kind, f"<b>{escape(str(comparison))}</b>")
+        more = f"<br>{self._note}" if self._note else ""
+        self.banner.value = components.note(kind, f"<b>{escape(str(comparison))}</b>{more}")
+
+    def add_note(self, message: str) -> None:
+        """Show a message (HTML) below the verdict of the last comparison; RuntimeError if there is none."""
+        self._shown()
+        self._note = message
+        self.restate()
 
     def say(self, kind: str, message: str) -> None:
         """Show a message (HTML) instead of the verdict; the rest of the last comparison stays.

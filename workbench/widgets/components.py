@@ -21,9 +21,9 @@ def slider(description: str, value: int, least: int, most: int, tooltip: str) ->
         tooltip=tooltip, layout={"width": "300px"},
     )  # fmt: skip
     box = w.BoundedIntText(value=value, min=least, max=most, layout={"width": "64px"}, tooltip=tooltip)
-    for name in ("value", "min", "max"):
-        w.jslink((bar, name), (box, name))
-    return w.HBox([bar, box])
+    both = w.HBox([bar, box])
+    both.links = [w.jslink((bar, name), (box, name)) for name in ("value", "min", "max")]
+    return both
 
 
 def figure_image() -> w.Image:

@@ -19,7 +19,7 @@ _TEAL, _AMBER, _SLATE, _EMPTY = "#00798c", "#edae49", "#b0bec5", "#ececea"
 
 
 class EngineView(Composite):
-    """A view that polls the engine in a thread while it is open, and redraws only what has changed.
+    """A view that polls the engine in a thread from `open` to `stop`, and redraws only what has changed.
 
         with EngineView(engine) as live:
             display(live)
@@ -43,7 +43,7 @@ class EngineView(Composite):
         self.engine, self.seconds, self.steps = engine, seconds, steps
         self.numbers, self.image, self.error = w.HTML(), components.figure_image(), w.HTML()
         self.view = w.VBox([self.error, self.numbers] + ([self.image] if steps else []))
-        self.view.add_class("workbench-engine")
+        self.view.add_class("workbench-view").add_class("workbench-engine")
         self._shown: EngineStats | None = None
         self._drawn_steps = -1
         self._ended = threading.Event()
@@ -55,7 +55,7 @@ class EngineView(Composite):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
+        self.stop()
 
     def open(self) -> None:
         """Start polling in a separate thread; does nothing if the view is already open."""
@@ -65,6 +65,11 @@ class EngineView(Composite):
             self._thread.start()
 
     def close(self) -> None:
+        """Stop polling, remove the view from the page and free its widgets."""
+        self.stop()
+        super().close()
+
+    def stop(self) -> None:
         """Stop polling and show the engine's current state once more. The view can be opened again."""
         if self._thread is not None:
             self._ended.set()

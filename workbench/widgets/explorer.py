@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,10 @@ from PIL import Image
 from ..analysis.state_maps import METRICS, StateMaps, state_maps
 from ..comparison import Comparison
 from ..comparison.check import check_with_traces
+from ..comparison.memory_plan import plan_memory
 from ..comparison.reference_cache import reference_engine
 from ..engines.base import TAPS, Engine
+from ..engines.freed_memory import return_freed_memory
 from ..engines.numba_engine.engine import NumbaEngine
 from ..engines.numba_engine.incremental import IncrementalTrace
 from ..errors import ModelError, PromptError
@@ -28,12 +31,16 @@ from .answers import Answers
 from .comparison_view import ComparisonView, NextTokens
 from .hidden_state_map import HiddenStateMap
 from .injection_menu import AS_BUILT, InjectionMenu
+from .key_guard import KeyGuard
 from .panel import Panel
 from .patch_view import PatchView
 from .range_editor import RangeEditor
+from .view import close_widgets, snapshot_seconds
 
 NO_FAULT = "none"
 _PROMPT_FAULTS = tuple(fault.name for fault in faults_of("prompt") if fault.any_prompt)
+_JUDGE_BYTES = 2 << 30
+"""States that a verdict may keep in memory; beyond that it leaves taps out, and says so."""
 _PAUSE_SECONDS = 0.35  # without a change, before answers are generated
 
 
@@ -60,7 +67,7 @@ class Explorer(Panel):
         word: the word for "another word" and "mix".
         fault: the name of a fault to inject into the engine's input at first, as in the menu, or "none".
         answer_start: the end of the prompt's text, shown before every answer.
-        owns_engine: whether `close` closes the engine.
+        on_close: called by `close` at the end, for example to release the engine.
 
     Raises:
         ValueError: `inject`, `fault` or `target` is unknown, or `new_tokens` is below 1.
@@ -81,7 +88,7 @@ class Explorer(Panel):
         word: str = "",
         fault: str = NO_FAULT,
         answer_start: str = "",
-        owns_engine: bool = False,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
         if fault not in (NO_FAULT, *_PROMPT_FAULTS):
             raise ValueError(f"fault={fault!r}: choose one of {', '.join((NO_FAULT, *_PROMPT_FAULTS))}")
@@ -90,15 +97,11 @@ class Explorer(Panel):
         super().__init__()
         self.engine, self.new_tokens, self._home, self._ask = engine, new_tokens, prompt, ask
         self.reference = reference_engine(engine.model, str(engine.dtype).removeprefix("torch."), "cpu")
-        self._run: Callable[[Prompt], Trace] = (
-            IncrementalTrace(engine).trace
-            if isinstance(engine, NumbaEngine)
-            else lambda prompt: engine.trace(prompt, TAPS)
-        )
+        self._incremental = IncrementalTrace(engine) if isinstance(engine, NumbaEngine) else None
         self._plain: Trace | None = None
         self._maps: StateMaps | None = None
         self._answers = Answers(answer_start)
-        self._owns_engine = owns_engine
+        self._on_close = on_close
         self._mapped = threading.Event()  # set by the first map, or by an error that prevented it
         self._map_state = self._verdict_state = ""  # `_state()` when the shown map and verdict were computed
         self._colour_lock = threading.Lock()  # the user may select a layer while the worker sets new maps
@@ -134,13 +137,13 @@ class Explorer(Panel):
                 w.HBox([*self.injection.controls, self.fault], layout=row),
                 self.editor,
                 w.HBox([side, middle] if images else [middle], layout={"flex_flow": "row wrap", "grid_gap": "14px"}),
-                self.status, self.words, folded,
+                self.status, self.words, folded, KeyGuard(),
             ],
             layout={"max_width": components.WIDTH},
         )  # fmt: skip
-        self.view.add_class("workbench-explorer")
-        for left, right in ((self.editor, self.map), (self.map, self.patches), (self.patches, self.editor)):
-            w.jslink((left, "hovered"), (right, "hovered"))
+        self.view.add_class("workbench-view").add_class("workbench-explorer")
+        pairs = ((self.editor, self.map), (self.map, self.patches), (self.patches, self.editor))
+        self._links = [w.jslink((left, "hovered"), (right, "hovered")) for left, right in pairs]
         self.editor.observe(self._changed, "embedding_ranges")
         self.question.observe(self._question_changed, "value")
         self.judge.observe(self._changed, "value")
@@ -173,12 +176,16 @@ class Explorer(Panel):
         return text
 
     def close(self) -> None:
-        """Stop running work, remove the views, and close the engine if the explorer owns it."""
+        """Stop running work, remove the view, free its widgets and states, and release an engine that `explore` opened."""
         self._jobs.close()
-        if self._owns_engine:
-            self.engine.close()
-        for widget in (self.editor, self.patches, self.map, self.verdict.map, self.verdict.view, self.view):
-            widget.close()
+        if self._on_close is not None:
+            self._on_close()
+            self._on_close = None
+        close_widgets(*self._links)
+        super().close()
+        # A notebook keeps the explorer itself in its output history.
+        self._plain = self._maps = self._incremental = self.map.maps = self.verdict.map.maps = None
+        return_freed_memory()
 
     def figure(self) -> Figure:
         """Wait until everything is drawn, then return the map as it is coloured now as a matplotlib figure."""
@@ -186,8 +193,9 @@ class Explorer(Panel):
         return self.map.figure()
 
     def snapshot(self) -> Figure | None:
-        self._mapped.wait(60.0)  # for the map only: answers and verdict take seconds longer
-        return self.map.figure()
+        if self._mapped.wait(snapshot_seconds()):  # for the map only: answers and verdict take seconds longer
+            return self.map.figure()
+        return self.editor.snapshot()
 
     @property
     def faulty_engine(self) -> Engine:
@@ -209,7 +217,9 @@ class Explorer(Panel):
     def _state_or_empty(self) -> str:
         try:
             return self._state()
-        except PromptError:  # for example, the word to inject has no tokens
+        except (
+            Exception
+        ):  # for example, the word to inject has no tokens; the error that is being shown says what is wrong
             return ""
 
     def _injection_changed(self, change: object = None) -> None:
@@ -230,6 +240,13 @@ class Explorer(Panel):
         self.editor.prompt = self._home
         self._changed()  # needed if the ranges are unchanged, so that the editor reports no change
 
+    def _run(self, prompt: Prompt) -> Trace:
+        """Run the engine; of the Numba engine only the tokens from the first change on."""
+        progress = self._progress(f"computing {len(prompt)} tokens")
+        if self._incremental is not None:
+            return self._incremental.trace(prompt, progress)
+        return self.engine.trace(prompt, TAPS, progress=progress)
+
     def _draw(self) -> Iterator[None]:
         began = time.perf_counter()
         prompt, home, state = self.prompt, self.injection.apply(self._home), self._state()
@@ -239,17 +256,19 @@ class Explorer(Panel):
             self.verdict.say("plain", "not compared at these ranges yet; the last comparison is shown below")
         self.patches.show(prompt)
         self.map.spans = [list(pair) for pair in prompt.embedding_ranges]
+        self.map.stale = self._map_state not in ("", state)
         bare = prompt.without_embeddings
         if self._plain is None or self._plain.provenance["prompt"] != bare.digest:
-            self._plain = self.engine.trace(bare, TAPS[:-1])
+            self._plain = self.engine.trace(bare, TAPS[:-1], progress=self._progress("computing without embeddings"))
         yield
         change = self._change()
         self.faulty_engine.check(prompt)
         injected = self._run(prompt if change is None else change(prompt))
+        self._hide_progress()
         self._maps = maps = state_maps(self.engine, injected, self._plain, prompt)
         self.map.show(maps, {"lens": METRICS["lens"].title, "error": METRICS["error"].title})
         self._colour()
-        self._map_state = state
+        self._map_state, self.map.stale = state, False
         self.status.value = self._describe(maps, home)
         self.map_seconds = time.perf_counter() - began
         self._mapped.set()
@@ -291,11 +310,20 @@ class Explorer(Panel):
 
     def _compare(self, prompt: Prompt, maps: StateMaps, state: str) -> Iterator[None]:
         """Compare the engine with the reference, which runs in float64 and four times in the engine's dtype."""
-        self.verdict.say("plain", "comparing with Transformers …")
-        comparison, expected, run = check_with_traces(self.faulty_engine, prompt, progress=self._progress("reference"))
+        plan = plan_memory(self.faulty_engine, prompt, _JUDGE_BYTES)
+        cost = f" ({plan.nbytes / 1e9:.1f} GB of states)" if plan.nbytes > _JUDGE_BYTES else ""
+        self.verdict.say("plain", f"comparing with Transformers …{cost}")
+        comparison, expected, run = check_with_traces(
+            self.faulty_engine, prompt, progress=self._progress("reference"), taps=plan.taps
+        )
         yield
         names = {"Transformers, float64": expected, f"{self.engine.capabilities.name}, {comparison.dtype}": run}
         self.verdict.show(comparison, prompt, maps.tokens, NextTokens.of_traces(self.engine.model, names))
+        if plan.left_out:
+            self.verdict.add_note(
+                f"Not compared: {_families(plan.left_out)}, which would take {plan.whole / 1e9:.1f} GB in all; "
+                "workbench.check_engine(engine, prompt) compares every tap."
+            )
         self._verdict_state = state
         maps.add_error(comparison)
         if self.map.metric == "error":
@@ -347,9 +375,15 @@ class Explorer(Panel):
         super()._show_error(error)
         if self._map_state != self._state_or_empty():  # what is shown belongs to other ranges
             self.map.clear("these ranges do not run: see the message below")
+            self.map.stale = False
             self.patches.clear()
             self.words.value = ""
             if self._verdict_state:
                 self.verdict.say("plain", "these ranges do not run; the last comparison is shown below")
             self._map_state = ""
         self._mapped.set()
+
+
+def _families(taps: Sequence[str]) -> str:
+    """Names of taps in short: those that differ only in the layer once, as `layers.*.mlp`."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+", ".*", tap) for tap in taps))

@@ -26,7 +26,8 @@ class HiddenStateMap(View):
         height: in pixels.
 
     Traits to link: `hovered`, the token under the pointer, or -1; `row`, the index of the tap whose numbers colour the
-    other views; `chosen`, `[row, token]` of the cell whose details are shown, or empty.
+    other views; `chosen`, `[row, token]` of the cell whose details are shown, or empty. `stale`: the numbers belong to earlier
+    ranges, and new ones are being computed.
 
     Raises:
         ValueError: `metric` is not a key of `METRICS`.
@@ -53,6 +54,7 @@ class HiddenStateMap(View):
     chosen = traitlets.List(traitlets.Int()).tag(sync=True)
     detail = traitlets.Dict().tag(sync=True)
     message = traitlets.Unicode("").tag(sync=True)
+    stale = traitlets.Bool(False).tag(sync=True)
     height = traitlets.Int(330).tag(sync=True)
 
     def __init__(self, maps: StateMaps | None = None, metric: str = "change", height: int = 330) -> None:

@@ -15,6 +15,7 @@ from ..plots.png import to_png
 from ..prompt import Prompt
 from ..prompt.packing import BatchPlan, plan_batch
 from . import components
+from .key_guard import KeyGuard
 from .panel import Panel
 
 
@@ -37,9 +38,9 @@ class PackingPanel(Panel):
         self.bidirectional = w.Checkbox(value=False, description="images attend bidirectionally", indent=False)
         self.words, self.image = w.HTML(), components.figure_image()
         self.view = w.VBox(
-            [w.HBox([self._budget, self.split, self.bidirectional], layout={"flex_flow": "row wrap"}), self.status, self.image, self.words]
+            [w.HBox([self._budget, self.split, self.bidirectional], layout={"flex_flow": "row wrap"}), self.status, self.image, self.words, KeyGuard()]
         )  # fmt: skip
-        self.view.add_class("workbench-plan")
+        self.view.add_class("workbench-view").add_class("workbench-plan")
         self._observe(self.budget, self.split, self.bidirectional)
         self._changed()
 

@@ -11,10 +11,7 @@ from matplotlib.figure import Figure
 from ..progress import Progress, Stopped
 from . import components
 from .latest_job import LatestJob
-from .view import Composite
-
-_SNAPSHOT_SECONDS = 5.0
-"""How long displaying a panel waits until its static image can be drawn; after that, the notebook stores no image."""
+from .view import Composite, snapshot_seconds
 
 
 class Panel(Composite):
@@ -39,7 +36,12 @@ class Panel(Composite):
         return self._jobs.wait(timeout)
 
     def snapshot(self) -> Figure | None:
-        return super().snapshot() if self.wait(_SNAPSHOT_SECONDS) else None
+        return super().snapshot() if self.wait(snapshot_seconds()) else None
+
+    def close(self) -> None:
+        """Stop running work, remove the view from the page and free its widgets."""
+        self._jobs.close()
+        super().close()
 
     def _draw(self) -> Iterator[None]:
         raise NotImplementedError

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -26,6 +27,17 @@ _STATIC = Path(__file__).parent / "static"
 def source(*names: str) -> str:
     """Return files of `static/`, concatenated: a view's JavaScript module or style sheet, without a build step."""
     return "\n".join((_STATIC / name).read_text(encoding="utf-8") for name in names)
+
+
+def snapshot_seconds() -> float:
+    """How long displaying a view waits for its static image; after that, the notebook stores a simpler one, or none.
+
+    A person waits for the view, so it is short. Where a notebook is executed to be stored, `WORKBENCH_SNAPSHOT_SECONDS` can be longer.
+    """
+    try:
+        return float(os.environ.get("WORKBENCH_SNAPSHOT_SECONDS", ""))
+    except ValueError:
+        return 0.7
 
 
 @cache
@@ -57,10 +69,14 @@ class View(anywidget.AnyWidget):
 class Composite:
     """Several ipywidgets in one box, `view`.
 
-    Display the object, not `view`, so that the notebook also stores a static image.
+    Display the object, not `view`, so that the notebook also stores a static image. `close` removes all of them.
     """
 
     view: w.Box
+
+    def close(self) -> None:
+        """Remove the view from the page and free its widgets."""
+        close_widgets(self.view)
 
     def figure(self) -> Figure:
         """Return what is shown now as a matplotlib figure.
@@ -81,6 +97,27 @@ class Composite:
         bundle = self.view._repr_mimebundle_(**kwargs)
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
         return _with_png(data, self.snapshot), metadata
+
+
+def close_widgets(*roots: w.Widget) -> None:
+    """Close widgets with all that they contain: children, layouts, styles and links. ipywidgets closes none of these by itself."""
+    closed: set[int] = set()
+
+    def close(widget: w.Widget) -> None:
+        if id(widget) in closed:
+            return
+        closed.add(id(widget))
+        for name in ("children", "links"):
+            for part in getattr(widget, name, ()):
+                close(part)
+        for name in ("layout", "style"):
+            part = getattr(widget, name, None)
+            if isinstance(part, w.Widget):
+                close(part)
+        widget.close()
+
+    for root in roots:
+        close(root)
 
 
 def _with_png(data: dict[str, Any], snapshot: Callable[[], Figure | None]) -> dict[str, Any]:

@@ -170,7 +170,9 @@ def _attend(q, keys, values, out, key_start, key_stop, seq_lens, block_table, ta
             for panel in range(head_panels):
                 for j in range(0, min(KEYS, block_stop - key0), COLUMNS):
                     page = np.int64(block_table[sequence, (key0 + j) // page_size])
-                    value = ((page * keys.shape[1] + kv_head) * head_panels + panel) * page_size + (key0 + j) % page_size
+                    value = ((page * keys.shape[1] + kv_head) * head_panels + panel) * page_size + (
+                        key0 + j
+                    ) % page_size
                     for g in range(groups):
                         if (j >= group_first[g]) & (j < group_last[g]):
                             row = g * ROWS

@@ -26,6 +26,8 @@ class _Kept:
     positions: torch.Tensor
     key_stop: torch.Tensor
     states: dict[str, torch.Tensor]
+    valid: int = 0
+    """The leading tokens whose keys, values and states are those of `hidden`; fewer than all after a run that was stopped."""
 
 
 class IncrementalTrace:
@@ -47,7 +49,8 @@ class IncrementalTrace:
         """Trace `embed`, `layers.*` and `norm` for all tokens, and `logits` for the last token only (`[1, vocab]`).
 
         Args:
-            progress: called with the fraction of taps done. If it raises, the run stops, and the next one computes all tokens.
+            progress: called with the fraction of taps done. If it raises, the run stops, and the tokens that it did not compute again are
+                kept for the next one.
 
         Raises:
             EmbeddingRangeError, PromptError, TraceError: as in `engine.trace`; the previous run stays usable.
@@ -70,7 +73,7 @@ class IncrementalTrace:
         if pages is None or pages.pages < count:
             start, pages = 0, decoder.new_pages(count, size)
             self._pages = pages
-        before, self._kept = self._kept, None  # a stopped run leaves pages that are only partly written: keep nothing
+        before, self._kept = self._kept, None
         if before is not None and start == length:  # the last token must run, for its logits
             start = int(_first_affected(now.key_stop, length - 1))
         request.pages = list(range(count))
@@ -84,10 +87,17 @@ class IncrementalTrace:
                 if progress:
                     progress(len(now.states) / (layers + 2))
 
-        hidden = engine.runner.forward([Chunk(request, start, length)], pages, tap)
+        try:
+            hidden = engine.runner.forward([Chunk(request, start, length)], pages, tap)
+        except BaseException:
+            if (
+                before is not None and start
+            ):  # the stopped run has overwritten, in some layers, what comes after `start`
+                before.valid, self._kept = start, before
+            raise
         self.computed = length - start
         if not prompt.deepstack:  # features added after the first layers are not part of hidden state 0
-            self._kept = now
+            now.valid, self._kept = length, now
         states = {name: state.cpu() for name, state in now.states.items()}
         states["logits"] = decoder.logits(hidden[-1:]).cpu()
         provenance = provenance_of(
@@ -105,6 +115,7 @@ def _same(now: _Kept, before: _Kept | None) -> int:
     changed = (now.hidden != before.hidden).any(dim=1).cpu() | (now.key_stop != before.key_stop)
     moved = now.positions != before.positions
     changed |= moved.any(dim=0) if moved.ndim == 2 else moved
+    changed[before.valid :] = True
     first = int(changed.int().argmax()) if changed.any() else len(changed)
     return _first_affected(now.key_stop, first)
 

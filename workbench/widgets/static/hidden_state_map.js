@@ -99,12 +99,20 @@ function render({ model, el }) {
       return;
     }
     context.imageSmoothingEnabled = false;
+    context.globalAlpha = old ? 0.35 : 1;
     context.save();
     context.beginPath();
     context.rect(plot.x, plot.y, plot.width, plot.height);
     context.clip(); // the last column may stand for fewer tokens
     context.drawImage(cells, plot.x, plot.y, (plot.width * cells.width * perColumn) / tokens, plot.height);
     context.restore();
+    context.globalAlpha = 1;
+    if (old) {
+      context.fillStyle = colours.text;
+      context.font = "13px var(--jp-ui-font-family, sans-serif)";
+      context.fillText("computing; these colours are of the ranges before", plot.x + 10, plot.y + 20);
+      context.font = "11px var(--jp-ui-font-family, sans-serif)";
+    }
     context.strokeStyle = colours.line;
     context.strokeRect(plot.x - 0.5, plot.y - 0.5, plot.width + 1, plot.height + 1);
     context.fillStyle = colours.text;
@@ -285,7 +293,18 @@ function render({ model, el }) {
     });
   }
 
+  // Numbers that are soon replaced do not flicker.
+  let old = false, timer = 0;
+  const age = () => {
+    clearTimeout(timer);
+    if (model.get("stale")) timer = setTimeout(() => { old = true; draw(); }, 300);
+    else if (old) {
+      old = false;
+      draw();
+    }
+  };
   const end = listen(model, [
+    [["stale"], age],
     [["values", "taps", "tokens"], onceAFrame(take)],
     [["bounds", "palette", "worst"], onceAFrame(() => { controls(); paint(); })],
     [["scale", "metric", "metrics"], () => { controls(); paint(); }],

@@ -1,0 +1,48 @@
+"""What a verdict costs in memory, and which taps are compared if all of them would cost too much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..engines.base import TAPS, Engine
+from ..prompt import Prompt
+from ..trace.taps import EVERY_TAP
+from .check import shared_taps
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The taps that a verdict compares.
+
+    Attributes:
+        taps: their names.
+        nbytes: bytes of their states: the engine's, the reference's in float64, and one run of the noise floor.
+        left_out: names of the engine's other taps.
+        whole: bytes with all taps.
+    """
+
+    taps: tuple[str, ...]
+    nbytes: int
+    left_out: tuple[str, ...]
+    whole: int
+
+
+def plan_memory(engine: Engine, prompt: Prompt, limit: int) -> MemoryPlan:
+    """Choose the taps of a verdict: all if their states take at most `limit` bytes; else without the logits, whose size is that of the
+    vocabulary; else the residual stream only: `embed`, `layers.*` and `norm`.
+    """
+    every = shared_taps(engine, list(EVERY_TAP))
+    stream = shared_taps(engine, [tap for tap in TAPS if tap != "logits"])
+    whole = _bytes(engine, prompt, every)
+    chosen = every
+    if whole > limit:
+        chosen = [tap for tap in every if tap != "logits"]
+        if _bytes(engine, prompt, chosen) > limit:
+            chosen = stream
+    left_out = tuple(tap for tap in every if tap not in chosen)
+    return MemoryPlan(tuple(chosen), _bytes(engine, prompt, chosen), left_out, whole)
+
+
+def _bytes(engine: Engine, prompt: Prompt, taps: list[str]) -> int:
+    size = engine.plan_trace(prompt, taps).nbytes
+    return 2 * size + size // engine.dtype.itemsize * 8
