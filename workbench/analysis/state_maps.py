@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..comparison import Comparison
-from ..comparison.metrics import cosine, relative_error
+from ..comparison.metrics import row_sums
 from ..engines.base import Engine
 from ..progress import Progress
 from ..prompt import Prompt, Range
@@ -147,22 +147,31 @@ class StateMaps:
         return [(other, float(near[other])) for other in order]
 
 
-def state_maps(engine: Engine, injected: Trace, plain: Trace, prompt: Prompt) -> StateMaps:
+def state_maps(
+    engine: Engine, injected: Trace, plain: Trace, prompt: Prompt, known: StateMaps | None = None, same: int = 0
+) -> StateMaps:
     """Compute the maps "change", "cosine" and "norm" for all taps but logits that both traces have.
 
     Args:
         engine: the engine of the traces, for its tokenizer.
         injected: the trace of `prompt`, with all tokens.
         plain: the trace of `prompt.without_embeddings`, with all tokens.
+        known: earlier maps of the same tokens and taps, whose first `same` tokens have the same states in both traces.
     """
     taps = [tap for tap in injected if tap != "logits" and tap in plain]
-    values = {
-        "change": np.stack([relative_error(injected[tap], plain[tap]).numpy() for tap in taps]),
-        "cosine": np.stack([cosine(injected[tap], plain[tap]).numpy() for tap in taps]),
-        "norm": np.stack([injected[tap].double().norm(dim=1).numpy() for tap in taps]),
-    }
+    if known is None or list(known.taps) != taps or len(known.tokens) != len(prompt):
+        known, same = None, 0
+    values = {name: np.empty((len(taps), len(prompt))) for name in ("change", "cosine", "norm")}
+    for row, tap in enumerate(taps):
+        sums = row_sums(injected[tap][same:], plain[tap][same:])
+        values["change"][row, same:] = sums.relative.numpy()
+        values["cosine"][row, same:] = sums.cosine.numpy()
+        values["norm"][row, same:] = sums.state.numpy()
+    for name, array in values.items():
+        if known is not None:
+            array[:, :same] = known.values[name][:, :same]
     return StateMaps(
-        engine.model.tokens(prompt.input_ids),
+        engine.model.tokens(prompt.input_ids) if known is None else known.tokens,
         taps,
         list(prompt.embedding_ranges),
         {name: _worst_if_nan(value, name).astype(np.float32) for name, value in values.items()},

@@ -75,7 +75,7 @@ def _check(options: argparse.Namespace) -> int:
     with open_engine(options.engine, model, dtype=options.dtype, device=options.device) as engine:
         comparison = check_engine(engine, Prompt(ids, [model.token_rows(ids[start:stop])], [(start, stop)]))
     print(comparison)
-    return int(comparison.verdict == "bug")
+    return int(comparison.failed)
 
 
 def _features(options: argparse.Namespace) -> int:

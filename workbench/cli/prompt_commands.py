@@ -198,7 +198,7 @@ def _references(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    """Return 0 if the verdict is "same" or "noise", 1 if it is "bug"."""
+    """Return 0 if the verdict is "same" or "noise", 1 if it is "drift" or "bug"."""
     from ..comparison import FACTOR, compare, compare_logits
     from ..comparison.diagnosis import explain
     from ..comparison.noise_floor import NoiseFloor, check_comparable, floor_path
@@ -242,7 +242,7 @@ def _compare(options: argparse.Namespace) -> int:
             print(explanation)
         if logits is not None:
             print(f"next tokens: {logits}")
-    return int(comparison.verdict == "bug")
+    return int(comparison.failed)
 
 
 def _metrics(comparison: Any, expected: Any, run: Any) -> dict[str, float] | None:
@@ -296,7 +296,7 @@ def _record(options: argparse.Namespace) -> int:
         **_options(options),
     )
     print(f"recorded in {recording.folder}")
-    return int(recording.compare().verdict == "bug")
+    return int(recording.compare().failed)
 
 
 def parse_positions(text: str | None) -> slice | list[int]:

@@ -25,7 +25,7 @@ class Explanation:
 
     Attributes:
         kind: a stable name: "shifted", "placeholders", "items", "reversed", "order", "memory", "scale", "stream", "positions",
-            "mask", "weights", "residual", "head", "overflow", "unknown".
+            "mask", "weights", "residual", "head", "overflow", "drift", "unknown".
         sentence: the diagnosis in words, with numbers.
     """
 
@@ -50,6 +50,8 @@ def explain(
     found = comparison.first_divergence
     if found is None:
         return None
+    if comparison.drift is not None:
+        return Explanation("drift", str(comparison.drift))
     at = comparison.taps.index(found.tap)
     wrong, positions = comparison.wrong[at], comparison.positions
     expected, given = reference[found.tap], state[found.tap]

@@ -42,6 +42,8 @@ class FirstDivergence:
     def __str__(self) -> str:
         if self.divergence is None:
             return f"no divergence: {self.comparison}"
+        if self.comparison.drift is not None and self.divergence == self.comparison.first_divergence:
+            return f"{self.comparison}{self._origin()}"
         before = f"{self.last_good} is right; " if self.last_good else ""
         return f"diverges first at {self.divergence}\n{before}{self.explanation}{self._origin()}"
 
@@ -52,7 +54,7 @@ class FirstDivergence:
         found = self.local.first_divergence
         if found is None:
             return "\non the engine's own input no layer is wrong: rounding grows from layer to layer more than the floor's runs show"
-        if self.comparison.verdict == "bug":
+        if self.comparison.failed:
             return ""
         return "\nmeasured on the engine's own input to each layer; in the accumulated rounding of all layers the fault drowns"
 
@@ -91,7 +93,7 @@ def first_divergence(
     if whole <= max_bytes:
         return search.result_of_all(taps)
     stream = [tap for tap in taps if tap.count(".") < 2]
-    bad = _bisect(stream, lambda tap: search.compare_at([tap]).verdict == "bug")
+    bad = _bisect(stream, lambda tap: search.compare_at([tap]).failed)
     if bad is None:
         return search.result(search.compare_at([stream[-1]]), [stream[-1]])
     before = stream[bad - 1 : bad]

@@ -61,7 +61,7 @@ class LocalError:
 
     def __str__(self) -> str:
         if self.origin is None:
-            if self.accumulated.verdict == "bug":
+            if self.accumulated.failed:
                 return (
                     f"no layer adds more than rounding, but {self.accumulated.first_divergence} accumulated: rounding that grows from layer "
                     "to layer more than the floor's runs show"
@@ -69,7 +69,7 @@ class LocalError:
             return "no layer adds more than rounding"
         inherited = [row["tap"] for row in self.table() if row["outcome"] == "inherits"]
         after = f"; {len(inherited)} later taps only inherit it" if inherited else ""
-        drowned = "" if self.accumulated.verdict == "bug" else "; it drowns in the accumulated noise"
+        drowned = "" if self.accumulated.failed else "; it drowns in the accumulated noise"
         return f"the fault is added at {self.local.first_divergence}, on the engine's own input{after}{drowned}"
 
 

@@ -19,6 +19,7 @@ from ..errors import TraceError
 from ..prompt import Range
 from ..trace import Trace
 from ..trace.files import readable
+from .drift import Drift, find_drift
 from .expert_choices import ExpertChoice
 from .metrics import RowSums, row_sums, unit_roundoff
 from .noise_floor import NoiseFloor, check_comparable, check_shape, state_digest
@@ -29,6 +30,9 @@ FACTOR = 8.0
 Measured with `python -m workbench.benchmarks.calibrate_verdict` (seed 3, 8 to 100 tokens) on SmolLM2-135M, 70 runs each in float32, bfloat16 and
 float16 on a CPU: the largest ratio of a run has a median of 1.7 to 1.9 and a maximum of 4.4. (With one long sum per dot product,
 before the engine added up 64 terms at a time, one run of 210 exceeded 8.)"""
+
+CALIBRATED = (8, 16384)
+"""The lengths of prompts, in tokens, for which `FACTOR` was measured."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,13 @@ class Comparison:
         max_abs, mean_abs, cosine: float64 `[taps, positions]`, other metrics of the same states.
         spans: int64 `[positions]`, the range that contains each position, -1 for text.
         kinds: what each range contains ("image", "audio", ...), if the prompt specifies it.
-        verdict: "same" (bit-identical to the reference in that dtype), "noise" (all errors within rounding) or "bug".
-        first_divergence: the first tap and token whose error exceeds rounding; None if the verdict is not "bug".
+        verdict: "same" (bit-identical to the reference in that dtype), "noise" (all errors within rounding), "drift" (errors above it that
+            grow slowly and smoothly with the position) or "bug".
+        first_divergence: the first tap and token whose error exceeds rounding; None if there is none.
         factor: largest error that counted as noise, as a multiple of the noise floor.
         engine, dtype: the engine's name and dtype.
         expert_choices: tokens of a mixture of experts at which rounding decides which expert runs; there either counts as right.
+        drift: what the verdict "drift" found; else None.
     """
 
     taps: tuple[str, ...]
@@ -80,12 +86,18 @@ class Comparison:
     cosine: torch.Tensor
     spans: torch.Tensor
     kinds: tuple[str, ...]
-    verdict: Literal["same", "noise", "bug"]
+    verdict: Literal["same", "noise", "drift", "bug"]
     first_divergence: Divergence | None
     factor: float
     engine: str
     dtype: str
     expert_choices: tuple[ExpertChoice, ...] = ()
+    drift: Drift | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error is more than rounding explains: the verdict is "drift" or "bug"."""
+        return self.first_divergence is not None
 
     @property
     def ratios(self) -> torch.Tensor:
@@ -147,12 +159,17 @@ class Comparison:
         return self._judgement()
 
     def _judgement(self) -> str:
+        if self.drift is not None:
+            return f"drift: {self.drift}"
         if self.first_divergence is not None:
             return f"bug at {self.first_divergence}"
         if self.verdict == "same":
             return f"same: bit for bit what Transformers computes in {self.dtype}"
         worst = float(self.ratios.max())
-        return f"noise: at most {worst:.2g} noise floors ({self.factor:g} allowed) over {len(self.taps)} taps"
+        return (
+            f"noise: at most {worst:.2g} noise floors ({self.factor:g} allowed, calibrated for {CALIBRATED[0]:,} to {CALIBRATED[1]:,} tokens) "
+            f"over {len(self.taps)} taps"
+        )
 
 
 def compare(
@@ -217,6 +234,8 @@ def compare(
             float(errors[depth, at]),
             float(floors[depth, at]),
         )
+    in_order = bool((reference.positions.diff() > 0).all())
+    drift = find_drift(errors / floors, wrong, taps, factor) if divergence is not None and in_order else None
     same = divergence is None and all(state_digest(candidate[tap]) == floor.digests[tap] for tap in taps)
     return Comparison(
         taps,
@@ -228,12 +247,13 @@ def compare(
         torch.stack([each.cosine for each in sums]),
         spans,
         tuple(reference.provenance["modalities"]),
-        "bug" if divergence else "same" if same else "noise",
+        "drift" if drift else "bug" if divergence else "same" if same else "noise",
         divergence,
         factor,
         candidate.provenance["engine"],
         dtype,
         floor.expert_choices,
+        drift,
     )
 
 

@@ -79,6 +79,6 @@ def observe(
     expected, floor = reference_run(engine.model, predicted.prompt, dtype, ["norm"], device=device)
     same_prompt = {key: expected.provenance[key] for key in ("prompt", "ranges", "modalities")}
     seen = compare(expected, Trace(trace, trace.positions, {**trace.provenance, **same_prompt}), floor=floor)
-    good = seen.verdict != "bug"
+    good = not seen.failed
     words = "computes what was predicted" if good else "computes something else"
     return Observation(name, outcome, why, words, str(seen), good)

@@ -107,7 +107,7 @@ class ComparisonView(Composite):
     def restate(self) -> None:
         """Show the verdict of the last comparison again, after `say` has replaced it; RuntimeError if there is none."""
         comparison = self._shown()
-        kind = "good" if comparison.verdict != "bug" else "bad"
+        kind = "good" if not comparison.failed else "bad"
         more = f"<br>{self._note}" if self._note else ""
         self.banner.value = components.note(kind, f"<b>{escape(str(comparison))}</b>{more}")
 

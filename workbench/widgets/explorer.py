@@ -100,6 +100,7 @@ class Explorer(Panel):
         self._incremental = IncrementalTrace(engine) if isinstance(engine, NumbaEngine) else None
         self._plain: Trace | None = None
         self._maps: StateMaps | None = None
+        self._maps_plain: Trace | None = None  # the run without embeddings that the maps were made from
         self._answers = Answers(answer_start)
         self._on_close = on_close
         self._mapped = threading.Event()  # set by the first map, or by an error that prevented it
@@ -128,6 +129,7 @@ class Explorer(Panel):
         controls: list[w.Widget] = [self.question] if ask else []
         row = {"flex_flow": "row wrap", "align_items": "center"}
         side = w.Box([self.patches], layout={"flex": "0 0 auto", "max_width": "250px", "overflow": "auto"})
+        self._optional = (self.question, side)  # not part of every view
         middle = w.Box([self.map], layout={"flex": "1 1 560px", "min_width": "420px"})
         middle.children[0].layout.width = "100%"
         folded = w.Accordion([self.verdict.view], titles=("Comparison with the reference",), selected_index=0)
@@ -181,10 +183,10 @@ class Explorer(Panel):
         if self._on_close is not None:
             self._on_close()
             self._on_close = None
-        close_widgets(*self._links)
+        close_widgets(*self._links, *self._optional)
         super().close()
         # A notebook keeps the explorer itself in its output history.
-        self._plain = self._maps = self._incremental = self.map.maps = self.verdict.map.maps = None
+        self._plain = self._maps_plain = self._maps = self._incremental = self.map.maps = self.verdict.map.maps = None
         return_freed_memory()
 
     def figure(self) -> Figure:
@@ -265,7 +267,10 @@ class Explorer(Panel):
         self.faulty_engine.check(prompt)
         injected = self._run(prompt if change is None else change(prompt))
         self._hide_progress()
-        self._maps = maps = state_maps(self.engine, injected, self._plain, prompt)
+        same = len(prompt) - self._incremental.computed if self._incremental is not None else 0
+        known = self._maps if self._maps_plain is self._plain else None
+        self._maps = maps = state_maps(self.engine, injected, self._plain, prompt, known, same)
+        self._maps_plain = self._plain
         self.map.show(maps, {"lens": METRICS["lens"].title, "error": METRICS["error"].title})
         self._colour()
         self._map_state, self.map.stale = state, False

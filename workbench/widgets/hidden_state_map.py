@@ -138,7 +138,7 @@ class HiddenStateMap(View):
 
     def _open(self) -> None:
         maps, at = self.maps, list(self.chosen)
-        if maps is None or maps.row_states is None or len(at) != 2:
+        if maps is None or maps.row_states is None or len(at) != 2 or self.stale:
             self.detail = {}
             return
         row, token = at

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..progress import Progress, Stopped
 from . import components
 from .latest_job import LatestJob
-from .view import Composite, snapshot_seconds
+from .view import Composite, close_widgets, snapshot_seconds
 
 
 class Panel(Composite):
@@ -41,6 +41,7 @@ class Panel(Composite):
     def close(self) -> None:
         """Stop running work, remove the view from the page and free its widgets."""
         self._jobs.close()
+        close_widgets(self.status, self.progress, self.doing)  # a view need not contain them
         super().close()
 
     def _draw(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from ..prompt import Prompt
 from .view import View, source
 
 _MAX_FINDINGS = 20
-_MAX_DRAWN = 600  # tokens in the stored image; with thousands of tokens it would take megabytes
+_MAX_DRAWN = 100  # tokens in the stored image: drawing thousands would take seconds
 
 
 class RangeEditor(View):

@@ -37,7 +37,7 @@ def snapshot_seconds() -> float:
     try:
         return float(os.environ.get("WORKBENCH_SNAPSHOT_SECONDS", ""))
     except ValueError:
-        return 0.7
+        return 0.4
 
 
 @cache

@@ -48,6 +48,8 @@ class IncrementalTrace:
     def trace(self, prompt: Prompt, progress: Progress | None = None) -> Trace:
         """Trace `embed`, `layers.*` and `norm` for all tokens, and `logits` for the last token only (`[1, vocab]`).
 
+        The next run writes its states over those of this trace, from the first token that it computes again: half the memory.
+
         Args:
             progress: called with the fraction of taps done. If it raises, the run stops, and the tokens that it did not compute again are
                 kept for the next one.
@@ -82,8 +84,9 @@ class IncrementalTrace:
         def tap(name: str, state: torch.Tensor) -> None:
             kind, _, rest = name.partition(".")
             if kind != "layers" or rest.isdecimal():
-                old = before.states[name][:start] if before is not None and start else state[:0]
-                now.states[name] = torch.cat([old, state.detach()])
+                now.states[name] = state.detach() if before is None or not start else before.states[name]
+                if start:
+                    now.states[name][start:] = state
                 if progress:
                     progress(len(now.states) / (layers + 2))
 
