@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .comparison.verdict import Comparison, compare
     from .engines import open_engine
     from .engines.base import Engine
+    from .engines.function_engine import engine_from
     from .engines.types import EngineOutput, GenerationConfig, ResponseType
     from .errors import EmbeddingRangeError, ModelError, PromptError, TraceError
     from .exploring import explore
@@ -55,6 +56,7 @@ _MODULES = {
     "check_engine": "comparison.check",
     "compare": "comparison.verdict",
     "effective_prompt": "linting",
+    "engine_from": "engines.function_engine",
     "explore": "exploring",
     "first_divergence": "comparison.divergence",
     "lint": "linting",
@@ -89,6 +91,7 @@ __all__ = [
     "check_engine",
     "compare",
     "effective_prompt",
+    "engine_from",
     "explore",
     "first_divergence",
     "lint",

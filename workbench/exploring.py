@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .engines.base import Engine
+from .engines.function_engine import require_engine
 from .engines.shared_engines import acquire_engine, release_engine
 from .errors import ModelError, PromptError
 from .models import Model, load_model
@@ -76,6 +77,8 @@ def explore(
     given = [images_or_messages] if isinstance(images_or_messages, dict) else images_or_messages
     if question is not None and not isinstance(question, str):
         raise PromptError(f"question={question!r}: give a string")
+    if not isinstance(engine, str):
+        require_engine(engine, "explore")
     if isinstance(engine, Engine) and engine.model.digest != model.digest:
         raise ModelError(
             f"the engine runs {engine.model.name}, not {model.name}: open one with this model, or give the engine's name"

@@ -150,7 +150,7 @@ class StateMaps:
 def state_maps(
     engine: Engine, injected: Trace, plain: Trace, prompt: Prompt, known: StateMaps | None = None, same: int = 0
 ) -> StateMaps:
-    """Compute the maps "change", "cosine" and "norm" for all taps but logits that both traces have.
+    """Compute the maps "change", "cosine" and "norm" for all taps that both traces have, but logits only if there is nothing else.
 
     Args:
         engine: the engine of the traces, for its tokenizer.
@@ -158,7 +158,8 @@ def state_maps(
         plain: the trace of `prompt.without_embeddings`, with all tokens.
         known: earlier maps of the same tokens and taps, whose first `same` tokens have the same states in both traces.
     """
-    taps = [tap for tap in injected if tap != "logits" and tap in plain]
+    shared = [tap for tap in injected if tap in plain]
+    taps = [tap for tap in shared if tap != "logits"] or shared
     if known is None or list(known.taps) != taps or len(known.tokens) != len(prompt):
         known, same = None, 0
     values = {name: np.empty((len(taps), len(prompt))) for name in ("change", "cosine", "norm")}

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 
 from ..engines.base import Engine
+from ..engines.function_engine import require_engine
 from ..progress import Progress, part
 from ..prompt import Prompt
 from ..trace import Trace
@@ -88,6 +89,7 @@ def _run_both(
     progress: Progress | None,
     streamed: bool | None,
 ) -> tuple[Trace, NoiseFloor, Trace]:
+    require_engine(engine, "check_engine")
     dtype = str(engine.dtype).removeprefix("torch.")
     chosen = shared_taps(engine, [taps] if isinstance(taps, str) else list(taps))
     first = part(progress, 0.0, 0.85)

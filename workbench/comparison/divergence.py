@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..engines.base import Engine
+from ..engines.function_engine import require_engine
 from ..prompt import Prompt
 from ..trace.taps import EVERY_TAP
 from .check import shared_taps
@@ -86,6 +87,7 @@ def first_divergence(
     Raises:
         EmbeddingRangeError, PromptError: the engine cannot run the prompt.
     """
+    require_engine(engine, "first_divergence")
     taps = shared_taps(engine, [*EVERY_TAP, "depth.*"] if "embed" not in engine.capabilities.taps else EVERY_TAP)
     search = _Search(engine, prompt, factor, device, streamed)
     # In memory: the engine's trace, the reference in float64, and its four runs in the engine's dtype.

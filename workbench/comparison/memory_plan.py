@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..engines.base import TAPS, Engine
+from ..engines.base import Engine
 from ..prompt import Prompt
 from ..trace.taps import EVERY_TAP
 from .check import shared_taps
@@ -32,13 +32,12 @@ def plan_memory(engine: Engine, prompt: Prompt, limit: int) -> MemoryPlan:
     vocabulary; else the residual stream only: `embed`, `layers.*` and `norm`.
     """
     every = shared_taps(engine, list(EVERY_TAP))
-    stream = shared_taps(engine, [tap for tap in TAPS if tap != "logits"])
     whole = _bytes(engine, prompt, every)
     chosen = every
     if whole > limit:
-        chosen = [tap for tap in every if tap != "logits"]
+        chosen = [tap for tap in every if tap != "logits"] or every
         if _bytes(engine, prompt, chosen) > limit:
-            chosen = stream
+            chosen = [tap for tap in chosen if tap.count(".") < 2]
     left_out = tuple(tap for tap in every if tap not in chosen)
     return MemoryPlan(tuple(chosen), _bytes(engine, prompt, chosen), left_out, whole)
 

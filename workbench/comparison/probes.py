@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..engines.base import Engine
+from ..engines.function_engine import require_engine
 from ..engines.types import EngineOutput, GenerationConfig, ResponseType
 from ..errors import PromptError
 from ..models.embedding_rows import noise_like
@@ -89,6 +90,7 @@ def probe(
         PromptError: a prompt without items, or one that the engine rejects.
         ValueError: an unknown name in `only`, or an engine without the tap "norm".
     """
+    require_engine(engine, "probe")
     if not prompt.input_embeddings:
         raise PromptError(
             "the prompt has no input_embeddings: there is nothing to probe; give at least one item and range"

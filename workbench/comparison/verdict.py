@@ -20,6 +20,7 @@ from ..prompt import Range
 from ..trace import Trace
 from ..trace.files import readable
 from .drift import Drift, find_drift
+from .dtype_guess import guess_dtype
 from .expert_choices import ExpertChoice
 from .metrics import RowSums, row_sums, unit_roundoff
 from .noise_floor import NoiseFloor, check_comparable, check_shape, state_digest
@@ -151,7 +152,18 @@ class Comparison:
             )
         return rows
 
+    @property
+    def looks_like(self) -> str | None:
+        """The dtype, or the two, whose rounding the errors have, if it is another than the declared one (`dtype_guess`)."""
+        return guess_dtype(self.ratios, self.taps, self.dtype)
+
     def __str__(self) -> str:
+        other = self.looks_like
+        if other is not None:
+            return f"{self._with_choices()}; at every tap the errors have the size of rounding to {other}: was that meant, not {self.dtype}?"
+        return self._with_choices()
+
+    def _with_choices(self) -> str:
         if self.expert_choices and self.verdict != "same":
             closest = min(self.expert_choices, key=lambda choice: choice.margin)
             more = f", and {len(self.expert_choices) - 1} more" if len(self.expert_choices) > 1 else ""

@@ -114,7 +114,7 @@ class ComparisonView(Composite):
     def add_note(self, message: str) -> None:
         """Show a message (HTML) below the verdict of the last comparison; RuntimeError if there is none."""
         self._shown()
-        self._note = message
+        self._note = f"{self._note}<br>{message}" if self._note else message
         self.restate()
 
     def say(self, kind: str, message: str) -> None:

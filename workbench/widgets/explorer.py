@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..analysis.state_maps import METRICS, StateMaps, state_maps
 from ..comparison import Comparison
-from ..comparison.check import check_with_traces
+from ..comparison.check import check_with_traces, shared_taps
 from ..comparison.memory_plan import plan_memory
 from ..comparison.reference_cache import reference_engine
 from ..engines.base import TAPS, Engine
@@ -97,6 +97,7 @@ class Explorer(Panel):
         super().__init__()
         self.engine, self.new_tokens, self._home, self._ask = engine, new_tokens, prompt, ask
         self.reference = reference_engine(engine.model, str(engine.dtype).removeprefix("torch."), "cpu")
+        self._taps = shared_taps(engine, list(TAPS))
         self._incremental = IncrementalTrace(engine) if isinstance(engine, NumbaEngine) else None
         self._plain: Trace | None = None
         self._maps: StateMaps | None = None
@@ -247,7 +248,7 @@ class Explorer(Panel):
         progress = self._progress(f"computing {len(prompt)} tokens")
         if self._incremental is not None:
             return self._incremental.trace(prompt, progress)
-        return self.engine.trace(prompt, TAPS, progress=progress)
+        return self.engine.trace(prompt, self._taps, progress=progress)
 
     def _draw(self) -> Iterator[None]:
         began = time.perf_counter()
@@ -261,7 +262,8 @@ class Explorer(Panel):
         self.map.stale = self._map_state not in ("", state)
         bare = prompt.without_embeddings
         if self._plain is None or self._plain.provenance["prompt"] != bare.digest:
-            self._plain = self.engine.trace(bare, TAPS[:-1], progress=self._progress("computing without embeddings"))
+            states = [tap for tap in self._taps if tap != "logits"] or self._taps
+            self._plain = self.engine.trace(bare, states, progress=self._progress("computing without embeddings"))
         yield
         change = self._change()
         self.faulty_engine.check(prompt)
@@ -324,6 +326,11 @@ class Explorer(Panel):
         yield
         names = {"Transformers, float64": expected, f"{self.engine.capabilities.name}, {comparison.dtype}": run}
         self.verdict.show(comparison, prompt, maps.tokens, NextTokens.of_traces(self.engine.model, names))
+        findings = sum(each["severity"] != "info" for each in self.editor.findings)
+        if findings and not comparison.failed:
+            self.verdict.add_note(
+                f"The engine computes this prompt right; lint has {findings} finding{'s' * (findings > 1)} about the prompt itself."
+            )
         if plan.left_out:
             self.verdict.add_note(
                 f"Not compared: {_families(plan.left_out)}, which would take {plan.whole / 1e9:.1f} GB in all; "
