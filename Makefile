@@ -46,6 +46,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' || { \
 		echo "The installation failed (see above). Without a network nothing can be installed; else remove $(VENV) and try again."; exit 1; }
 	@$(BIN)/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements >/dev/null 2>&1
+	@# As the wheel does: JupyterLab saves the state of widgets with a notebook.
+	@mkdir -p $(VENV)/share/jupyter/lab/settings/overrides.d
+	@cp workbench/widgets/static/embedding-workbench.json $(VENV)/share/jupyter/lab/settings/overrides.d/
 	@touch $(READY)
 
 setup: $(READY)

@@ -210,6 +210,6 @@ def test_06_engine_view_shows_finished_requests(page, lab):
     page.screenshot(path=ARTIFACTS / "06_burst.png")
     view = find(page, ".workbench-engine")
     view.locator("text=63 finished").wait_for(timeout=60 * SECOND)
-    assert image(view).startswith("blob:")
+    assert image(view).startswith("data:image/png")
     page.screenshot(path=ARTIFACTS / "06_live.png")
     assert_no_errors(page)

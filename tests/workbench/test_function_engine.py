@@ -88,7 +88,9 @@ def test_a_more_exact_dtype_is_recognised_too(model, prompt):
     exact = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float64)
     comparison = workbench.check_engine(workbench.engine_from(logits_of(model, exact, torch.float64), model), prompt)
     assert not comparison.failed
-    assert comparison.looks_like is None  # rounded to the declared float32 when they are taken, the states have its error
+    assert (
+        comparison.looks_like is None
+    )  # rounded to the declared float32 when they are taken, the states have its error
 
 
 def test_explore_shows_what_there_is(model, network, prompt):

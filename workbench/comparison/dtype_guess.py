@@ -10,7 +10,12 @@ _WITHIN = 10.0
 """How far errors may be from the ratio of two dtypes' roundings: kernels in 16 bits add up in 32, which makes errors a few times smaller."""
 _EVEN = 6.0
 """The largest ratio of two taps' errors, in noise floors; a fault that begins somewhere has a larger one."""
-_NAMES = {"float64": "float64", "float32": "float32", "float16": "bfloat16 or float16", "bfloat16": "bfloat16 or float16"}
+_NAMES = {
+    "float64": "float64",
+    "float32": "float32",
+    "float16": "bfloat16 or float16",
+    "bfloat16": "bfloat16 or float16",
+}
 """Errors in the two 16-bit dtypes differ by less than their spread."""
 
 

@@ -8,10 +8,10 @@ from textwrap import wrap
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 
 from ..comparison import Comparison, LocalError
 from .columns import column_extent, columns_note, mark_failures, tokens_per_column, worst_per_column
+from .figure import Figure
 from .style import ENGINE, FLOOR, SPAN, mark_spans, mark_tokens, tap_axis, token_axis
 from .visible_text import without_math
 

@@ -9,11 +9,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from ..analysis.state_maps import METRICS, Metric
 from .columns import column_extent, columns_note, mark_failures, tokens_per_column, worst_per_column
+from .figure import Figure
 from .style import mark_spans, mark_tokens, tap_axis, token_axis
 
 NOT_FINITE = "#ff00ff"

@@ -7,9 +7,9 @@ from typing import cast
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
 from ..analysis.injection_effect import InjectionEffect
+from .figure import Figure
 from .heat_map import draw_map, map_data
 from .next_tokens import draw_next_tokens
 from .png import canvas_png

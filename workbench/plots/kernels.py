@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from .figure import Figure
 from .style import ENGINE, QUIET, SPAN
 
 _OURS = ("hopper", "tensor-core", "ours")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ..prompt import Prompt
 from ..prompt.packing import BatchPlan
 from ..prompt.ranges import clip
+from .figure import Figure
 from .style import FLOOR, INK, PAPER, QUIET, SPAN
 
 _SHADES = ("#cfd8dc", "#b0bec5")

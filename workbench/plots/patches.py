@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import numpy as np
 from matplotlib.colors import Colormap, Normalize
-from matplotlib.figure import Figure
 from PIL import Image
+
+from .figure import Figure
 
 _IN_A_ROW = 6
 _LINED = 4096  # cells; lines between more would hide them

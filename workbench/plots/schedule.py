@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from ..engines.numba_engine.stats import Step, StepChunk
+from .figure import Figure
 from .style import ENGINE, FLOOR, INK, PAPER, QUIET, SPAN
 
 PROMPT = "#b0bec5"

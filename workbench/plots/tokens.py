@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from .figure import Figure
 from .style import INK, PAPER, QUIET, SPAN
 from .visible_text import drawable, fonts, label, width
 

@@ -49,7 +49,7 @@ def select_taps(available: Sequence[str], patterns: Iterable[str], engine: str) 
             raise ValueError(
                 f"the {engine} engine has no tap {pattern!r}; taps are embed, layers.0 to layers.N with .attention and .mlp, "
                 f"norm and logits, and this engine has {len(available)} of these: "
-                f"{', '.join([*available[:4], '...', available[-1]])}"
+                f"{', '.join(available if len(available) < 7 else [*available[:4], '...', available[-1]])}"
             )
         chosen |= matches
     return [tap for tap in available if tap in chosen]

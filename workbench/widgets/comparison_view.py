@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 import ipywidgets as w
 import torch
-from matplotlib.figure import Figure
 
 from ..analysis.state_maps import comparison_maps
 from ..comparison import Comparison
 from ..models import Model
 from ..plots.errors import comparison_figure, error_by_layer
+from ..plots.figure import Figure
 from ..plots.html_table import html_table
-from ..plots.png import to_png
 from ..prompt import Prompt
 from ..trace import Trace
 from . import components
@@ -60,7 +58,7 @@ class ComparisonView(Composite):
         self._prompt: Prompt | None = None
         self._note = ""
         self.banner = w.HTML(components.note("plain", "not compared yet"))
-        self.chart = w.HTML()
+        self.chart = components.FigureImage()
         self.map = HiddenStateMap(metric="error", height=height)
         self.spans, self.words, self.table = w.HTML(), w.HTML(), w.HTML()
         tables = w.HBox([self.spans, self.words], layout={"flex_flow": "row wrap", "grid_gap": "32px"})
@@ -74,11 +72,9 @@ class ComparisonView(Composite):
 
         `tokens` are the texts of the prompt's tokens; `words` adds a table of next tokens.
         """
-        chart = base64.b64encode(to_png(error_by_layer(comparison))).decode()
         self.comparison, self._prompt, self._tokens, self._note = comparison, prompt, tokens, ""
         self.restate()
-        alt = f"error by layer compared with the noise floor: {comparison}"
-        self.chart.value = f'<img alt="{escape(alt)}" style="max-width:100%" src="data:image/png;base64,{chart}">'
+        self.chart.show(error_by_layer(comparison), f"error by layer compared with the noise floor: {comparison}")
         self.map.show(comparison_maps(comparison, tokens, prompt.embedding_ranges))
         first = comparison.first_divergence
         if first is not None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+from html import escape
+
 import ipywidgets as w
+
+from ..plots.figure import Figure
+from ..plots.png import to_png
 
 WIDTH = "1100px"
 INK, QUIET = "var(--jp-ui-font-color1, #222)", "var(--jp-ui-font-color2, #5f5f5f)"
@@ -26,13 +32,20 @@ def slider(description: str, value: int, least: int, most: int, tooltip: str) ->
     return both
 
 
-def figure_image() -> w.Image:
-    """An empty PNG image of fixed width, so that the page does not jump when it is redrawn.
+class FigureImage(w.HTML):
+    """A figure as an image of fixed width, with a text for screen readers; empty until `show`. It follows a dark theme."""
 
-    It has no tooltip, because a tooltip on an empty ipywidgets Image breaks its view; the text next to each image
-    describes it.
-    """
-    return w.Image(format="png", layout={"width": WIDTH, "max_width": "100%"})
+    def show(self, figure: Figure, text: str) -> None:
+        """Show a figure; `text` says what it shows."""
+        data = base64.b64encode(to_png(figure)).decode()
+        self.value = (
+            f'<img class="workbench-figure" alt="{escape(text)}" style="width:{WIDTH};max-width:100%" src="data:image/png;base64,{data}">'
+            f"<style>{_DARK}</style>"
+        )
+
+
+_DARK = "body[data-jp-theme-light='false'] .workbench-figure { filter: invert(0.9) hue-rotate(180deg); }"
+"""White paper is dark in a dark theme; turning the hues back keeps colours recognisable."""
 
 
 def note(kind: str, message: str) -> str:

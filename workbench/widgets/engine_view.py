@@ -6,11 +6,10 @@ import threading
 from html import escape
 
 import ipywidgets as w
-from matplotlib.figure import Figure
 
 from ..engines.numba_engine.engine import NumbaEngine
 from ..engines.numba_engine.stats import EngineStats
-from ..plots.png import to_png
+from ..plots.figure import Figure
 from ..plots.schedule import schedule_figure
 from . import components
 from .view import Composite
@@ -41,7 +40,7 @@ class EngineView(Composite):
         if seconds <= 0 or steps < 0:
             raise ValueError(f"seconds={seconds}, steps={steps}: give seconds above 0 and steps of at least 0")
         self.engine, self.seconds, self.steps = engine, seconds, steps
-        self.numbers, self.image, self.error = w.HTML(), components.figure_image(), w.HTML()
+        self.numbers, self.image, self.error = w.HTML(), components.FigureImage(), w.HTML()
         self.view = w.VBox([self.error, self.numbers] + ([self.image] if steps else []))
         self.view.add_class("workbench-view").add_class("workbench-engine")
         self._shown: EngineStats | None = None
@@ -85,7 +84,7 @@ class EngineView(Composite):
             self.numbers.value = _numbers(stats)
         if self.steps and stats.steps != self._drawn_steps and stats.steps:
             self._drawn_steps = stats.steps
-            self.image.value = to_png(self.figure())
+            self.image.show(self.figure(), f"the last steps of the schedule, up to step {stats.steps}")
 
     def figure(self) -> Figure:
         """Return the last steps of the schedule as a matplotlib figure, for papers.

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ipywidgets as w
-from matplotlib.figure import Figure
 from PIL import Image
 
 from ..analysis.state_maps import METRICS, StateMaps, state_maps
@@ -24,6 +23,7 @@ from ..engines.numba_engine.engine import NumbaEngine
 from ..engines.numba_engine.incremental import IncrementalTrace
 from ..errors import ModelError, PromptError
 from ..faults import FAULTS, FaultyEngine, faults_of
+from ..plots.figure import Figure
 from ..prompt import Prompt
 from ..trace import Trace
 from . import components

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import traitlets
-from matplotlib.figure import Figure
 
 from ..analysis.state_maps import METRICS, StateMaps
+from ..plots.figure import Figure
 from ..plots.heat_map import hidden_state_map
 from ..plots.visible_text import escaped
 from .view import View, palette, source

@@ -8,10 +8,9 @@ from html import escape
 from typing import Literal
 
 import ipywidgets as w
-from matplotlib.figure import Figure
 
+from ..plots.figure import Figure
 from ..plots.packing import plan_figure
-from ..plots.png import to_png
 from ..prompt import Prompt
 from ..prompt.packing import BatchPlan, plan_batch
 from . import components
@@ -36,7 +35,7 @@ class PackingPanel(Panel):
         self.budget = self._budget.children[0]
         self.split = w.Checkbox(value=True, description="prompts may be split", indent=False)
         self.bidirectional = w.Checkbox(value=False, description="images attend bidirectionally", indent=False)
-        self.words, self.image = w.HTML(), components.figure_image()
+        self.words, self.image = w.HTML(), components.FigureImage()
         self.view = w.VBox(
             [w.HBox([self._budget, self.split, self.bidirectional], layout={"flex_flow": "row wrap"}), self.status, self.image, self.words, KeyGuard()]
         )  # fmt: skip
@@ -72,8 +71,11 @@ class PackingPanel(Panel):
     def _draw(self) -> Iterator[None]:
         plan = self.plan
         self._drawn = plan, self.laid_out
-        self.image.value = to_png(plan_figure(*self._drawn))
         full = sum(plan.fill) / len(plan.fill)
+        said = (
+            f"batches of the plan, one per row: {len(plan.batches)} batches, {full:.0%} full; the text below lists them"
+        )
+        self.image.show(plan_figure(*self._drawn), said)
         self.status.value = components.note(
             "plain",
             f"{len(plan.batches)} batches, {full:.0%} full on average, no padding. One padded batch would compute "

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from html import escape
 
 import ipywidgets as w
-from matplotlib.figure import Figure
 
+from ..plots.figure import Figure
 from ..progress import Progress, Stopped
 from . import components
 from .latest_job import LatestJob

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import traitlets
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
-from matplotlib.figure import Figure
 from PIL import Image
 
 from ..analysis.state_maps import METRICS
+from ..plots.figure import Figure
 from ..plots.patches import PatchGrid, grids_figure
 from ..plots.visible_text import drawable, escaped, label
 from ..prompt import Prompt, Span

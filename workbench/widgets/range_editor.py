@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import traitlets
-from matplotlib.figure import Figure
 
 from ..errors import ModelError
 from ..linting.lint import lint
 from ..models import Model
+from ..plots.figure import Figure
 from ..plots.tokens import token_strip
 from ..plots.visible_text import escaped
 from ..prompt import Prompt

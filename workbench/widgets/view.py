@@ -17,8 +17,8 @@ import anywidget
 import ipywidgets as w
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.figure import Figure
 
+from ..plots.figure import Figure
 from ..plots.png import to_png
 
 _STATIC = Path(__file__).parent / "static"
