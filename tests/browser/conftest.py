@@ -117,7 +117,7 @@ def serve(application, home):
     command = [
         sys.executable, "-m", "jupyter", application, *OFFLINE, f"--port={port}", "--ip=127.0.0.1",
         "--no-browser", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--allow-root",
-        f"--ServerApp.root_dir={home}", "--ServerApp.disable_check_xsrf=True",  # end_kernels sends no XSRF token
+        "--expose-app-in-browser", f"--ServerApp.root_dir={home}", "--ServerApp.disable_check_xsrf=True",  # end_kernels sends no XSRF token
     ]  # fmt: skip
     environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
                    "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}  # fmt: skip

@@ -1,4 +1,4 @@
-"""An invisible widget that keeps Jupyter's shortcuts away from the controls beside it, such as `d d`, which deletes the cell."""
+"""An invisible widget that keeps Jupyter's shortcuts, such as `d d`, which deletes the cell, away from the controls beside it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from .view import source
 
 
 class KeyGuard(anywidget.AnyWidget):
-    """Guards all controls inside the nearest element of class "workbench-view", those of ipywidgets too."""
+    """Guards all controls inside the nearest element of class "workbench-view", ipywidgets' own too, and names those without a name."""
 
     _esm = source("shared.js", "key_guard.js")

@@ -10,6 +10,9 @@ function render({ model, el }) {
   const tokens = tokenLines(model, strip);
   const bars = piece("div", "wb-bars", tokens.inner); // ranges are drawn over their tokens
   const list = piece("ul", "wb-findings", root);
+  list.tabIndex = 0; // it scrolls
+  keepKeys(list);
+  list.setAttribute("aria-label", "findings about the prompt");
   const said = piece("div", "wb-said", root);
   said.setAttribute("aria-live", "polite");
   focusable(strip, "group", "prompt tokens with embedding ranges");
@@ -339,7 +342,7 @@ function render({ model, el }) {
     opened = false;
     again();
   };
-  const endWatch = watchKernel(el, (now) => {
+  const endWatch = watchKernel(model, el, (now) => {
     gone = now;
     if (gone) drag = fromKernel = null;
     root.classList.toggle("wb-gone", gone);

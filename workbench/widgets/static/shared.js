@@ -30,20 +30,23 @@ function focusable(node, role, name) {
   node.setAttribute("aria-label", name);
 }
 
-// Call `changed(gone)` when the kernel behind a view ends or comes back: ipywidgets sets a class on the view's element. `gone` is also
-// true for a saved notebook that was opened without a kernel. Returns a function that ends it.
-function watchKernel(el, changed) {
-  const DISCONNECTED = "jupyter-widgets-disconnected";
+// Call `changed(gone)` when the kernel behind a view ends or comes back; `gone` is also true for a saved notebook that was opened without
+// a kernel. Returns a function that ends it. A front end that does not tell is taken to have a kernel.
+function watchKernel(model, el, changed) {
   let gone = null;
   const look = () => {
-    const now = Boolean(el.closest("." + DISCONNECTED));
+    const manager = model.widget_manager;
+    let now = Boolean(el.closest(".jupyter-widgets-disconnected")); // ipywidgets: the comm is closed
+    if (manager && "kernel" in manager) {
+      const kernel = manager.kernel;
+      const lost = !kernel || kernel.isDisposed || ["dead", "terminating"].includes(kernel.status);
+      now ||= lost || (kernel.connectionStatus !== undefined && kernel.connectionStatus !== "connected");
+    }
     if (now !== gone) changed((gone = now));
   };
-  const watcher = new MutationObserver(look);
-  watcher.observe(el, { attributes: true, attributeFilter: ["class"] });
-  if (el.parentElement) watcher.observe(el.parentElement, { attributes: true, attributeFilter: ["class"] });
+  const timer = setInterval(look, 1000);
   look();
-  return () => watcher.disconnect();
+  return () => clearInterval(timer);
 }
 
 // Bytes from Python as float32; copied, because their offset may be unaligned.
