@@ -11,9 +11,11 @@ from ..progress import Progress, part
 from ..prompt import Prompt
 from ..trace import Trace
 from ..trace.taps import EVERY_TAP, select_taps
+from .doubt import compare_with_doubt
 from .noise_floor import NoiseFloor
 from .reference_cache import reference_run
-from .verdict import FACTOR, Comparison, compare
+from .reference_work import FLOOR_RUNS
+from .verdict import FACTOR, Comparison
 
 
 def check_engine(
@@ -28,8 +30,8 @@ def check_engine(
 ) -> Comparison:
     """Compare an engine's hidden states on one prompt with those of the reference, Transformers.
 
-    The reference runs once in float64, and four times in the engine's dtype to measure its rounding error, the noise floor. The
-    engine runs once. See `compare` for the verdict.
+    The reference runs once in float64, and four times in the engine's dtype to measure its rounding error, the noise floor; sixteen times
+    if a verdict "bug" would be doubtful (`doubt.py`). The engine runs once. See `compare` for the verdict.
 
     Args:
         taps: names or patterns of the hidden states to compare. A pattern that matches no tap of the engine is skipped if another
@@ -47,8 +49,7 @@ def check_engine(
         ValueError: no pattern matches a tap of the engine, a position outside the prompt, or a factor below 1.
         TraceError: the states do not fit into memory, or contain NaN in the reference.
     """
-    expected, floor, run = _run_both(engine, prompt, taps, positions, device, progress, streamed)
-    return compare(expected, run, floor=floor, factor=factor)
+    return _judge(engine, prompt, taps, positions, factor, device, progress, streamed)[0]
 
 
 def check_with_traces(
@@ -62,8 +63,7 @@ def check_with_traces(
     taps: Sequence[str] = EVERY_TAP,
 ) -> tuple[Comparison, Trace, Trace]:
     """`check_engine` for all positions; return the comparison, the reference's float64 trace and the engine's trace."""
-    expected, floor, run = _run_both(engine, prompt, taps, slice(None), device, progress, streamed)
-    return compare(expected, run, floor=floor, factor=factor), expected, run
+    return _judge(engine, prompt, taps, slice(None), factor, device, progress, streamed)
 
 
 def shared_taps(engine: Engine, patterns: Sequence[str]) -> list[str]:
@@ -80,18 +80,25 @@ def shared_taps(engine: Engine, patterns: Sequence[str]) -> list[str]:
     return select_taps(capabilities.taps, found or patterns, capabilities.name)
 
 
-def _run_both(
+def _judge(
     engine: Engine,
     prompt: Prompt,
     taps: Iterable[str],
     positions: slice | Sequence[int],
+    factor: float,
     device: str,
     progress: Progress | None,
     streamed: bool | None,
-) -> tuple[Trace, NoiseFloor, Trace]:
+) -> tuple[Comparison, Trace, Trace]:
     require_engine(engine, "check_engine")
     dtype = str(engine.dtype).removeprefix("torch.")
     chosen = shared_taps(engine, [taps] if isinstance(taps, str) else list(taps))
-    first = part(progress, 0.0, 0.85)
-    expected, floor = reference_run(engine.model, prompt, dtype, chosen, positions, device, first, streamed)
-    return expected, floor, engine.trace(prompt, chosen, positions, progress=part(progress, 0.85, 1.0))
+
+    def reference(report: Progress | None, runs: int) -> tuple[Trace, NoiseFloor]:
+        return reference_run(engine.model, prompt, dtype, chosen, positions, device, report, streamed, runs)
+
+    expected, floor = reference(part(progress, 0.0, 0.85), FLOOR_RUNS)
+    run = engine.trace(prompt, chosen, positions, progress=part(progress, 0.85, 1.0))
+    last = part(progress, 1.0, 1.0)  # lets the caller stop the runs of a doubtful verdict too
+    comparison = compare_with_doubt(expected, run, floor, factor, lambda runs: reference(last, runs)[1])
+    return comparison, expected, run

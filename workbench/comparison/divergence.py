@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 from ..engines.base import Engine
 from ..engines.function_engine import require_engine
 from ..prompt import Prompt
+from ..trace import Trace
 from ..trace.taps import EVERY_TAP
 from .check import shared_taps
 from .diagnosis import Explanation, explain
+from .doubt import compare_with_doubt
 from .local_error import compare_local
+from .noise_floor import NoiseFloor
 from .reference_cache import reference_run
-from .verdict import FACTOR, Comparison, Divergence, compare
+from .reference_work import FLOOR_RUNS
+from .verdict import FACTOR, Comparison, Divergence
 
 ROOM = 1 << 30
 """Bytes of memory for traces; if the traces of all taps need more, the first wrong layer is found by bisection."""
@@ -129,12 +133,17 @@ class _Search:
 
     def compare_at(self, taps: Sequence[str]) -> Comparison:
         dtype = str(self.engine.dtype).removeprefix("torch.")
-        reference, floor = reference_run(
-            self.engine.model, self.prompt, dtype, taps, device=self.device, streamed=self.streamed
-        )
-        self.reference, self.state = reference, self.engine.trace(self.prompt, taps)
+
+        def reference(runs: int) -> tuple[Trace, NoiseFloor]:
+            model = self.engine.model
+            return reference_run(
+                model, self.prompt, dtype, taps, device=self.device, streamed=self.streamed, floor_runs=runs
+            )
+
+        self.reference, floor = reference(FLOOR_RUNS)
+        self.state = self.engine.trace(self.prompt, taps)
         self.runs += 1
-        return compare(reference, self.state, floor=floor, factor=self.factor)
+        return compare_with_doubt(self.reference, self.state, floor, self.factor, lambda runs: reference(runs)[1])
 
     def result_of_all(self, taps: Sequence[str]) -> FirstDivergence:
         """The result of a comparison of all taps: of what each layer adds, if the engine exposes the states before every layer."""

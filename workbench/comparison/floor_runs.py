@@ -29,6 +29,7 @@ def reference_runs(
     progress: Progress | None = None,
     exact_done: Callable[[Trace, Mapping[int, RouterRead]], None] | None = None,
     unfinished: Path | None = None,
+    floor_runs: int = FLOOR_RUNS,
 ) -> list[ReferenceRun]:
     """Make the float64 run of each pass, and measure its noise floor by runs in the engine's dtype.
 
@@ -41,12 +42,13 @@ def reference_runs(
         exact_done: called with each float64 trace and its routers before the floor's runs begin, if they are not made together.
         unfinished: folder in which runs that are made together keep what they have done, and from which they go on; None: one in the
             cache folder.
+        floor_runs: how many runs in the engine's dtype measure the floor.
 
     Raises:
         TraceError: states are too large, or contain NaN; `unfinished` has runs of something else.
     """
     known = [None] * len(passes) if known is None else known
-    works = [ReferenceWork(exact, rounded, each, found) for each, found in zip(passes, known, strict=True)]
+    works = [ReferenceWork(exact, rounded, each, found, floor_runs) for each, found in zip(passes, known, strict=True)]
     if reads_together(exact, rounded):
         run_together(exact, rounded, works, progress, unfinished)
     else:
@@ -76,9 +78,9 @@ def _run_in_turn(
                 exact_done(work.trace(), work.routers)
             return_freed_memory(collect=False)
             report(first + step * _EXACT_SHARE)
-        for seed in range(FLOOR_RUNS):
+        for seed in range(work.floor_runs):
             work.run_rounded(rounded, seed)
             return_freed_memory(collect=False)
-            report(first + step * (_EXACT_SHARE + (1 - _EXACT_SHARE) * (seed + 1) / FLOOR_RUNS))
+            report(first + step * (_EXACT_SHARE + (1 - _EXACT_SHARE) * (seed + 1) / work.floor_runs))
         if work.exchanges:
             work.run_exchanged(rounded)

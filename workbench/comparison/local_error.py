@@ -14,10 +14,12 @@ from ..progress import Progress, part
 from ..prompt import Prompt
 from ..trace import Trace
 from .check import check_with_traces
+from .doubt import compare_with_doubt
 from .floor_runs import reference_runs
+from .noise_floor import NoiseFloor
 from .reference_cache import reference_pair
 from .reference_pass import ReferencePass
-from .verdict import FACTOR, Comparison, compare
+from .verdict import FACTOR, Comparison
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,8 @@ def compare_local(
 ) -> tuple[Comparison, Trace]:
     """Compare an engine's trace `run` with the reference's layers on its states; return the comparison and the reference's trace.
 
-    The floor is the largest error of four runs of those layers in the engine's dtype, three of them on states that are moved by up to
-    one rounding.
+    The floor is the largest error of four runs of those layers in the engine's dtype, all but one of them on states that are moved by up
+    to one rounding; of sixteen runs if a verdict "bug" would be doubtful (`doubt.py`).
 
     Raises:
         TraceError: `run` lacks the states before a layer.
@@ -119,5 +121,11 @@ def compare_local(
     dtype = str(engine.dtype).removeprefix("torch.")
     return_freed_memory(collect=False)
     exact, rounded = reference_pair(engine.model, dtype, device, streamed)
-    (found,) = reference_runs(exact, rounded, [ReferencePass(prompt, states=run)], progress=progress)
-    return compare(found.trace, run, floor=found.floor, factor=factor), found.trace
+    what = [ReferencePass(prompt, states=run)]
+    (found,) = reference_runs(exact, rounded, what, progress=progress)
+
+    def more(runs: int) -> NoiseFloor:
+        known = [(found.trace, found.routers)]
+        return reference_runs(exact, rounded, what, known, part(progress, 1.0, 1.0), floor_runs=runs)[0].floor
+
+    return compare_with_doubt(found.trace, run, found.floor, factor, more), found.trace

@@ -19,6 +19,7 @@ from ..trace import Trace
 from .floor_runs import reference_runs
 from .noise_floor import NoiseFloor
 from .reference_pass import ReferencePass
+from .reference_work import FLOOR_RUNS
 
 _MAX_WEIGHT_BYTES = 1 << 28
 """Bytes of the weights of references that are kept open (small models); larger references are opened again for every run."""
@@ -28,9 +29,9 @@ _MAX_TRACE_BYTES = 256 << 20
 _references: LRUCache[tuple, TransformersReference] = LRUCache(
     _MAX_WEIGHT_BYTES, getsizeof=lambda engine: max(engine.weight_bytes, 1 << 20)
 )
-_runs: LRUCache[tuple, tuple[Trace, dict[str, NoiseFloor], dict[int, RouterRead]]] = LRUCache(
+_runs: LRUCache[tuple, tuple[Trace, dict[tuple[str, int], NoiseFloor], dict[int, RouterRead]]] = LRUCache(
     _MAX_TRACE_BYTES, getsizeof=lambda run: run[0].nbytes
-)  # (float64 trace, {dtype: noise floor}, what its routers did)
+)  # (float64 trace, {(dtype, runs): noise floor}, what its routers did)
 _lock = threading.Lock()
 
 
@@ -87,6 +88,7 @@ def reference_run(
     device: str = "cpu",
     progress: Progress | None = None,
     streamed: bool | None = None,
+    floor_runs: int = FLOOR_RUNS,
 ) -> tuple[Trace, NoiseFloor]:
     """Return the reference's float64 trace of a prompt, and the prompt's noise floor in `dtype`.
 
@@ -97,12 +99,14 @@ def reference_run(
             attention and MLP add.
         progress: called with the fraction done; an exception that it raises stops the runs.
         streamed: as for `reference_pair`.
+        floor_runs: how many runs in `dtype` measure the floor.
     """
     key = (model.path, _file_stamps(model), prompt.digest, tuple(taps), _positions_key(positions), device)
     with _lock:
         kept = _runs.get(key)
     expected, floors, routers = (None, {}, {}) if kept is None else kept
-    if expected is None or dtype not in floors:
+    which = (dtype, floor_runs)
+    if expected is None or which not in floors:
         return_freed_memory(collect=False)  # this run sets the peak of a notebook
         exact, rounded = reference_pair(model, dtype, device, streamed)
         known = None if expected is None else (expected, routers)
@@ -113,11 +117,11 @@ def reference_run(
                 with _lock:
                     _runs[key] = run, floors, dict(read)
 
-        (found,) = reference_runs(exact, rounded, [what], [known], progress, keep)
-        expected, floors[dtype] = found.trace, found.floor
+        (found,) = reference_runs(exact, rounded, [what], [known], progress, keep, floor_runs=floor_runs)
+        expected, floors[which] = found.trace, found.floor
         keep(expected, found.routers)
         return_freed_memory(collect=False)
-    return expected, floors[dtype]
+    return expected, floors[which]
 
 
 def _file_stamps(model: Model) -> tuple:

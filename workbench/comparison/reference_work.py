@@ -21,6 +21,7 @@ from .noise_floor import FloorMeasurement, NoiseFloor
 from .reference_pass import ReferencePass, RunningTrace
 
 FLOOR_RUNS = 4
+"""Runs in the engine's dtype from which a noise floor is measured."""
 EXACT, EXCHANGED = "float64", "exchanged"
 
 
@@ -43,6 +44,7 @@ class ReferenceWork:
     """The runs of one pass.
 
     Attributes:
+        floor_runs: how many runs measure the floor.
         is_known: whether the float64 trace is known, and only the floor is measured.
         jobs: names of the runs that can be made together: the float64 one, those in the engine's dtype, and, with experts, the one in
             which undecided experts are exchanged.
@@ -54,7 +56,9 @@ class ReferenceWork:
         rounded: TransformersReference,
         what: ReferencePass,
         known: tuple[Trace, Mapping[int, RouterRead]] | None,
+        floor_runs: int = FLOOR_RUNS,
     ) -> None:
+        self.floor_runs = floor_runs
         self.is_known = known is not None
         self._pass, self._known = what, known
         self._plan = what.plan(exact)
@@ -65,7 +69,7 @@ class ReferenceWork:
         self._measurement.begin(RunningTrace(self._plan, what.provenance(rounded)))
         self._exact_watch, self._watch = RouterWatch(), RouterWatch()
         self.exchanges = _Exchanges(self)
-        names = [*([] if self.is_known else [EXACT]), *(f"seed {seed}" for seed in range(FLOOR_RUNS))]
+        names = [*([] if self.is_known else [EXACT]), *(f"seed {seed}" for seed in range(floor_runs))]
         self._dtype = str(rounded.dtype).removeprefix("torch.")
         self.jobs = [*names, *([EXCHANGED] if has_routers(rounded.network) else [])]
         self._reached = {job: LayerProgress() for job in self.jobs}
