@@ -22,12 +22,13 @@ KILLS ?= 200
 # each other in every parallel loop (range_kernels/cpu/launch.py has the figures).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help setup model lab test test-fast test-python test-simulator test-browser test-notebooks test-gpu check format bench soak fuzz sweep crash-test update-pins clean
+.PHONY: help setup model lab test test-fast test-python test-simulator test-browser test-notebooks test-scale test-gpu check format bench soak fuzz sweep crash-test update-pins clean
 
 help:
 	@echo "make lab        set up, fetch the model once, open JupyterLab on notebook 01"
 	@echo "make test       every test: Python, CUDA simulator, browser (if there is a Chromium), notebooks"
 	@echo "make test-fast  the tests for the work in between: everything that is not marked slow, in a few minutes"
+	@echo "make test-scale the explorer at 100 to 32,768 tokens in a browser, timed; writes data/bench/views.json"
 	@echo "make test-gpu   the GPU tests, on this machine's GPU"
 	@echo "make check      ruff and mypy"
 	@echo "make bench      speed of kernels and engine on this machine"
@@ -75,6 +76,9 @@ test-browser: model
 
 test-notebooks: model
 	$(ONE_THREAD) $(PYTEST) --nbval notebooks -n $(WORKERS) --dist loadscope
+
+test-scale: model
+	WORKBENCH_SCALE=1 $(PYTEST) tests/browser/test_real_sizes.py -s
 
 test-gpu: model
 	$(PYTEST) tests -m gpu --ignore=tests/simulator --ignore=tests/browser

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 from tests.browser.conftest import ARTIFACTS, kernels_of
+from tests.test_memory import PEAK
 
 pytestmark = pytest.mark.browser
 SECOND = 1000
@@ -136,6 +140,16 @@ def move(page, view, slider, key, image=0):
     return time.perf_counter() - start
 
 
+def peak_memory(lab):
+    """Peak resident memory of the only running kernel so far, in bytes."""
+    (kernel,) = kernels_of(lab)
+    for process in psutil.process_iter(["cmdline"]):
+        if any(kernel["id"] in part for part in process.info["cmdline"] or ()):
+            status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+            return int(status["VmHWM"].split()[0]) * 1024
+    pytest.fail("no process of the kernel")
+
+
 def errors_in(page):
     return page.locator(
         ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'], .jp-RenderedText[data-mime-type*='error']"
@@ -181,6 +195,8 @@ def test_02_fault_menu_changes_the_verdict(page, lab):
     view = find(page, ".workbench-verdict")
     view.locator("text=bug at tap embed, token 28").first.wait_for(timeout=60 * SECOND)
     page.screenshot(path=ARTIFACTS / "02_verdict.png")
+    if sys.platform == "linux":
+        assert peak_memory(lab) < PEAK, f"{peak_memory(lab) / (1 << 30):.2f} GiB"
     explorer = find(page, ".workbench-explorer")
     explorer.locator("text=bug at tap embed, token 28").first.wait_for(
         timeout=60 * SECOND

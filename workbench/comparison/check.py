@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import tempfile
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from ..engines.base import Engine
 from ..engines.function_engine import require_engine
+from ..models.cache import cache_folder
 from ..progress import Progress, part
 from ..prompt import Prompt
 from ..trace import Trace
 from ..trace.taps import EVERY_TAP, select_taps
 from .doubt import compare_with_doubt
+from .floor_runs import reference_runs
 from .noise_floor import NoiseFloor
-from .reference_cache import reference_run
+from .reference_cache import reference_pair, reference_run
+from .reference_pass import ReferencePass
 from .reference_work import FLOOR_RUNS
 from .verdict import FACTOR, Comparison
+
+ROOM = 2 << 30
+"""Bytes of states that a verdict keeps in memory; with more, both runs are written to files while they are compared."""
 
 
 def check_engine(
@@ -31,7 +40,8 @@ def check_engine(
     """Compare an engine's hidden states on one prompt with those of the reference, Transformers.
 
     The reference runs once in float64, and four times in the engine's dtype to measure its rounding error, the noise floor; sixteen times
-    if a verdict "bug" would be doubtful (`doubt.py`). The engine runs once. See `compare` for the verdict.
+    if a verdict "bug" would be doubtful (`doubt.py`). The engine runs once. See `compare` for the verdict. States of more than 2 GB are
+    kept in files in the cache folder while they are compared, and the size is printed before.
 
     Args:
         taps: names or patterns of the hidden states to compare. A pattern that matches no tap of the engine is skipped if another
@@ -49,7 +59,12 @@ def check_engine(
         ValueError: no pattern matches a tap of the engine, a position outside the prompt, or a factor below 1.
         TraceError: the states do not fit into memory, or contain NaN in the reference.
     """
-    return _judge(engine, prompt, taps, positions, factor, device, progress, streamed)[0]
+    require_engine(engine, "check_engine")
+    chosen = shared_taps(engine, [taps] if isinstance(taps, str) else list(taps))
+    size = states_bytes(engine, prompt, chosen, positions)
+    if size > ROOM:
+        return _judge_in_files(engine, prompt, chosen, positions, factor, device, progress, streamed, size)
+    return _judge(engine, prompt, chosen, positions, factor, device, progress, streamed)[0]
 
 
 def check_with_traces(
@@ -63,7 +78,8 @@ def check_with_traces(
     taps: Sequence[str] = EVERY_TAP,
 ) -> tuple[Comparison, Trace, Trace]:
     """`check_engine` for all positions; return the comparison, the reference's float64 trace and the engine's trace."""
-    return _judge(engine, prompt, taps, slice(None), factor, device, progress, streamed)
+    require_engine(engine, "check_engine")
+    return _judge(engine, prompt, shared_taps(engine, list(taps)), slice(None), factor, device, progress, streamed)
 
 
 def shared_taps(engine: Engine, patterns: Sequence[str]) -> list[str]:
@@ -80,25 +96,62 @@ def shared_taps(engine: Engine, patterns: Sequence[str]) -> list[str]:
     return select_taps(capabilities.taps, found or patterns, capabilities.name)
 
 
+def states_bytes(
+    engine: Engine, prompt: Prompt, taps: Sequence[str], positions: slice | Sequence[int] = slice(None)
+) -> int:
+    """Bytes of the states of a verdict: the engine's, the reference's in float64, and one run of the noise floor."""
+    size = engine.plan_trace(prompt, taps, positions).nbytes
+    return 2 * size + size // engine.dtype.itemsize * 8
+
+
 def _judge(
     engine: Engine,
     prompt: Prompt,
-    taps: Iterable[str],
+    taps: Sequence[str],
     positions: slice | Sequence[int],
     factor: float,
     device: str,
     progress: Progress | None,
     streamed: bool | None,
 ) -> tuple[Comparison, Trace, Trace]:
-    require_engine(engine, "check_engine")
     dtype = str(engine.dtype).removeprefix("torch.")
-    chosen = shared_taps(engine, [taps] if isinstance(taps, str) else list(taps))
 
     def reference(report: Progress | None, runs: int) -> tuple[Trace, NoiseFloor]:
-        return reference_run(engine.model, prompt, dtype, chosen, positions, device, report, streamed, runs)
+        return reference_run(engine.model, prompt, dtype, taps, positions, device, report, streamed, runs)
 
     expected, floor = reference(part(progress, 0.0, 0.85), FLOOR_RUNS)
-    run = engine.trace(prompt, chosen, positions, progress=part(progress, 0.85, 1.0))
+    run = engine.trace(prompt, taps, positions, progress=part(progress, 0.85, 1.0))
     last = part(progress, 1.0, 1.0)  # lets the caller stop the runs of a doubtful verdict too
     comparison = compare_with_doubt(expected, run, floor, factor, lambda runs: reference(last, runs)[1])
     return comparison, expected, run
+
+
+def _judge_in_files(
+    engine: Engine,
+    prompt: Prompt,
+    taps: Sequence[str],
+    positions: slice | Sequence[int],
+    factor: float,
+    device: str,
+    progress: Progress | None,
+    streamed: bool | None,
+    size: int,
+) -> Comparison:
+    """`_judge` with the states of both runs in files, read tap by tap; they are deleted at the end."""
+    dtype = str(engine.dtype).removeprefix("torch.")
+    folder = cache_folder().parent / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="check-", dir=folder) as name:
+        print(f"{size / 1e9:.1f} GB of states: kept in files in {name} while they are compared", file=sys.stderr)
+        exact, rounded = reference_pair(engine.model, dtype, device, streamed)
+        what = [ReferencePass(prompt, tuple(taps), positions, path=Path(name) / "reference.safetensors")]
+        (found,) = reference_runs(exact, rounded, what, progress=part(progress, 0.0, 0.85))
+        last = part(progress, 1.0, 1.0)
+
+        def more(runs: int) -> NoiseFloor:
+            known = [(found.trace, found.routers)]
+            return reference_runs(exact, rounded, what, known, last, floor_runs=runs)[0].floor
+
+        path = Path(name) / "engine.safetensors"
+        run = engine.trace(prompt, taps, positions, path=path, progress=part(progress, 0.85, 1.0))
+        return compare_with_doubt(found.trace, run, found.floor, factor, more)

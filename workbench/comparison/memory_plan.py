@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..engines.base import Engine
 from ..prompt import Prompt
 from ..trace.taps import EVERY_TAP
-from .check import shared_taps
+from .check import shared_taps, states_bytes
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,11 @@ def plan_memory(engine: Engine, prompt: Prompt, limit: int) -> MemoryPlan:
     vocabulary; else the residual stream only: `embed`, `layers.*` and `norm`.
     """
     every = shared_taps(engine, list(EVERY_TAP))
-    whole = _bytes(engine, prompt, every)
+    whole = states_bytes(engine, prompt, every)
     chosen = every
     if whole > limit:
         chosen = [tap for tap in every if tap != "logits"] or every
-        if _bytes(engine, prompt, chosen) > limit:
+        if states_bytes(engine, prompt, chosen) > limit:
             chosen = [tap for tap in chosen if tap.count(".") < 2]
     left_out = tuple(tap for tap in every if tap not in chosen)
-    return MemoryPlan(tuple(chosen), _bytes(engine, prompt, chosen), left_out, whole)
-
-
-def _bytes(engine: Engine, prompt: Prompt, taps: list[str]) -> int:
-    size = engine.plan_trace(prompt, taps).nbytes
-    return 2 * size + size // engine.dtype.itemsize * 8
+    return MemoryPlan(tuple(chosen), states_bytes(engine, prompt, chosen), left_out, whole)
