@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import weakref
 
-import ipywidgets as w
 import pytest
 from ipywidgets.widgets.widget import _instances
 
 import workbench
 from workbench.engines.shared_engines import acquire_engine, release_engine
 from workbench.widgets import EngineView, PackingPanel, PatchView, RangeEditor
-from workbench.widgets.view import close_widgets
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +56,7 @@ def test_every_view_frees_its_widgets(small, tmp_path, kind):
         }
         view = kind(*arguments[kind])
         assert set(_instances) - before
-        if isinstance(view, w.Widget):
-            close_widgets(view)
-        else:
-            view.close()
+        view.close()
     assert set(_instances) - before == set()
 
 

@@ -10,6 +10,7 @@ from matplotlib.patches import Patch, Rectangle
 from ..engines.numba_engine.stats import Step, StepChunk
 from .figure import Figure
 from .style import ENGINE, FLOOR, INK, PAPER, QUIET, SPAN
+from .visible_text import drawable
 
 PROMPT = "#b0bec5"
 _CACHED = "#e4e9eb"
@@ -43,7 +44,7 @@ def schedule_figure(steps: Sequence[Step], labels: Sequence[str] = ()) -> Figure
                 _prefill(above, column, lane, chunk, most)
             seen.add(chunk.request)
     above.set_ylim(len(lanes), 0)
-    names = [labels[request] if request < len(labels) else str(request) for request in requests]
+    names = [drawable(labels[request]) if request < len(labels) else str(request) for request in requests]
     every = -(-len(lanes) // 32)
     above.set_yticks([lane + 0.5 for lane in range(0, len(lanes), every)], names[::every], fontsize=7)
     above.set_ylabel("request", fontsize=8)

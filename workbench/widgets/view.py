@@ -54,6 +54,12 @@ class View(anywidget.AnyWidget):
         """Return what the view shows now as a matplotlib figure."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Remove the view from the page and free it, its layout included."""
+        layout = self.layout
+        super().close()
+        layout.close()
+
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         bundle = super()._repr_mimebundle_(**kwargs)
         if bundle is None:
