@@ -1,4 +1,7 @@
-"""The explorer at 100 to 32,768 tokens in a browser, timed; run by `make test-scale`, which writes data/bench/views.json."""
+"""The explorer at 100 to 32,768 tokens in a browser, timed; run by `make test-scale`, which writes data/bench/views.json.
+
+Its engine is open before; the first picture is the token strip, from the key press that runs the cell.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +41,12 @@ rows = min(256, length // 8)
 starts = [length // 4, length - 2 * rows]
 items = [model.token_rows([random.randrange(3, 4000) for _ in range(rows)]) for _ in starts]
 prompt = workbench.Prompt(ids, items, [(start, start + rows) for start in starts])
-warm = workbench.explore(model, workbench.Prompt(ids[:20], [items[0][:4]], [(8, 12)]), judge=False)
+engine = workbench.open_engine("numba", model)
+warm = workbench.explore(model, workbench.Prompt(ids[:20], [items[0][:4]], [(8, 12)]), engine=engine, judge=False)
 warm.wait()
 warm.close()
 """
-SHOW = "workbench.explore(model, prompt, judge=False, new_tokens=1)"
+SHOW = "workbench.explore(model, prompt, engine=engine, judge=False, new_tokens=1)"
 PAINTED = "before => Number(document.querySelector('.workbench-explorer .wb-map')?.dataset.paints || 0) > before"
 FRAMES = """async strip => {
     const times = [];
@@ -67,7 +71,7 @@ def kernel_memory(lab):
 
 @pytest.mark.parametrize(("length", "name"), SIZES)
 def test_explorer_at(page, lab, lab_server, length, name, capsys):
-    notebook = new_notebook(cells=[new_code_cell(SETUP.format(name=name, length=length)), new_code_cell("")])
+    notebook = new_notebook(cells=[new_code_cell(SETUP.format(name=name, length=length)), new_code_cell("0")])
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     path = Path(lab_server[1]) / "notebooks" / "real.ipynb"
     nbformat.write(notebook, path)
@@ -83,6 +87,7 @@ def test_explorer_at(page, lab, lab_server, length, name, capsys):
     before = kernel_memory(lab)
     cell = page.locator(".jp-CodeCell .cm-content").last
     cell.click()
+    page.keyboard.press("Control+a")
     page.keyboard.type(SHOW)
     began = time.perf_counter()
     page.keyboard.press("Shift+Enter")

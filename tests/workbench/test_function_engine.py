@@ -141,3 +141,15 @@ def test_a_plain_object_is_refused_with_what_is_missing(network, prompt, functio
 def test_explore_refuses_a_plain_object(model, network, prompt):
     with pytest.raises(TypeError, match="explore needs an engine"):
         workbench.explore(model, prompt, engine=network)
+
+
+def test_a_cancelled_prefill_of_the_reference_ends_before_its_next_layer(model, prompt):
+    engine = workbench.open_engine("transformers", model, dtype="float32")
+    seen = []
+    layers = engine._net.layers
+    layers[5].register_forward_hook(lambda *given: (engine.cancel(7), None)[1])
+    layers[6].register_forward_hook(lambda *given: seen.append(6))
+    outputs = list(engine.stream(prompt, GenerationConfig(max_new_tokens=4), session_id=7))
+    assert [output.status for output in outputs] == [workbench.ResponseType.CANCEL]
+    assert seen == []
+    assert len(engine.generate(prompt, GenerationConfig(max_new_tokens=2, ignore_eos=True)).token_ids) == 2

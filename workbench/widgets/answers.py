@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from html import escape
 
 from cachetools import LRUCache
 
 from ..engines.base import Engine
-from ..engines.types import GenerationConfig
+from ..engines.types import GenerationConfig, ResponseType
+from ..progress import Stopped
 from ..prompt import Prompt
 
 _MAX_ANSWERS = 200
+_sessions = itertools.count(1 << 40)  # far from the ids that users choose
 _Key = tuple[str, str, int]
 
 
@@ -28,6 +31,13 @@ class Answers:
         self._start = start
         self._cached: LRUCache[_Key, str] = LRUCache(_MAX_ANSWERS)
         self._running: dict[_Key, str] = {}
+        self._request: tuple[Engine, int] | None = None
+
+    def cancel(self) -> None:
+        """End the request that is being answered, if there is one; any thread may call it."""
+        request = self._request
+        if request is not None:
+            request[0].cancel(request[1])
 
     def get(self, name: str, prompt: Prompt, new_tokens: int) -> str | None:
         """Return the complete answer of the engine `name` to a prompt, or None if it has not been generated."""
@@ -38,7 +48,7 @@ class Answers:
     ) -> Iterator[tuple[str, float]]:
         """Generate the answers that are not cached; yields (what is being done, fraction done) after each step.
 
-        The iterator may be abandoned at any step; an unfinished answer is not cached.
+        The iterator may be abandoned at any step, and raises Stopped after `cancel`; an unfinished answer is not cached.
 
         Args:
             engines: by name, the engine under test first.
@@ -53,10 +63,14 @@ class Answers:
             if key in self._cached:
                 continue
             tokens: list[int] = []
-            for output in engine.stream(asked, config):
+            self._request = engine, next(_sessions)
+            for output in engine.stream(asked, config, session_id=self._request[1]):
+                if output.status is ResponseType.CANCEL:
+                    raise Stopped
                 tokens += output.token_ids
                 self._running[key] = engine.model.tokenizer.decode(tokens, skip_special_tokens=True)
                 yield f"{name} answers", len(tokens) / new_tokens
+            self._request = None
             self._cached[key] = self._running.pop(key, "")
 
     def html(self, engines: dict[str, Engine], prompt: Prompt, home: Prompt, new_tokens: int) -> str:

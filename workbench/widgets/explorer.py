@@ -181,6 +181,7 @@ class Explorer(Panel):
     def close(self) -> None:
         """Stop running work, remove the view, free its widgets and states, and release an engine that `explore` opened."""
         self._jobs.close()
+        self._answers.cancel()
         if self._on_close is not None:
             self._on_close()
             self._on_close = None
@@ -224,6 +225,10 @@ class Explorer(Panel):
             Exception
         ):  # for example, the word to inject has no tokens; the error that is being shown says what is wrong
             return ""
+
+    def _changed(self, change: object = None) -> None:
+        super()._changed()
+        self._answers.cancel()  # of ranges that are no longer these; a prefill would go on for seconds
 
     def _injection_changed(self, change: object = None) -> None:
         self.editor.refresh()

@@ -18,7 +18,7 @@ import torch
 from ...errors import EmbeddingRangeError, ModelError, TraceError
 from ...models import Model
 from ...models.options import parse_device, parse_dtype
-from ...progress import Progress, part
+from ...progress import Progress, Stopped, part
 from ...prompt import Prompt
 from ...trace import Trace
 from ...trace.taps import decoder_taps
@@ -178,7 +178,8 @@ class TransformersReference(Engine):
     def run_generation(
         self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
     ) -> Generator[EngineOutput, None, None]:
-        yield from generate(CachedRun(self, prompt), prompt, config, stop_tokens(self.model, config))
+        with contextlib.suppress(Stopped):
+            yield from generate(CachedRun(self, prompt, cancelled), prompt, config, stop_tokens(self.model, config))
 
     @contextlib.contextmanager
     def watching(self, watch: RouterWatch) -> Iterator[None]:
