@@ -41,6 +41,8 @@ NO_FAULT = "none"
 _PROMPT_FAULTS = tuple(fault.name for fault in faults_of("prompt") if fault.any_prompt)
 _JUDGE_BYTES = 2 << 30
 """States that a verdict may keep in memory; beyond that it leaves taps out, and says so."""
+_QUICK = 500
+"""Tokens of a prompt whose map is there almost at once."""
 _PAUSE_SECONDS = 0.35  # without a change, before answers are generated
 
 
@@ -197,7 +199,8 @@ class Explorer(Panel):
         return self.map.figure()
 
     def snapshot(self) -> Figure | None:
-        if self._mapped.wait(snapshot_seconds()):  # for the map only: answers and verdict take seconds longer
+        usual = 0.4 if len(self._home) <= _QUICK else 0.0
+        if self._mapped.wait(snapshot_seconds(usual)):  # for the map only: answers and verdict take seconds longer
             return self.map.figure()
         return self.editor.snapshot()
 

@@ -29,15 +29,15 @@ def source(*names: str) -> str:
     return "\n".join((_STATIC / name).read_text(encoding="utf-8") for name in names)
 
 
-def snapshot_seconds() -> float:
+def snapshot_seconds(usual: float = 0.4) -> float:
     """How long displaying a view waits for its static image; after that, the notebook stores a simpler one, or none.
 
-    A person waits for the view, so it is short. Where a notebook is executed to be stored, `WORKBENCH_SNAPSHOT_SECONDS` can be longer.
+    A person waits for the view, so `usual` is short. Where a notebook is executed to be stored, `WORKBENCH_SNAPSHOT_SECONDS` can be longer.
     """
     try:
         return float(os.environ.get("WORKBENCH_SNAPSHOT_SECONDS", ""))
     except ValueError:
-        return 0.4
+        return usual
 
 
 @cache
