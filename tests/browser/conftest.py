@@ -160,3 +160,15 @@ def page(chromium):
     page.on("request", lambda request: None if request.url.startswith(local) else page.outside.append(request.url))
     yield page
     context.close()
+
+
+def serious(page, selector):
+    """The serious and critical violations of accessibility that axe finds inside a view."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    return [
+        f"{selector}: {each['id']}: {each['help']} ({node['html'][:160]})"
+        for each in Axe().run(page, context=selector).response["violations"]
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
-from tests.browser.conftest import ARTIFACTS, kernels_of
+from tests.browser.conftest import ARTIFACTS, kernels_of, serious
 from tests.test_memory import PEAK
 
 pytestmark = pytest.mark.browser
@@ -228,4 +228,5 @@ def test_06_engine_view_shows_finished_requests(page, lab):
     view.locator("text=63 finished").wait_for(timeout=60 * SECOND)
     assert image(view).startswith("data:image/png")
     page.screenshot(path=ARTIFACTS / "06_live.png")
+    assert serious(page, ".workbench-engine") == []
     assert_no_errors(page)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.browser.conftest import ARTIFACTS, end_kernels
+from tests.browser.conftest import ARTIFACTS, end_kernels, serious
 from tests.browser.test_notebooks import SECOND, assert_no_errors, find, go_dark, open_and_run, wait_idle
 
 pytestmark = pytest.mark.browser
@@ -14,17 +14,6 @@ VIEWS = (".scale-map", ".scale-editor", ".scale-patches", ".scale-rows", ".workb
 
 def cells(page):
     return page.evaluate("() => window.jupyterapp.shell.currentWidget.content.model.cells.length")
-
-
-def serious(page, selector):
-    from axe_playwright_python.sync_playwright import Axe
-
-    return [
-        f"{selector}: {each['id']}: {each['help']} ({node['html'][:160]})"
-        for each in Axe().run(page, context=selector).response["violations"]
-        if each["impact"] in ("serious", "critical")
-        for node in each["nodes"]
-    ]
 
 
 def reddest(canvas, x):

@@ -24,6 +24,7 @@ from ..engines.numba_engine.incremental import IncrementalTrace
 from ..errors import ModelError, PromptError
 from ..faults import FAULTS, FaultyEngine, faults_of
 from ..plots.figure import Figure
+from ..progress import Stopped
 from ..prompt import Prompt
 from ..trace import Trace
 from . import components
@@ -224,9 +225,7 @@ class Explorer(Panel):
     def _state_or_empty(self) -> str:
         try:
             return self._state()
-        except (
-            Exception
-        ):  # for example, the word to inject has no tokens; the error that is being shown says what is wrong
+        except Exception:  # the error that is being shown says what is wrong with the prompt
             return ""
 
     def _changed(self, change: object = None) -> None:
@@ -275,10 +274,18 @@ class Explorer(Panel):
         yield
         change = self._change()
         self.faulty_engine.check(prompt)
-        injected = self._run(prompt if change is None else change(prompt))
+        known, same = self._maps if self._maps_plain is self._plain else None, 0
+        try:
+            injected = self._run(prompt if change is None else change(prompt))
+        except Stopped:
+            raise  # the kept states are still those of the maps
+        except BaseException:
+            self._maps_plain = None
+            raise
+        incremental, self._maps_plain = self._incremental, None  # until the maps are those of the new states
+        if incremental is not None:
+            same = len(prompt) - incremental.computed
         self._hide_progress()
-        same = len(prompt) - self._incremental.computed if self._incremental is not None else 0
-        known = self._maps if self._maps_plain is self._plain else None
         self._maps = maps = state_maps(self.engine, injected, self._plain, prompt, known, same)
         self._maps_plain = self._plain
         self.map.show(maps, {"lens": METRICS["lens"].title, "error": METRICS["error"].title})

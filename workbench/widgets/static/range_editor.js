@@ -267,7 +267,10 @@ function render({ model, el }) {
   const drop = () => {
     if (drag?.moved) said.textContent = `range ${drag.item}: [${ranges[drag.item]})`;
     drag = null;
-    if (fromKernel) take(fromKernel);
+    if (fromKernel) {
+      take(fromKernel);
+      send(); // moves after Python's change had replaced it there
+    }
   };
   strip.addEventListener("pointerup", drop);
   strip.addEventListener("pointercancel", drop);
