@@ -1,5 +1,7 @@
 """Verdicts: rounding is noise, each injected fault is a bug at the right place, and incomparable traces are refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,9 @@ import workbench
 from workbench import GenerationConfig, TraceError
 from workbench.benchmarks.calibrate_verdict import clean_prompts, clean_runs
 from workbench.comparison import check_engine, compare
+from workbench.comparison.doubt import compare_with_doubt
 from workbench.comparison.metrics import cosine, relative_error, unit_roundoff
+from workbench.comparison.noise_floor import NoiseFloor
 from workbench.comparison.reference_cache import reference_engine as cached_reference
 from workbench.comparison.reference_cache import reference_run
 from workbench.faults import FAULTS
@@ -186,3 +190,27 @@ def test_a_doubtful_bug_is_judged_by_more_runs(model):
     if first.failed:  # which of four runs are small depends on the processor
         assert (judged.floors >= first.floors).all()
         assert (judged.floors > first.floors)[first.wrong].all()
+
+
+@pytest.mark.parametrize(("size", "asked", "verdict"), [(4.0, [], "noise"), (20.0, [16], "noise"), (1e4, [], "bug")])
+def test_only_a_doubtful_bug_asks_for_more_runs(traces, size, asked, verdict):
+    """An error of `size` floors of a floor that is made too small; sixteen runs give the right one, ten times as large."""
+    exact, run, rounded = traces
+    right = NoiseFloor.measure(exact, [rounded], ["layers.3"])
+    small = replace(
+        right, errors={"layers.3": torch.full_like(right.errors["layers.3"], 1e-6)}, typical={"layers.3": 1e-6}
+    )
+    large = replace(small, errors={"layers.3": small.errors["layers.3"] * 10}, typical={"layers.3": 1e-5})
+    state = exact["layers.3"].clone()
+    state[5] *= 1 + size * 1e-6
+    provenance = run.provenance
+    asked_for = []
+
+    def more(runs):
+        asked_for.append(runs)
+        return large
+
+    given = Trace({"layers.3": state.float()}, run.positions, provenance)
+    expected = Trace({"layers.3": exact["layers.3"]}, exact.positions, exact.provenance)
+    assert compare_with_doubt(expected, given, small, 8.0, more).verdict == verdict
+    assert asked_for == asked

@@ -38,8 +38,25 @@ def test_growth_with_the_position_is_named(last, seed):
     assert "order of summation" in str(drift)
 
 
-def test_clean_ratios_are_no_drift():
-    assert found(clean()) is None
+def test_clean_ratios_are_no_drift_even_if_all_are_called_wrong():
+    ratios = clean()
+    assert find_drift(ratios, torch.ones_like(ratios, dtype=torch.bool), TAPS, FACTOR) is None
+
+
+def test_a_layer_whose_error_grows_with_the_position_is_no_drift():
+    """Its own angles or window are wrong: the layers before it do not drift."""
+    taps = ("embed", *(f"layers.{number}" for number in range(12)))
+    generator = torch.Generator().manual_seed(0)
+    ratios = 0.8 * torch.exp(0.3 * torch.randn(len(taps), 4096, generator=generator, dtype=torch.float64))
+    ratios[7:] *= torch.linspace(1, 26, 4096, dtype=torch.float64)
+    assert find_drift(ratios, ratios > FACTOR, taps, FACTOR) is None
+
+
+@pytest.mark.parametrize("size", [40.0, 60.0])
+def test_one_wrong_token_late_in_a_drift_is_not_hidden(size):
+    ratios = drifting(last=10.0)
+    ratios[2, 3000] = size
+    assert found(ratios) is None
 
 
 def test_one_wrong_token_in_a_drift_is_not_hidden():

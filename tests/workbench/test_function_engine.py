@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -39,7 +40,7 @@ def logits_of(model, network, dtype=torch.float32, shift=0):
 
 def states_of(model, network):
     def compute(prompt):
-        out = network(inputs_embeds=spliced(model, prompt)[None], output_hidden_states=True)
+        out = network(inputs_embeds=spliced(model, prompt)[None].to(network.dtype), output_hidden_states=True)
         inner = out.hidden_states[1:-1]
         states = {"embed": out.hidden_states[0][0], "norm": out.hidden_states[-1][0], "logits": out.logits[0]}
         return states | {f"layers.{number}": state[0] for number, state in enumerate(inner)}
@@ -76,21 +77,52 @@ def test_states_say_where_and_taps_are_sorted(model, network, prompt):
     assert workbench.probe(engine, prompt, only=["canary"]).results[0].passed
 
 
-def test_an_undeclared_dtype_is_recognised(model, prompt):
+def test_an_undeclared_dtype_is_recognised_by_several_states(model, prompt):
     half = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16)
-    engine = workbench.engine_from(logits_of(model, half, torch.bfloat16), model, dtype="float32")
-    text = str(workbench.check_engine(engine, prompt))
+    states = states_of(model, half)
+    text = str(workbench.check_engine(workbench.engine_from(states, model, dtype="float32"), prompt))
     assert text.startswith("bug")
     assert "rounding to bfloat16 or float16: was that meant, not float32?" in text
+    alone = workbench.check_engine(workbench.engine_from(lambda given: states(given)["logits"], model), prompt)
+    assert alone.failed
+    assert alone.looks_like is None  # a wrong weight would look the same
 
 
-def test_a_more_exact_dtype_is_recognised_too(model, prompt):
-    exact = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float64)
-    comparison = workbench.check_engine(workbench.engine_from(logits_of(model, exact, torch.float64), model), prompt)
-    assert not comparison.failed
-    assert (
-        comparison.looks_like is None
-    )  # rounded to the declared float32 when they are taken, the states have its error
+def test_a_wrong_weight_is_not_called_another_dtype(model, network, prompt):
+    def wrong(given):
+        with torch.no_grad():
+            network.model.layers[20].mlp.down_proj.weight.mul_(1.02)
+            out = states_of(model, network)(given)
+            network.model.layers[20].mlp.down_proj.weight.div_(1.02)
+        return out
+
+    comparison = workbench.check_engine(workbench.engine_from(wrong, model), prompt)
+    assert comparison.failed
+    assert comparison.looks_like is None
+
+
+def test_states_that_are_not_finite_are_shown(model, network, prompt):
+    """The verdict, its chart and the map, in the view and as figures."""
+    from workbench.plots import comparison_figure, to_png
+
+    def overflowing(given):
+        logits = logits_of(model, network)(given).clone()
+        logits[0] = torch.inf
+        logits[1] = torch.nan
+        return logits
+
+    explorer = workbench.explore(model, prompt, engine=workbench.engine_from(overflowing, model), new_tokens=1)
+    assert explorer.wait()
+    assert explorer.comparison.verdict == "bug", explorer.status.value
+    assert to_png(comparison_figure(explorer.comparison, explorer.map.tokens)).startswith(b"\x89PNG")
+    assert np.isinf(np.frombuffer(explorer.map.values, np.float32)[:2]).all()
+    explorer.map.metric = "lens"  # which this engine cannot compute: the rest goes on
+    assert explorer.wait()
+    assert "does not expose its head" in explorer.map.message
+    explorer.editor.embedding_ranges = [[21, 30]]
+    assert explorer.wait()
+    assert explorer.comparison is not None
+    explorer.close()
 
 
 def test_explore_shows_what_there_is(model, network, prompt):
@@ -115,6 +147,7 @@ def test_explore_shows_what_there_is(model, network, prompt):
         (lambda prompt: torch.zeros(2, 4096, dtype=torch.int64), "a tensor of torch.int64 as logits"),
         (lambda prompt: {"layers.99": torch.zeros(2, 64)}, "the tap 'layers.99', which is none of embed"),
         (lambda prompt: {"norm": torch.zeros(2, 7)}, "norm of shape"),
+        (lambda prompt: {}, "returned no states"),
         ("text", "needs a function from a prompt to logits, not str"),
     ],
 )

@@ -130,7 +130,7 @@ class StateMaps:
                 if progress:
                     progress((row + min(start + step, len(states)) / len(states)) / len(self.taps))
             found.append(engine.model.tokens(likeliest))
-        self.values["lens"], self.words = chances, found
+        self.values["lens"], self.words = _worst_if_nan(chances, "lens").astype(np.float32), found
 
     def neighbours(self, row: int, token: int, count: int = 6) -> list[tuple[int, float]]:
         """The tokens whose states at tap number `row` are nearest to that of `token` by cosine: (index, cosine), nearest first.

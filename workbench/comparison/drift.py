@@ -9,8 +9,10 @@ import torch
 _BLOCKS = 8
 _FEWEST = 64
 """Positions of a block; a prompt of fewer than `_BLOCKS * _FEWEST` positions shows no trend that chance could not."""
-_SPREAD = 6.0
-"""The largest ratio of a block over its median: on clean runs, whose cells scatter as rounding does, it is 2 to 4."""
+_SPREAD = 4.0
+"""The largest ratio among `_FEWEST` neighbours over their median; on clean runs the largest ratio of all cells is about three medians."""
+_GROWING = 1.3
+"""Growth from the first block to the last of a tap that takes part in the drift, though it is not above the noise."""
 _STEEPEST = 2.0 * (2 * _BLOCKS - 1)
 """The largest growth from the first block to the last: twice that of an error which is proportional to the position."""
 _LARGEST = 16.0
@@ -60,11 +62,22 @@ def find_drift(ratios: torch.Tensor, wrong: torch.Tensor, taps: tuple[str, ...],
     size = positions // _BLOCKS
     blocks = ratios[rows][:, positions - size * _BLOCKS :].reshape(len(rows), _BLOCKS, size)
     medians = blocks.quantile(0.5, dim=2)
-    smooth = (blocks.amax(dim=2) <= _SPREAD * medians).all()
-    growing = (medians[:, 1:] >= 0.75 * medians[:, :-1]).all() and (medians[:, -1] >= 2.0 * medians[:, 0]).all()
+    near = ratios[rows][:, positions % _FEWEST :].reshape(len(rows), -1, _FEWEST)
+    smooth = (near.amax(dim=2) <= _SPREAD * near.quantile(0.5, dim=2)).all()
+    jumps = medians[:, 1:] / medians[:, :-1]
+    growing = ((jumps >= 0.75) & (jumps <= 3.0)).all() and (medians[:, -1] >= 2.0 * medians[:, 0]).all()
     slow = (medians[:, -1] <= _STEEPEST * medians[:, 0]).all() and (medians[:, 0] <= factor).all()
     # What the blocks leave out, the first few positions, must be right.
     rest = not wrong[:, : positions - size * _BLOCKS].any()
-    if not (smooth and growing and slow and rest):
+    if not (smooth and growing and slow and rest and _grows_before(ratios, rows[0], taps, size)):
         return None
     return Drift(taps[rows[0]], float(medians[0, 0]), float(medians[0, -1]), float(ratios.max()))
+
+
+def _grows_before(ratios: torch.Tensor, first: int, taps: tuple[str, ...], size: int) -> bool:
+    """Whether most taps before the first wrong one grow too: a drift begins in the first attention, a wrong layer at that layer."""
+    before = [row for row in range(first) if taps[row] != "embed"]
+    if not before:
+        return True
+    begin, end = ratios[before, :size].quantile(0.5, dim=1), ratios[before, -size:].quantile(0.5, dim=1)
+    return bool((end >= _GROWING * begin).double().mean() > 0.5)

@@ -10,6 +10,8 @@ _WITHIN = 10.0
 """How far errors may be from the ratio of two dtypes' roundings: kernels in 16 bits add up in 32, which makes errors a few times smaller."""
 _EVEN = 6.0
 """The largest ratio of two taps' errors, in noise floors; a fault that begins somewhere has a larger one."""
+_FEWEST = 4
+"""Taps besides `embed`: with fewer, a wrong weight looks like another dtype."""
 _NAMES = {
     "float64": "float64",
     "float32": "float32",
@@ -28,7 +30,7 @@ def guess_dtype(ratios: torch.Tensor, taps: tuple[str, ...], dtype: str) -> str 
         dtype: the declared one.
     """
     inside = [row for row, tap in enumerate(taps) if tap != "embed"]  # rows may have been rounded before they came
-    if not inside or not torch.isfinite(ratios).all():
+    if len(inside) < _FEWEST or not torch.isfinite(ratios).all():
         return None
     typical = ratios[inside].quantile(0.5, dim=1)
     if bool((typical <= 0).any()) or float(typical.max() / typical.min()) > _EVEN:

@@ -37,6 +37,6 @@ def plan_memory(engine: Engine, prompt: Prompt, limit: int) -> MemoryPlan:
     if whole > limit:
         chosen = [tap for tap in every if tap != "logits"] or every
         if states_bytes(engine, prompt, chosen) > limit:
-            chosen = [tap for tap in chosen if tap.count(".") < 2]
+            chosen = [tap for tap in chosen if tap.count(".") < 2] or chosen
     left_out = tuple(tap for tap in every if tap not in chosen)
     return MemoryPlan(tuple(chosen), states_bytes(engine, prompt, chosen), left_out, whole)

@@ -28,12 +28,11 @@ from .noise_floor import NoiseFloor, check_comparable, check_shape, state_digest
 FACTOR = 8.0
 """An error of up to 8 times the noise floor counts as noise.
 
-Measured with `python -m workbench.benchmarks.calibrate_verdict` (seed 3, 8 to 100 tokens) on SmolLM2-135M, 70 runs each in float32, bfloat16 and
-float16 on a CPU: the largest ratio of a run has a median of 1.7 to 1.9 and a maximum of 4.4. (With one long sum per dot product,
-before the engine added up 64 terms at a time, one run of 210 exceeded 8.)"""
-
+Measured on clean runs of the Numba engine in float32, bfloat16 and float16 (data/bench/README.md, "False alarms"): the largest ratio of a run has
+a median of 1.5 to 2.2 and a maximum of 4.4. (With one long sum per dot product, before the engine added up 64 terms at a time, one run of
+210 exceeded 8.)"""
 CALIBRATED = (8, 16384)
-"""The lengths of prompts, in tokens, for which `FACTOR` was measured."""
+"""The lengths of prompts, in tokens, for which `FACTOR` was measured; above 2,048 mostly on a random model with 40 layers."""
 
 
 @dataclass(frozen=True)

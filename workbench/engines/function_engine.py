@@ -22,7 +22,7 @@ PAGE = "workbench/engines/README.md"
 """Where bringing an engine is explained."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 Compute = Callable[[Prompt], Any]
-"""A function from a prompt to logits `[seq, vocab]`, or to `{tap: states [seq, width]}` with "logits" among them."""
+"""A function from a prompt to logits `[seq, vocab]`, or to `{tap: states [seq, width]}`; without "logits" it cannot generate."""
 
 
 def engine_from(
@@ -39,8 +39,8 @@ def engine_from(
     """Return an engine that computes by calling your function, for `check_engine`, `probe`, `explore` and the other tools.
 
     Args:
-        compute: takes a `Prompt`; returns logits `[seq, vocab]`, or `{tap: [seq, width]}` with "logits" and any of the taps "embed",
-            "layers.0", ..., "layers.0.attention", "layers.0.mlp", ..., "norm". It is called once here, with a prompt of two tokens, to
+        compute: takes a `Prompt`; returns logits `[seq, vocab]`, or `{tap: [seq, width]}` with any of the taps "embed", "layers.0", ...,
+            "layers.0.attention", "layers.0.mlp", ..., "norm", "logits" (without which it cannot generate). It is called once here, with a prompt of two tokens, to
             learn which taps it has.
         model: what it computes; the reference reads it.
         dtype: in which it computes: the noise floor is that of this dtype.
@@ -113,6 +113,10 @@ class FunctionEngine(Engine):
         except Exception as error:
             raise ModelError(f"{self._name} failed on {len(prompt)} tokens: {type(error).__name__}: {error}") from error
         states = dict(given) if isinstance(given, Mapping) else {"logits": given}
+        if not states:
+            raise ModelError(
+                f"{self._name} returned no states: return logits [{len(prompt)}, vocab], or {{tap: states}} (see {PAGE})"
+            )
         for tap, state in states.items():
             self._check(tap, state, prompt)
         if self._taps is not None and set(states) != set(self._taps):

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
 from ..comparison import Comparison, LocalError
-from .columns import column_extent, columns_note, mark_failures, tokens_per_column, worst_per_column
+from .columns import FAILED, column_extent, columns_note, mark_failures, tokens_per_column, worst_per_column
 from .figure import Figure
 from .style import ENGINE, FLOOR, SPAN, mark_spans, mark_tokens, tap_axis, token_axis
 from .visible_text import without_math
@@ -64,13 +64,16 @@ def _draw_errors(axes: Axes, comparison: Comparison) -> None:
     tiny = np.finfo(np.float32).tiny
     floor = np.array([row["floor"] for row in rows], dtype=float)
     error = np.array([max(float(row["error"]), tiny) for row in rows])
+    finite = np.isfinite(error)
+    largest = max(error[finite].max(initial=0.0), floor.max() * comparison.factor) * 3
+    smallest = min(floor.min(), max(error[finite].min(initial=floor.min()), floor.min() / 100)) / 3
     axes.fill_between(
         at, floor, floor * comparison.factor, color=FLOOR, alpha=0.3, linewidth=0, label="explained by rounding"
     )
     axes.plot(at, floor, color=FLOOR, linewidth=1.5, label=f"noise floor (Transformers, {comparison.dtype})")
     axes.plot(
         at,
-        error,
+        np.where(finite, error, np.nan),
         color=ENGINE,
         linewidth=1.5,
         marker=".",
@@ -81,9 +84,10 @@ def _draw_errors(axes: Axes, comparison: Comparison) -> None:
         index = comparison.taps.index(comparison.first_divergence.tap)
         axes.axvline(index, color=SPAN, linewidth=1.2, label=f"first divergence: {comparison.first_divergence.tap}")
     axes.set_yscale("log")
-    axes.set_ylim(
-        min(floor.min(), max(error.min(), floor.min() / 100)) / 3, max(error.max(), floor.max() * comparison.factor) * 3
-    )
+    axes.set_ylim(smallest, largest)
+    if not finite.all():
+        above = axes.get_xaxis_transform()
+        axes.plot(at[~finite], np.full((~finite).sum(), 0.97), "x", color=FAILED, transform=above, label="not finite")
     step = max(1, len(rows) // 16)
     axes.set_xticks(
         at[::step], [str(rows[i]["tap"]).removeprefix("layers.") for i in at[::step]], fontsize=7, rotation=30

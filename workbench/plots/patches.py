@@ -61,8 +61,13 @@ def grids_figure(
             aspect = grid.image.height / grid.lines * grid.columns / grid.image.width
             axes.imshow(grid.image, extent=extent, aspect=aspect)
         if grid.values is not None:
+            low, high = cast(float, norm.vmin), cast(float, norm.vmax)
+            # Infinity, a state that is not finite, is above the scale, where `colours` has a colour of its own.
+            inside = np.where(
+                np.isinf(grid.values), 2.0 * high + 1.0, np.clip(grid.values, low, high - 1e-6 * (high - low))
+            )
             coloured = axes.imshow(
-                np.ma.masked_invalid(np.clip(grid.values, norm.vmin, norm.vmax)),
+                np.ma.masked_invalid(inside),
                 cmap=colours, norm=norm, alpha=opacity, interpolation="nearest", extent=extent, aspect=aspect,
             )  # fmt: skip
         axes.set_xticks([])

@@ -107,6 +107,8 @@ class Explorer(Panel):
         self._maps_plain: Trace | None = None  # the run without embeddings that the maps were made from
         self._answers = Answers(answer_start)
         self._on_close = on_close
+        self._closed = False
+        self._overwritten = False  # whether a run has begun to write its states over those of the map
         self._mapped = threading.Event()  # set by the first map, or by an error that prevented it
         self._map_state = self._verdict_state = ""  # `_state()` when the shown map and verdict were computed
         self._colour_lock = threading.Lock()  # the user may select a layer while the worker sets new maps
@@ -183,6 +185,7 @@ class Explorer(Panel):
 
     def close(self) -> None:
         """Stop running work, remove the view, free its widgets and states, and release an engine that `explore` opened."""
+        self._closed = True
         self._jobs.close()
         self._answers.cancel()
         if self._on_close is not None:
@@ -266,7 +269,8 @@ class Explorer(Panel):
             self.verdict.say("plain", "not compared at these ranges yet; the last comparison is shown below")
         self.patches.show(prompt)
         self.map.spans = [list(pair) for pair in prompt.embedding_ranges]
-        self.map.stale = self._map_state not in ("", state)
+        # After a run that was stopped, the states in memory are not those of the map, even if its ranges are back.
+        self.map.stale = self._map_state != "" and (self._map_state != state or self._overwritten)
         bare = prompt.without_embeddings
         if self._plain is None or self._plain.provenance["prompt"] != bare.digest:
             states = [tap for tap in self._taps if tap != "logits"] or self._taps
@@ -275,6 +279,7 @@ class Explorer(Panel):
         change = self._change()
         self.faulty_engine.check(prompt)
         known, same = self._maps if self._maps_plain is self._plain else None, 0
+        self._overwritten = True
         try:
             injected = self._run(prompt if change is None else change(prompt))
         except Stopped:
@@ -286,11 +291,14 @@ class Explorer(Panel):
         if incremental is not None:
             same = len(prompt) - incremental.computed
         self._hide_progress()
-        self._maps = maps = state_maps(self.engine, injected, self._plain, prompt, known, same)
+        maps = state_maps(self.engine, injected, self._plain, prompt, known, same)
+        if self._closed:
+            return
+        self._maps, self._overwritten, self.map.stale = maps, False, False
         self._maps_plain = self._plain
         self.map.show(maps, {"lens": METRICS["lens"].title, "error": METRICS["error"].title})
         self._colour()
-        self._map_state, self.map.stale = state, False
+        self._map_state = state
         self.status.value = self._describe(maps, home)
         self.map_seconds = time.perf_counter() - began
         self._mapped.set()
@@ -361,7 +369,12 @@ class Explorer(Panel):
     def _add_lens(self, maps: StateMaps) -> Iterator[None]:
         if "lens" not in maps.values:
             self.map.message = "applying the logit lens to every state …"
-            maps.add_lens(self.engine, self._progress("logit lens"))
+            try:
+                maps.add_lens(self.engine, self._progress("logit lens"))
+            except ModelError as error:  # the engine does not expose its head; answers and verdict go on
+                self._hide_progress()
+                self.map.clear(str(error))
+                return
             yield
         self._hide_progress()
         self.map.refresh()
@@ -399,10 +412,12 @@ class Explorer(Panel):
             self.patches.colour(maps.values[metric][row], metric, maps.bounds(metric), caption, self.map.scale)
 
     def _show_error(self, error: Exception) -> None:
+        if self._closed:
+            return
         super()._show_error(error)
         if self._map_state != self._state_or_empty():  # what is shown belongs to other ranges
             self.map.clear("these ranges do not run: see the message below")
-            self.map.stale = False
+            self.map.stale, self.map.maps = False, None
             self.patches.clear()
             self.words.value = ""
             if self._verdict_state:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..analysis.state_maps import METRICS
 from ..plots.figure import Figure
+from ..plots.heat_map import NOT_FINITE
 from ..plots.patches import PatchGrid, grids_figure
 from ..plots.visible_text import drawable, escaped, label
 from ..prompt import Prompt, Span
@@ -100,7 +101,7 @@ class PatchView(View):
         if low >= high or (logarithmic and low <= 0):  # no valid colour scale: draw without colours
             values, logarithmic = values[:0], False
         if logarithmic:
-            values = np.where(values > 0, values, np.nan)
+            values = np.where((values > 0) | np.isinf(values), values, np.nan)
         grids = []
         for item in items:
             lines, columns, start = item["lines"], item["columns"], item["start"]
@@ -116,7 +117,9 @@ class PatchView(View):
         left_out = len(self.items) - len(items)
         caption = self.caption + (f"; {left_out} more items are not drawn" if left_out else "")
         norm = LogNorm(low, high) if logarithmic else Normalize(low, high)
-        colours = ListedColormap(np.frombuffer(self.palette, np.uint8).reshape(-1, 3) / 255)
+        colours = ListedColormap(np.frombuffer(self.palette, np.uint8).reshape(-1, 3) / 255).with_extremes(
+            over=NOT_FINITE
+        )
         return grids_figure(grids, norm, colours, self.opacity, drawable(caption))
 
     def _items(self, prompt: Prompt) -> list[dict[str, Any]]:

@@ -144,6 +144,7 @@ function render({ model, el }) {
 
   // Turn to the page of a token that another view points at.
   function turnTo(token) {
+    if (items.some(({ start, rows }) => token >= start && token < start + rows)) return;
     const at = model.get("items").findIndex(({ start, rows }) => token >= start && token < start + rows);
     if (at < 0 || Math.floor(at / PAGE) === page) return;
     page = Math.floor(at / PAGE);
@@ -171,7 +172,8 @@ function render({ model, el }) {
     [["items"], onceAFrame(move)],
     [["width", "images"], onceAFrame(build)],
     [["values", "bounds", "palette", "scale", "opacity"], recolour],
-    [["hovered", "caption"], onceAFrame(() => { turnTo(model.get("hovered")); mark(); })],
+    [["hovered"], onceAFrame(() => { turnTo(model.get("hovered")); mark(); })],
+    [["caption"], onceAFrame(mark)],
   ]);
   build();
   return () => {
