@@ -69,7 +69,7 @@ test-python: model
 	$(ONE_THREAD) $(PYTEST) tests --ignore=tests/simulator --ignore=tests/browser -n $(WORKERS) --dist loadgroup
 
 test-simulator: $(READY)
-	NUMBA_ENABLE_CUDASIM=1 $(PYTEST) tests/simulator
+	$(ONE_THREAD) NUMBA_ENABLE_CUDASIM=1 $(PYTEST) tests/simulator -n $(WORKERS)
 
 test-browser: model
 	$(ONE_THREAD) $(PYTEST) tests/browser -n $(WORKERS) --dist loadgroup
