@@ -176,10 +176,8 @@ def test_axe_finds_no_serious_violation_in_light_or_dark_theme(page, lab):
 
 
 def test_saved_explorer_reopens_and_restarts(page, lab):
-    """A saved notebook shows its last state without a kernel; a restart creates the explorer in a new kernel."""
+    """A saved notebook shows its last state without a kernel, by default; a restart creates the explorer in a new kernel."""
     explorer = open_explorer(page, lab)
-    page.get_by_role("menuitem", name="Settings", exact=True).click()
-    page.get_by_text("Save Widget State Automatically", exact=True).click()
     handle = explorer.locator("[data-key='1-both']")
     handle.focus()
     handle.press("ArrowRight")
