@@ -168,6 +168,7 @@ def test_states_in_files_give_the_same_verdict(model, prompt, monkeypatch, capsy
     expected = workbench.check_engine(engine, prompt)
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     monkeypatch.setattr(check, "ROOM", 1 << 20)
+    (tmp_path / "runs" / "check-2000000000-of-a-killed-process").mkdir(parents=True)
     found = workbench.check_engine(engine, prompt)
     assert torch.equal(found.errors, expected.errors)
     assert torch.equal(found.floors, expected.floors)

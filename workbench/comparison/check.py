@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import psutil
 
 from ..engines.base import Engine
 from ..engines.function_engine import require_engine
@@ -141,7 +145,8 @@ def _judge_in_files(
     dtype = str(engine.dtype).removeprefix("torch.")
     folder = cache_folder().parent / "runs"
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="check-", dir=folder) as name:
+    _remove_leftovers(folder)
+    with tempfile.TemporaryDirectory(prefix=f"check-{os.getpid()}-", dir=folder) as name:
         print(f"{size / 1e9:.1f} GB of states: kept in files in {name} while they are compared", file=sys.stderr)
         exact, rounded = reference_pair(engine.model, dtype, device, streamed)
         what = [ReferencePass(prompt, tuple(taps), positions, path=Path(name) / "reference.safetensors")]
@@ -155,3 +160,11 @@ def _judge_in_files(
         path = Path(name) / "engine.safetensors"
         run = engine.trace(prompt, taps, positions, path=path, progress=part(progress, 0.85, 1.0))
         return compare_with_doubt(found.trace, run, found.floor, factor, more)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete the files of processes that were killed while they compared."""
+    for left in folder.glob("check-*-*"):
+        number = left.name.split("-")[1]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
