@@ -175,9 +175,12 @@ def test_patch_view_shows_every_kind_of_span():
     assert [len(axes.images) for axes in images] == [2, 1, 1, 1, 1]  # colours are drawn with and without an image
     odd = np.full(30, 7, np.float32)
     odd[1:5] = 0, np.nan, np.inf, 99
-    # On a logarithmic scale zero has no colour, and values beyond a limit have the limit's colour.
+    # On a logarithmic scale zero has no colour, and values beyond a limit have the limit's colour; infinity is above the scale, where the
+    # colour of states that are not finite is.
     view.colour(odd, "norm", (1.0, 30.0))
-    assert view.figure().axes[0].images[-1].get_array().filled(-1).tolist() == [[-1, -1, 30], [30, 7, 7]]
+    drawn = view.figure().axes[0].images[-1]
+    assert drawn.get_array().filled(-1) == pytest.approx(np.array([[-1, -1, 61], [30, 7, 7]]), rel=1e-5)
+    assert drawn.to_rgba(np.array([61.0]))[0, :3].tolist() == [1, 0, 1]
     for ends in ((0.0, 5.0), (5.0, 5.0)):
         view.colour(odd, "norm", ends)
         assert len(view.figure().axes) == 5
