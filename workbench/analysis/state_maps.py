@@ -103,7 +103,7 @@ class StateMaps:
         missing = np.full(len(self.tokens), np.nan)
         rows = [ratios[at[tap]] if tap in at else missing for tap in self.taps]
         self.values["error"] = np.stack(rows).astype(np.float32)
-        self.failures = comparison.wrong.any(dim=0).nonzero().flatten().tolist()
+        self.failures = comparison.failing
 
     def add_lens(self, engine: Engine, progress: Progress | None = None) -> None:
         """Add the map "lens" and `words`: apply the final norm and the head to every state, keep the likeliest token (logit lens).
@@ -187,8 +187,7 @@ def comparison_maps(comparison: Comparison, tokens: Sequence[str], ranges: Seque
     """
     shown = [tokens[int(position)] for position in comparison.positions]
     ratios = _worst_if_nan(comparison.ratios.numpy(), "error").astype(np.float32)
-    failures = comparison.wrong.any(dim=0).nonzero().flatten().tolist()
-    return StateMaps(shown, comparison.taps, comparison.columns(ranges), {"error": ratios}, failures=failures)
+    return StateMaps(shown, comparison.taps, comparison.columns(ranges), {"error": ratios}, failures=comparison.failing)
 
 
 def _worst_if_nan(values: np.ndarray, metric: str) -> np.ndarray:

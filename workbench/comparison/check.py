@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -66,9 +67,8 @@ def check_engine(
     require_engine(engine, "check_engine")
     chosen = shared_taps(engine, [taps] if isinstance(taps, str) else list(taps))
     size = states_bytes(engine, prompt, chosen, positions)
-    if size > ROOM:
-        return _judge_in_files(engine, prompt, chosen, positions, factor, device, progress, streamed, size)
-    return _judge(engine, prompt, chosen, positions, factor, device, progress, streamed)[0]
+    check = _Check(engine, prompt, chosen, positions, factor, device, progress, streamed)
+    return check.in_files(size) if size > ROOM else check.in_memory()[0]
 
 
 def check_with_traces(
@@ -83,7 +83,8 @@ def check_with_traces(
 ) -> tuple[Comparison, Trace, Trace]:
     """`check_engine` for all positions; return the comparison, the reference's float64 trace and the engine's trace."""
     require_engine(engine, "check_engine")
-    return _judge(engine, prompt, shared_taps(engine, list(taps)), slice(None), factor, device, progress, streamed)
+    chosen = shared_taps(engine, list(taps))
+    return _Check(engine, prompt, chosen, slice(None), factor, device, progress, streamed).in_memory()
 
 
 def shared_taps(engine: Engine, patterns: Sequence[str]) -> list[str]:
@@ -108,58 +109,63 @@ def states_bytes(
     return 2 * size + size // engine.dtype.itemsize * 8
 
 
-def _judge(
-    engine: Engine,
-    prompt: Prompt,
-    taps: Sequence[str],
-    positions: slice | Sequence[int],
-    factor: float,
-    device: str,
-    progress: Progress | None,
-    streamed: bool | None,
-) -> tuple[Comparison, Trace, Trace]:
-    dtype = str(engine.dtype).removeprefix("torch.")
+@dataclass(frozen=True)
+class _Check:
+    """One verdict: what is compared, and how."""
 
-    def reference(report: Progress | None, runs: int) -> tuple[Trace, NoiseFloor]:
-        return reference_run(engine.model, prompt, dtype, taps, positions, device, report, streamed, runs)
+    engine: Engine
+    prompt: Prompt
+    taps: Sequence[str]
+    positions: slice | Sequence[int]
+    factor: float
+    device: str
+    progress: Progress | None
+    streamed: bool | None
 
-    expected, floor = reference(part(progress, 0.0, 0.85), FLOOR_RUNS)
-    run = engine.trace(prompt, taps, positions, progress=part(progress, 0.85, 1.0))
-    last = part(progress, 1.0, 1.0)  # lets the caller stop the runs of a doubtful verdict too
-    comparison = compare_with_doubt(expected, run, floor, factor, lambda runs: reference(last, runs)[1])
-    return comparison, expected, run
+    @property
+    def _dtype(self) -> str:
+        return str(self.engine.dtype).removeprefix("torch.")
 
+    @property
+    def _last(self) -> Progress | None:
+        """Lets the caller stop the runs of a doubtful verdict, too."""
+        return part(self.progress, 1.0, 1.0)
 
-def _judge_in_files(
-    engine: Engine,
-    prompt: Prompt,
-    taps: Sequence[str],
-    positions: slice | Sequence[int],
-    factor: float,
-    device: str,
-    progress: Progress | None,
-    streamed: bool | None,
-    size: int,
-) -> Comparison:
-    """`_judge` with the states of both runs in files, read tap by tap; they are deleted at the end."""
-    dtype = str(engine.dtype).removeprefix("torch.")
-    folder = cache_folder().parent / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
-    with tempfile.TemporaryDirectory(prefix=f"check-{os.getpid()}-", dir=folder) as name:
-        print(f"{size / 1e9:.1f} GB of states: kept in files in {name} while they are compared", file=sys.stderr)
-        exact, rounded = reference_pair(engine.model, dtype, device, streamed)
-        what = [ReferencePass(prompt, tuple(taps), positions, path=Path(name) / "reference.safetensors")]
-        (found,) = reference_runs(exact, rounded, what, progress=part(progress, 0.0, 0.85))
-        last = part(progress, 1.0, 1.0)
+    def _run(self, path: Path | None = None) -> Trace:
+        report = part(self.progress, 0.85, 1.0)
+        return self.engine.trace(self.prompt, self.taps, self.positions, path=path, progress=report)
 
-        def more(runs: int) -> NoiseFloor:
-            known = [(found.trace, found.routers)]
-            return reference_runs(exact, rounded, what, known, last, floor_runs=runs)[0].floor
+    def in_memory(self) -> tuple[Comparison, Trace, Trace]:
+        """Return the comparison, the reference's float64 trace and the engine's trace."""
 
-        path = Path(name) / "engine.safetensors"
-        run = engine.trace(prompt, taps, positions, path=path, progress=part(progress, 0.85, 1.0))
-        return compare_with_doubt(found.trace, run, found.floor, factor, more)
+        def reference(report: Progress | None, runs: int) -> tuple[Trace, NoiseFloor]:
+            return reference_run(
+                self.engine.model, self.prompt, self._dtype, self.taps, self.positions, self.device, report, self.streamed, runs
+            )  # fmt: skip
+
+        expected, floor = reference(part(self.progress, 0.0, 0.85), FLOOR_RUNS)
+        run = self._run()
+        comparison = compare_with_doubt(expected, run, floor, self.factor, lambda runs: reference(self._last, runs)[1])
+        return comparison, expected, run
+
+    def in_files(self, size: int) -> Comparison:
+        """Keep the states of both runs in files, read tap by tap, which are deleted at the end; `size` in bytes is printed."""
+        folder = cache_folder().parent / "runs"
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        with tempfile.TemporaryDirectory(prefix=f"check-{os.getpid()}-", dir=folder) as name:
+            print(f"{size / 1e9:.1f} GB of states: kept in files in {name} while they are compared", file=sys.stderr)
+            exact, rounded = reference_pair(self.engine.model, self._dtype, self.device, self.streamed)
+            path = Path(name) / "reference.safetensors"
+            what = [ReferencePass(self.prompt, tuple(self.taps), self.positions, path=path)]
+            (found,) = reference_runs(exact, rounded, what, progress=part(self.progress, 0.0, 0.85))
+
+            def more(runs: int) -> NoiseFloor:
+                known = [(found.trace, found.routers)]
+                return reference_runs(exact, rounded, what, known, self._last, floor_runs=runs)[0].floor
+
+            run = self._run(Path(name) / "engine.safetensors")
+            return compare_with_doubt(found.trace, run, found.floor, self.factor, more)
 
 
 def _remove_leftovers(folder: Path) -> None:

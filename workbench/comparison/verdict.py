@@ -109,6 +109,11 @@ class Comparison:
         """`[taps, positions]`: whether the error is more than rounding explains; a NaN error counts as wrong."""
         return ~(self.errors <= self.factor * self.floors)
 
+    @property
+    def failing(self) -> list[int]:
+        """Indices into `positions` at which any tap is wrong."""
+        return self.wrong.any(dim=0).nonzero().flatten().tolist()
+
     def table(self) -> list[dict[str, float | str]]:
         """One row per tap: over all tokens the largest error, floor, ratio, max_abs and mean_abs, and the smallest cosine."""
         return [

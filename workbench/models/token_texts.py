@@ -11,7 +11,7 @@ _UNKNOWN = "\ufffd"
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """Return the text of each token id, decoded separately; bytes that are no whole character are written as `<0xF0>`."""
+    """Return the text of each token id, decoded separately. Bytes that are only part of a character are written as `<0xF0>`."""
     wanted = list(ids)
     different = dict.fromkeys(wanted)  # long prompts repeat their ids, above all placeholders
     texts = dict(zip(different, _decoded(tokenizer, different), strict=True))

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.transforms import blended_transform_factory
 
 MOST_COLUMNS = 600
 """Columns of a figure 1,100 pixels wide whose axes leave room for labels and a colour bar: each is at least one pixel."""
-FAILED = "#c2185b"
 
 
 def tokens_per_column(tokens: int, columns: int = MOST_COLUMNS) -> int:
@@ -43,14 +37,4 @@ def columns_note(per_column: int, lowest: bool = False) -> str:
     """The words that say what a column shows; empty if it is one token."""
     return (
         "" if per_column == 1 else f"; {per_column} tokens per column: the {'lowest' if lowest else 'largest'} is drawn"
-    )
-
-
-def mark_failures(axes: Axes, tokens: Sequence[int]) -> list[Artist]:
-    """Draw a triangle above the column of each failing token, so that one among thousands is seen; return what was drawn."""
-    if not len(tokens):
-        return []
-    above = blended_transform_factory(axes.transData, axes.transAxes)
-    return list(
-        axes.plot(tokens, np.full(len(tokens), 1.02), "v", color=FAILED, markersize=5, transform=above, clip_on=False)
     )

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
 from ..comparison import Comparison, LocalError
-from .columns import FAILED, column_extent, columns_note, mark_failures, tokens_per_column, worst_per_column
+from .columns import column_extent, columns_note, tokens_per_column, worst_per_column
 from .figure import Figure
-from .style import ENGINE, FLOOR, SPAN, mark_spans, mark_tokens, tap_axis, token_axis
+from .style import ENGINE, FAILED, FLOOR, SPAN, mark_failures, mark_spans, mark_tokens, tap_axis, token_axis
 from .visible_text import without_math
 
 
@@ -119,6 +119,6 @@ def _draw_map(axes: Axes, comparison: Comparison, tokens: Sequence[str], ranges:
     token_axis(axes, shown)
     mark_tokens(axes, shown, columns)
     mark_spans(axes, columns)
-    mark_failures(axes, comparison.wrong.any(dim=0).nonzero().flatten().tolist())
+    mark_failures(axes, comparison.failing)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
     bar.ax.tick_params(labelsize=7)

@@ -12,9 +12,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.image import AxesImage
 
 from ..analysis.state_maps import METRICS, Metric
-from .columns import column_extent, columns_note, mark_failures, tokens_per_column, worst_per_column
+from .columns import column_extent, columns_note, tokens_per_column, worst_per_column
 from .figure import Figure
-from .style import mark_spans, mark_tokens, tap_axis, token_axis
+from .style import mark_failures, mark_spans, mark_tokens, tap_axis, token_axis
 
 NOT_FINITE = "#ff00ff"
 """The colour of a state that contains NaN or infinity."""

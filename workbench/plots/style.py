@@ -12,6 +12,7 @@ from .visible_text import drawable, fonts, label
 SPAN = "#d1495b"  # injected rows
 ENGINE = "#00798c"
 FLOOR = "#edae49"
+FAILED = "#c2185b"  # tokens at which the verdict failed
 INK = "#222222"
 QUIET = "#8a8a8a"
 PAPER = "#f4f4f2"
@@ -37,6 +38,16 @@ def mark_spans(axes: Axes, ranges: Sequence[tuple[int, int]]) -> list[Artist]:
             transform=axes.get_xaxis_transform(), clip_on=False,
         )  # fmt: skip
     return bars
+
+
+def mark_failures(axes: Axes, tokens: Sequence[int]) -> list[Artist]:
+    """Draw a triangle above the column of each failing token, so that one among thousands is seen; return what was drawn."""
+    if not len(tokens):
+        return []
+    above = axes.get_xaxis_transform()
+    return list(
+        axes.plot(tokens, [1.02] * len(tokens), "v", color=FAILED, markersize=5, transform=above, clip_on=False)
+    )
 
 
 LABELLED_TOKENS = 80

@@ -233,7 +233,7 @@ class Explorer(Panel):
 
     def _changed(self, change: object = None) -> None:
         super()._changed()
-        self._answers.cancel()  # of ranges that are no longer these; a prefill would go on for seconds
+        self._answers.cancel()  # the ranges have changed: stop answers to the old ones, whose prefill can take seconds
 
     def _injection_changed(self, change: object = None) -> None:
         self.editor.refresh()
