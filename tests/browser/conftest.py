@@ -65,6 +65,7 @@ def lab(lab_server):
     """The address of a JupyterLab with a fresh copy of the notebooks and the data, started like `make lab`."""
     address, home = lab_server
     copy_notebooks(home)  # JupyterLab saves open notebooks, with widget views whose kernels have ended
+    shutil.rmtree(home / "settings", ignore_errors=True)  # and the theme that the last test chose
     yield address
     end_kernels(address)
 
