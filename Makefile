@@ -22,7 +22,7 @@ KILLS ?= 200
 # each other in every parallel loop (range_kernels/cpu/launch.py has the figures).
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: help setup model lab test test-fast test-python test-simulator test-browser test-notebooks test-scale test-gpu check format bench soak fuzz sweep crash-test update-pins clean
+.PHONY: help setup model lab test test-fast test-python test-simulator test-browser test-notebooks test-scale test-gpu test-engines check format bench soak fuzz sweep crash-test update-pins clean
 
 help:
 	@echo "make lab        set up, fetch the model once, open JupyterLab on notebook 01"
@@ -30,6 +30,7 @@ help:
 	@echo "make test-fast  the tests for the work in between: everything that is not marked slow, in a few minutes"
 	@echo "make test-scale the explorer at 100 to 32,768 tokens in a browser, timed; writes data/bench/views.json"
 	@echo "make test-gpu   the GPU tests, on this machine's GPU"
+	@echo "make test-engines  tests of the engines with environments of their own, after workbench engines install"
 	@echo "make check      ruff and mypy"
 	@echo "make bench      speed of kernels and engine on this machine"
 	@echo "make fuzz       mutated files, answers and settings for every reader, a minute each (SECONDS=60)"
@@ -82,6 +83,9 @@ test-scale: model
 
 test-gpu: model
 	$(PYTEST) tests -m gpu --ignore=tests/simulator --ignore=tests/browser
+
+test-engines: model
+	$(PYTEST) tests -m engines
 
 check: $(READY)
 	$(BIN)/ruff check .

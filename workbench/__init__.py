@@ -10,6 +10,7 @@ Names are imported when they are first used, so that `import workbench` and the 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,19 @@ __all__ = [
     "probe",
     "record",
 ]
+
+
+class _BeforeTorchvision:
+    """A finder that finds nothing: it only prepares the first import of torchvision, whoever asks for it."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            import_module(".models.torchvision_import", __name__).declare_missing_operators()
+
+
+if "torchvision" not in sys.modules:
+    sys.meta_path.insert(0, _BeforeTorchvision())
 
 
 def __getattr__(name: str) -> Any:

@@ -73,7 +73,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
     "dots1": {"n_shared_experts": 1},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note_text": {
+        "num_key_value_heads": 4, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 32, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 16,
+        "index_topk": 8, "index_head_dim": 16, "index_n_heads": 2, "shared_experts_intermediate_size": 48, "head_dim": 16,
+    },
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": _FULL, "activation_sparsity_pattern": [0.0] * 4},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -98,6 +102,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "inkling2_vision": {"text_hidden_size": 64},
     "mistral_large4_text": _MLA,
     "zaya": {"num_experts_per_tok": 1},
+    "molmo2_vision": {"image_size": [32, 32]}, "molmo2_text": {"additional_vocab_size": 0},
+    "molmo2": {
+        "adapter_config": {
+            "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96,
+            "text_hidden_size": 64, "vision_feature_layer": [-1, -2],
+        },
+    },
+    "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": 127},
+    "nemotron3_diarization": {"head_config": {"audio_hidden_size": 64}},
+    "dots3_note_vision_encoder": {"adapter_in_dim": 64, "adapter_out_dim": 64, "mlp_layer_types": ["dense", "sparse"] * 2},
+    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    "fun_asr_nano": {
+        "adaptor_config": {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 16, "projector_hidden_size": 64},
+    },
+    "radio": {"video_temporal_patch_size": 2, "max_img_size": 128},
 }  # fmt: skip
 # Types with M-RoPE, and the part of each head that it rotates.
 MROPE = {

@@ -6,6 +6,7 @@ measured on the engine itself, by perturbing the injected rows (embedding vector
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import torch
 from ..engines.base import Engine
 from ..engines.function_engine import require_engine
 from ..engines.types import EngineOutput, GenerationConfig, ResponseType
-from ..errors import PromptError
+from ..errors import ModelError, PromptError
 from ..models.embedding_rows import noise_like
 from ..prompt import Prompt
 from ..prompt.prompt import Range
@@ -353,6 +354,54 @@ def _prefix_cache(subject: _Subject) -> _Answer:
     return False, f"the same ids with other rows: {what} ({error:.1e} from its own state, {stale:.1e} from the first's)"
 
 
+def _nan(subject: _Subject) -> _Answer:
+    """Requests with NaN rows beside and before the prompt, and a text after them, which may get their memory."""
+    prompt = subject.prompt
+    text = Prompt([token % subject.vocab for token in range(3, 3 + len(prompt))])
+    broken = prompt.replace(input_embeddings=[torch.full_like(item, torch.nan) for item in prompt.input_embeddings])
+    try:
+        subject.engine.check(broken, _NEW_TOKENS)
+    except PromptError:
+        return True, "the engine refuses rows that are not finite"
+    alone, text_alone = subject.generate(prompt), subject.generate(text)
+
+    def spoil() -> None:
+        with contextlib.suppress(ModelError):  # an engine may end such a request with an error
+            subject.generate(broken)
+
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            spoiling = [pool.submit(spoil) for _ in range(2)]
+            beside = pool.submit(subject.generate, prompt).result()
+        for each in spoiling:
+            each.result()
+        passed, evidence = _same_answer(subject, alone, [beside, subject.generate(prompt)], "beside and after NaN rows")
+        after, found = _same_answer(subject, text_alone, [subject.generate(text)], "a text after NaN rows")
+    except ModelError as error:
+        return False, f"after NaN rows of another request it fails: {error}"
+    return (after, found) if passed else (passed, evidence)
+
+
+def _decode(subject: _Subject) -> _Answer:
+    """The states of generated tokens, against those of the same tokens in a prompt."""
+    output = subject.generate(subject.prompt)
+    assert output.last_hidden_state is not None
+    tokens = output.token_ids[:-1]
+    positions = subject.prompt.position_ids
+    if positions is not None:
+        further = positions.amax() + 1 + torch.arange(len(tokens))
+        positions = torch.cat([positions, further.expand(*positions.shape[:-1], -1)], dim=-1)
+    whole = subject.prompt.replace(input_ids=[*subject.prompt.input_ids, *tokens], position_ids=positions)
+    prefilled = subject.state(whole)[len(subject.prompt) - 1 :]
+    error = relative_error(output.last_hidden_state[: len(prefilled)].cpu(), prefilled)
+    worst = float(torch.where(torch.isnan(error), torch.inf, error).max())
+    limit = float(subject.limits[-1])
+    return (
+        worst <= limit,
+        f"{len(prefilled)} tokens: states differ by at most {worst:.1e}, rounding explains {limit:.1e}",
+    )
+
+
 PROBES: dict[str, tuple[str, Callable[[_Subject], _Answer]]] = {
     "determinism": ("Does the same prompt give the same states?", _determinism),
     "used": ("Do the injected rows change the states?", _used),
@@ -363,5 +412,7 @@ PROBES: dict[str, tuple[str, Callable[[_Subject], _Answer]]] = {
     "canary": ("Is every row at its own token?", _canary),
     "batch": ("Is a request unaffected by concurrent requests?", _batch),
     "chunks": ("Does a chunked prefill give the same states as a whole one?", _chunks),
+    "decode": ("Do generated tokens get the states that they have in a prompt?", _decode),
+    "nan": ("Is a request unaffected by NaN rows of others?", _nan),
     "prefix cache": ("Does the prefix cache distinguish the same ids with other rows?", _prefix_cache),
 }

@@ -205,8 +205,13 @@ class Engine(ABC):
         if prompt.position_ids is not None:
             if prompt.position_ids.ndim == 2 and not self.capabilities.mrope:
                 raise PromptError(
-                    f"position_ids [3, seq] are for M-RoPE, which {self.capabilities.name} with {config.model_type} does not "
+                    f"position_ids [{len(prompt.position_ids)}, seq] are for M-RoPE, which {self.capabilities.name} with {config.model_type} does not "
                     "use: give [seq]"
+                )
+            if prompt.position_ids.ndim == 2 and len(prompt.position_ids) != self.capabilities.mrope:
+                raise PromptError(
+                    f"position_ids have {len(prompt.position_ids)} axes; {self.capabilities.name} with {config.model_type} uses "
+                    f"{self.capabilities.mrope}: give [{self.capabilities.mrope}, {len(prompt)}]"
                 )
             if prompt.position_ids.min() < 0:
                 raise PromptError(f"position_ids contains {int(prompt.position_ids.min())}: positions start at 0")

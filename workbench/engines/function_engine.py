@@ -93,13 +93,17 @@ class FunctionEngine(Engine):
         self._compute, self.model, self._name = compute, model, name
         self.dtype = parse_dtype(dtype, DTYPES, name)
         self.device = torch.device(device)
-        self._supports = {"bidirectional_spans": bidirectional_spans, "mrope": mrope, "deepstack": deepstack}
+        self._supports = {
+            "bidirectional_spans": bidirectional_spans,
+            "mrope": 3 if mrope else 0,
+            "deepstack": deepstack,
+        }
         self._taps: tuple[str, ...] | None = None
         self._taps = tuple(sorted(self.states(Prompt([0, 1])), key=_order))
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(self._name, self._taps or (), DTYPES, (str(self.device),), **self._supports)
+        return Capabilities(self._name, self._taps or (), DTYPES, (str(self.device),), **self._supports)  # type: ignore[arg-type]
 
     def states(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         """Call the function and check what it returns: `{tap: [seq, width]}` in the engine's dtype.

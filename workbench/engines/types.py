@@ -142,7 +142,7 @@ class Capabilities:
         dtypes, devices: what it can be opened with.
         accepts_embeddings: whether prompts may have `input_embeddings`.
         bidirectional_spans: whether the tokens of a span can attend bidirectionally.
-        mrope: whether it takes `position_ids` `[3, seq]`.
+        mrope: the number of axes of `position_ids`: 3 with M-RoPE, 0 if they are plain `[seq]`.
         deepstack: whether it adds deepstack features after the first layers.
         vision_inside: whether it runs the vision model itself, on images (`MultimodalPrompt`).
     """
@@ -153,7 +153,7 @@ class Capabilities:
     devices: tuple[str, ...]
     accepts_embeddings: bool = True
     bidirectional_spans: bool = True
-    mrope: bool = False
+    mrope: int = 0
     deepstack: bool = False
     vision_inside: bool = False
 

@@ -66,3 +66,30 @@ def random_states(engine: NumbaEngine, size: float = 1e-3) -> Engine:
         batch.hidden = (batch.hidden * (1 + size * noise)).to(batch.hidden.dtype)
 
     return change_batch(engine, change)
+
+
+@batching_fault("decode position", "generated tokens get the position after their own")
+def decode_position(engine: NumbaEngine) -> Engine:
+    """In steps that generate, each token's rotary position is one too large."""
+
+    def change(batch: Batch) -> None:
+        if len(batch.hidden) == len(batch.seq_lens) and int(min(batch.seq_lens)) > 1:
+            batch.positions = batch.positions + 1
+
+    return change_batch(engine, change)
+
+
+@batching_fault(
+    "NaN stays", "once a request had NaN rows, every later one gets NaN, as from memory that is multiplied by zero"
+)
+def nan_stays(engine: NumbaEngine) -> Engine:
+    """The engine does not check its prompts, and after NaN in one request all states of all requests are NaN."""
+    seen: list[bool] = []
+    engine.check = lambda prompt, new_tokens=0: None  # type: ignore[method-assign]
+
+    def change(batch: Batch) -> None:
+        if seen or bool(torch.isnan(batch.hidden).any()):
+            seen.append(True)
+            batch.hidden = torch.full_like(batch.hidden, torch.nan)
+
+    return change_batch(engine, change)

@@ -111,7 +111,7 @@ def _position_findings(prompt: Prompt) -> Iterator[Finding]:
             "are integers in memory, int64 or int32",
         )
         return
-    if tuple(prompt.position_ids.shape) not in ((len(prompt),), (3, len(prompt))):
+    if tuple(prompt.position_ids.shape) not in ((len(prompt),), (3, len(prompt)), (4, len(prompt))):
         yield Finding(
             "position-shape",
             "error",

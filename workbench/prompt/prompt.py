@@ -73,7 +73,7 @@ class Prompt:
         input_embeddings: items, each a tensor `[rows_i, hidden]`, for example the features of one image.
         embedding_ranges: half-open `(start, stop)`, one per item; item i replaces the token embeddings there.
         spans: what each range contains; empty, or one per range.
-        position_ids: rotary positions, integers `[seq]`, or `[3, seq]` for M-RoPE; None means 0, 1, 2, ...
+        position_ids: rotary positions, integers `[seq]`, or `[3, seq]` for M-RoPE (`[4, seq]` in HunYuan-VL); None means 0, 1, 2, ...
         deepstack: one per item, `[levels, rows_i, hidden]`: level k is added to the hidden states of the item's tokens after layer
             k (Qwen3-VL; Meng et al. 2024, arXiv:2406.04334); empty on models without it.
 

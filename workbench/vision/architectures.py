@@ -320,6 +320,11 @@ _KINDS = {
 SUPPORTED = tuple(_KINDS)
 
 
+def is_known(config: Any) -> bool:
+    """Whether the layout of a model is in the table here; other models' own processors lay out their prompts (`class_prompt.py`)."""
+    return config.model_type in _KINDS
+
+
 def image_attention(config: Any) -> Literal["causal", "bidirectional"]:
     """Return how the tokens of an image attend to each other; "causal" if the architecture is not in the table."""
     kind = _KINDS.get(config.model_type)

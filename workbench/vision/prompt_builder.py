@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from ..errors import PromptError
+from ..errors import ModelError, PromptError
 from ..models import Model
 from ..prompt import MultimodalPrompt, Prompt, Span
-from .architectures import Family, Features, family_of
+from .architectures import Family, Features, family_of, is_known
+from .class_prompt import process_items
 from .images import ImageLike
+from .messages import Message, unpack_messages
 from .processors import Processor
 from .tower import VisionTower, load_vision_tower
-
-Message = dict[str, Any]
 
 
 def build_prompt(
@@ -32,11 +32,12 @@ def build_prompt(
     Args:
         model: from `load_model`.
         messages: chat messages in Transformers' format, whose content may include `{"type": "image", "image": image}`
-            (a PIL image or a path; `"audio"` with a waveform likewise). Or a string: one user turn of all `images`,
-            followed by this text.
-        images: the images for parts `{"type": "image"}` without one, in order, and for a string.
+            (a PIL image or a path; `"audio"` with a waveform or a WAV file, `"video"` with a file or a `Video`, likewise). Or a
+            string: one user turn of all `images`, followed by this text.
+        images: the images (videos, sounds) for parts without one, in order, and for a string.
         tower: an open tower; if both `tower` and `features` are missing, it is loaded from the model.
-        features: features of all images in order, computed before; then no tower is needed.
+        features: features of all images in order, computed before; then no tower is needed. Only for the families of
+            `architectures.py`: others' layouts depend on the images.
         text: the text of the whole prompt, with special tokens and a marker for each image, to use instead of the chat
             template.
 
@@ -47,11 +48,14 @@ def build_prompt(
         PromptError, ImageError: more or fewer images than markers, or an image cannot be used.
         ModelError: the architecture's layout of images is not known.
     """
+    if not is_known(model.config) or _has_videos(messages):
+        return _class_prompt(model, messages, images, tower, features, text)
     if features is None:
         tower = tower or load_vision_tower(model)
     elif images and len(images) != len(features):
         raise PromptError(f"{len(images)} images but {len(features)} features: give one per image, in the same order")
     processor = tower.processor if tower is not None else Processor(model.path, model.config, model.trust_remote_code)
+    assert isinstance(processor, Processor)
     family = family_of(model.config, processor.tokenizer)
     # Features take the place of their images if no images are given.
     turns, items = _unpack(messages, list(images) or list(features or ()), family)
@@ -59,6 +63,39 @@ def build_prompt(
         assert tower is not None
         features = tower.features(items)
     return _lay_out(family, processor, features, processor.text(turns) if text is None else text)
+
+
+def _has_videos(messages: str | Sequence[Message]) -> bool:
+    """Whether a message has a video, of which only the model's combined processor knows the layout."""
+    if isinstance(messages, str):
+        return False
+    contents = [message["content"] for message in messages if isinstance(message, dict) and "content" in message]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    return any(isinstance(part, dict) and part.get("type") == "video" for part in parts)
+
+
+def _unpack(messages: str | Sequence[Message], given: list[Any], family: Family) -> tuple[list[Message], list[Any]]:
+    turns, items = unpack_messages(messages, given, {family.modality: family.marker}, family.config.model_type)
+    return turns, [item.content for item in items]
+
+
+def _class_prompt(
+    model: Model,
+    messages: str | Sequence[Message],
+    given: Sequence[Any],
+    tower: VisionTower | None,
+    features: Sequence[Features] | None,
+    text: str | None,
+) -> Prompt:
+    if features is not None:
+        raise ModelError(
+            f"features alone do not say how {model.config.model_type!r} lays out its items: give the images, videos or sounds, or build the "
+            "Prompt yourself"
+        )
+    tower = tower or load_vision_tower(model)
+    processor = tower.own_processor
+    turns, items = unpack_messages(messages, list(given), processor.markers, model.config.model_type)
+    return tower.prompt(process_items(processor, processor.text(turns) if text is None else text, items), items)
 
 
 def _lay_out(family: Family, processor: Processor, features: Sequence[Features], marked: str) -> Prompt:
@@ -86,6 +123,9 @@ def build_multimodal(
         PromptError, ImageError, ModelError: as in `build_prompt`.
     """
     tower = tower or load_vision_tower(model)
+    if not is_known(model.config) or _has_videos(messages):
+        return _class_multimodal(model, messages, images, tower)
+    assert isinstance(tower.processor, Processor)
     family = family_of(model.config, tower.processor.tokenizer)
     turns, items = _unpack(messages, list(images), family)
     processed = tower.process(items) if items else {}
@@ -99,46 +139,19 @@ def build_multimodal(
     return MultimodalPrompt.of(prompt, [{**processed, **family.token_types(is_placeholder.int())}])
 
 
-def _unpack(messages: str | Sequence[Message], images: list[Any], family: Family) -> tuple[list[Message], list[Any]]:
-    """Return messages with only texts and empty item parts as content, and the items in the order of their parts."""
-    if isinstance(messages, str):
-        content = [*({"type": family.modality} for _ in images), {"type": "text", "text": messages}]
-        messages = [{"role": "user", "content": content}]
-    turns: list[Message] = []
-    items, waiting = [], list(images)
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise PromptError(f"messages[{number}] is {message!r}: give a dict with role and content")
-        content = message["content"]
-        parts: list[dict[str, Any]] = []
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "text" and isinstance(part.get("text"), str):
-                if family.marker in part["text"]:
-                    raise PromptError(
-                        f"messages[{number}] contains {family.marker!r} in a text, which marks the positions of images: leave "
-                        "it out, or add the image as a separate part"
-                    )
-                parts.append({"type": "text", "text": part["text"]})
-            elif kind == family.modality:
-                given = next((part[key] for key in (kind, "path", "url") if part.get(key) is not None), None)
-                if given is None and not waiting:
-                    raise PromptError(f"messages mark more {kind}s than were given ({len(images)})")
-                items.append(waiting.pop(0) if given is None else given)
-                # Qwen2-Audio's template looks for the key, not the type
-                parts.append({"type": kind, "audio_url": ""} if kind == "audio" else {"type": kind})
-            else:
-                raise PromptError(
-                    f"messages[{number}] contains {part!r:.80}: {family.config.model_type} takes parts of type 'text' (with a "
-                    f"text) and {family.modality!r}"
-                )
-        turns.append({"role": message["role"], "content": parts})
-    if waiting:
-        raise PromptError(
-            f"{len(waiting)} of {len(images)} {family.modality}s have no part in the messages: add "
-            f"{{'type': {family.modality!r}}} parts"
-        )
-    return turns, items
+_OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets")
+
+
+def _class_multimodal(
+    model: Model, messages: str | Sequence[Message], given: Sequence[Any], tower: VisionTower
+) -> MultimodalPrompt:
+    processor = tower.own_processor
+    turns, items = unpack_messages(messages, list(given), processor.markers, model.config.model_type)
+    processed = process_items(processor, processor.text(turns), items)
+    laid_out = tower.prompt(processed, items)
+    prompt = Prompt(laid_out.input_ids, position_ids=laid_out.position_ids)
+    inputs = {name: value for name, value in processed.items() if name not in _OF_TEXT}
+    return MultimodalPrompt.of(prompt, [inputs] if items else ())
 
 
 def _replace(text: str, family: Family, features: Sequence[Features]) -> str:

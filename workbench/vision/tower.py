@@ -23,8 +23,12 @@ from ..models import Model, load_model
 from ..models.model import BUILT_IN
 from ..models.options import parse_device, parse_dtype
 from ..models.sources import open_source
-from .architectures import Family, Features, family_of, run_tower
+from ..prompt import Prompt
+from .architectures import Family, Features, family_of, is_known, run_tower
+from .class_prompt import class_prompt, process_items
 from .images import ImageLike, open_image
+from .messages import Item
+from .own_processor import OwnProcessor
 from .peak_memory import PeakMemory, in_words
 from .processors import Processor
 from .tower_weights import build_network, load_full, plain_settings, read_configuration, small_files, vision_tensors
@@ -68,19 +72,25 @@ class VisionTower:
         report: the cost of loading it.
         weights_digest: SHA-256 of the names, dtypes, shapes and bytes of the vision tensors as stored, for cache keys.
         dtype, device: of the network's parameters.
-        family: how the architecture lays out images; None for a model with its own Python code, whose layout is not
-            known here.
+        family: how the architecture lays out images; None for a model whose own processor does that (an `OwnProcessor`), and
+            for one with its own Python code.
     """
 
     def __init__(
-        self, location: str, config: Any, network: Any, processor: Processor, report: LoadReport, digest: str
+        self,
+        location: str,
+        config: Any,
+        network: Any,
+        processor: Processor | OwnProcessor,
+        report: LoadReport,
+        digest: str,
     ) -> None:
         self.location, self.config, self.network, self.processor = location, config, network, processor
         self.report, self.weights_digest = report, digest
         parameter = next(network.parameters())
         self.dtype, self.device = parameter.dtype, parameter.device
-        own_code = getattr(config, "auto_map", None) is not None
-        self.family: Family | None = None if own_code else family_of(config, processor.tokenizer)
+        own = isinstance(processor, OwnProcessor) or getattr(config, "auto_map", None) is not None
+        self.family: Family | None = None if own else family_of(config, processor.tokenizer)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -114,6 +124,8 @@ class VisionTower:
         """
         if not items:
             return []
+        if isinstance(self.processor, OwnProcessor):
+            return self._own_features(items)
         processed = self.process(items)
         output = self.run(processed)
         if self.family is None:
@@ -125,8 +137,47 @@ class VisionTower:
             for each in found
         ]
 
+    @cached_property
+    def own_processor(self) -> OwnProcessor:
+        """The model's combined processor, which lays out whole prompts.
+
+        Raises:
+            ModelError: it cannot be read, or the checkpoint is not on this machine.
+        """
+        if isinstance(self.processor, OwnProcessor):
+            return self.processor
+        if not Path(self.location).is_dir():
+            raise ModelError(f"the processor for videos is not on this machine but at {self.location}: fetch the model")
+        return OwnProcessor(Path(self.location), self.config, self.processor.trusted)
+
+    def _own_features(self, items: Sequence[Any]) -> list[Features]:
+        """Features by the class's own forward pass, of a prompt of nothing but the items."""
+        markers = self.own_processor.markers
+        named = [item if isinstance(item, Item) else Item(next(iter(markers)), item) for item in items]
+        text = "\n".join(markers[item.modality] for item in named)
+        prompt = self.prompt(process_items(self.own_processor, text, named), named)
+        labels = [span.label.split(",")[0] for span in prompt.spans]
+        found = []
+        for label in dict.fromkeys(labels):
+            parts = [number for number, each in enumerate(labels) if each == label]
+            rows = torch.cat([prompt.input_embeddings[part] for part in parts])
+            deep = [prompt.deepstack[part] for part in parts] if prompt.deepstack else []
+            grid = prompt.spans[parts[0]].grid if len(parts) == 1 else None
+            found.append(Features(rows, grid, torch.cat(deep, dim=1) if deep else None))
+        return found
+
+    def prompt(self, processed: dict[str, Any], items: Sequence[Item]) -> Prompt:
+        """Return the Prompt of `process_items`' output, with rows, ranges, positions and spans as the class itself computes them.
+
+        Raises:
+            PromptError: the class rejects the inputs.
+            ModelError: it does something that a Prompt cannot express.
+        """
+        return class_prompt(self.network, self.own_processor, processed, items, self._moved)
+
     def process(self, items: Sequence[ImageLike | Any]) -> dict[str, Any]:
         """Return the inputs of `run`, by the model's own processor; raises the errors of `features`."""
+        assert isinstance(self.processor, Processor)
         if self.family is None:
             return self.processor.images([open_image(item) for item in items])
         if self.family.modality == "audio":
@@ -207,4 +258,6 @@ def load_vision_tower(
         read = source.bytes_read - weights_start
         size = sum(tensor.nbytes for tensor in tensors.values())
         report = LoadReport(len(tensors), size, read, max(0, total - read), peak.bytes)
-        return VisionTower(location, config, network, Processor(folder, config, trusted), report, digest)
+        own = not is_known(config) and getattr(config, "auto_map", None) is None
+        processor = (OwnProcessor if own else Processor)(folder, config, trusted)
+        return VisionTower(location, config, network, processor, report, digest)

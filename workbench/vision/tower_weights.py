@@ -103,7 +103,8 @@ def read_configuration(folder: Path, name: str, trusted: bool) -> Any:
         refuse_remote_code(folder, name)
     with foreign_errors(ModelError, f"the configuration of {name!r} cannot be read", "Correct or fetch config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-    if getattr(config, "vision_config", None) is None and getattr(config, "audio_config", None) is None:
+    parts = {"vision_config", "audio_config", *(getattr(config, "sub_configs", None) or {})} - {"text_config"}
+    if all(getattr(config, part, None) is None for part in parts):
         raise ModelError(f"{name!r} ({config.model_type}) has no vision or audio part: it is a language model")
     return config
 
@@ -169,7 +170,7 @@ def build_network(
     empty: dict[str, Any] = {
         "num_hidden_layers": 0,
         "vocab_size": 1,
-        "pad_token_id": None,
+        "pad_token_id": 0,  # some configurations refuse None
         "layer_types": [],
         "vocab_size_per_layer_input": 1,
     }
@@ -179,6 +180,12 @@ def build_network(
     small.tie_word_embeddings = False
     try:
         built = _class_of(small, folder, trusted)
+        # A model's own Python code may have towers only, and loading some such classes asks the network for more files.
+        if built.forward is torch.nn.Module.forward and not getattr(config, "auto_map", None):
+            raise ModelError(
+                f"{built.__name__} has no forward pass of its own, only its parts have: rows cannot be injected. Save the "
+                "part that takes images or sounds as a checkpoint of its own"
+            )
         with silenced_transformers(reports=False):  # it would report the language weights as missing
             network, loaded = built.from_pretrained(
                 None,
@@ -193,7 +200,14 @@ def build_network(
     except Exception as error:
         raise ModelError(f"the vision part of {config.model_type!r} cannot be built: {reason(error)}") from error
     missing = [name for name in loaded["missing_keys"] if not is_language(name)]
-    wrong = [str(entry) for entry in loaded["mismatched_keys"] if not is_language(str(entry[0]))]
+    mismatched = sorted(entry for entry in loaded["mismatched_keys"] if not is_language(str(entry[0])))
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if mismatched and all(vocabulary in entry[1] and 1 in entry[2] for entry in mismatched):
+        raise ModelError(
+            f"{type(network).__name__} has its vocabulary ({mismatched[0][0]}) outside a language model of its own: rows "
+            "cannot be injected. Run its images with 'transformers-multimodal'"
+        )
+    wrong = [str(entry) for entry in mismatched]
     if missing or wrong:
         raise ModelError(
             f"the checkpoint lacks {len(missing)} vision tensors, and {len(wrong)} have another shape than in the "

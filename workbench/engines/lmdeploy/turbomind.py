@@ -115,7 +115,7 @@ class TurboMindEngine(Engine):
         layers = self.model.text_config.num_hidden_layers
         depths = tuple(f"depth.{k}" for k in range(1, layers + 1)) if self.depth_sweep else ()
         return Capabilities(
-            "turbomind", (*depths, "norm", "logits"), DTYPES, ("cuda",), bidirectional_spans=False, mrope=False
+            "turbomind", (*depths, "norm", "logits"), DTYPES, ("cuda",), bidirectional_spans=False, mrope=0
         )
 
     def check(self, prompt: Prompt, new_tokens: int = 0) -> None:

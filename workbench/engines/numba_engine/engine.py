@@ -143,7 +143,7 @@ class NumbaEngine(Engine):
             decoder_taps(config.layers),
             DTYPES,
             ("cpu", "cuda"),
-            mrope=bool(config.mrope),
+            mrope=3 if config.mrope else 0,
             deepstack=config.deepstack,
         )
 

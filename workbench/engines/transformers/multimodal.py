@@ -57,7 +57,7 @@ class TransformersMultimodal(TransformersReference):
             )
         super().check(prompt, new_tokens)
         groups = prompt.multimodal if isinstance(prompt, MultimodalPrompt) else ()
-        if groups and new_tokens > 1 and self._net.mrope and prompt.position_ids is None:
+        if groups and new_tokens > 1 and self._net.mrope_axes and prompt.position_ids is None:
             raise PromptError(
                 "the positions of new tokens follow from those of the images: give position_ids, as build_multimodal computes them"
             )

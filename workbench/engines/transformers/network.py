@@ -52,7 +52,7 @@ class Network:
         decoder: its language decoder.
         layers: the decoder's layers; None if they are not one list of modules.
         layers_name: the list's name in the decoder.
-        mrope: whether its positions have three axes.
+        mrope_axes: the number of axes of its positions, 0 if they are plain: 3 with M-RoPE, 4 in HunYuan-VL.
         norm: what seems to be the norm after the last layer (`final_norm` makes sure); None if there is none.
 
     Raises:
@@ -74,7 +74,7 @@ class Network:
         self.layers: nn.ModuleList | None = (
             self.decoder.get_submodule(self.layers_name) if self.layers_name is not None else None
         )
-        self.mrope = "mrope_section" in (getattr(self.decoder.config, "rope_parameters", None) or {})
+        self.mrope_axes = _mrope_axes(self.decoder)
         self.norm = _norm_after(self.decoder, self.layers_name)
         self._norm_works: bool | None = None
         parameters = inspect.signature(module.forward).parameters
@@ -171,9 +171,9 @@ class Network:
 
     def text_positions(self, ids: torch.Tensor) -> dict[str, Any]:
         """The positions of text `[batch, seq]` as an argument, for models with M-RoPE, which would look for images; else {}."""
-        if not self.mrope or not self.takes("position_ids"):
+        if not self.mrope_axes or not self.takes("position_ids"):
             return {}
-        return {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)}
+        return {"position_ids": torch.arange(ids.shape[1], device=ids.device).expand(self.mrope_axes, *ids.shape)}
 
     def new_cache(self) -> dict[str, Any]:
         """The cache for the first pass of several: {} if the class must make its own.
@@ -334,6 +334,14 @@ def _find_decoder(module: Any) -> tuple[Any, str | None]:
             return _innermost(candidate, name)
     whole = [each for each in candidates if not isinstance(each, nn.Linear)]
     return (whole[0], None) if whole else (None, None)
+
+
+def _mrope_axes(decoder: nn.Module) -> int:
+    """The number of position axes of a decoder, by its rotary embeddings: a configuration need not say what the class assumes."""
+    sections = [getattr(each, "mrope_section", None) for each in decoder.modules()]
+    sections += [(getattr(decoder.config, "rope_parameters", None) or {}).get("mrope_section")]  # type: ignore[union-attr]
+    flat = [part for each in sections if each for part in (each.values() if isinstance(each, dict) else [each])]
+    return max(map(len, flat), default=0)
 
 
 def layers_path(module: Any) -> str:

@@ -91,7 +91,7 @@ class TransformersReference(Engine):
         self._capabilities = self._find_capabilities()
         (filler,) = plain_tokens(self.network.config, 1)
         self._inputs = PromptInputs(
-            filler, self.decoder.config, self.dtype, self.device, self._net.mrope, self._structure.needs_mask
+            filler, self.decoder.config, self.dtype, self.device, bool(self._net.mrope_axes), self._structure.needs_mask
         )
 
     def _release(self) -> None:
@@ -164,7 +164,7 @@ class TransformersReference(Engine):
             DTYPES,
             ("cpu", "cuda"),
             bidirectional_spans=takes_masks(self.decoder),
-            mrope=self._net.mrope,
+            mrope=self._net.mrope_axes,
             deepstack=hasattr(self.decoder, "_deepstack_process"),
         )
 
