@@ -98,7 +98,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zamba": {"num_hidden_layers": 9, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 3},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [48, 48]},
-    "glm5_next_text": {"num_key_value_heads": 4},
+    "glm5_next_text": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0},
+    "florence_vision": {
+        "depths": (1, 1), "patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1), "patch_prenorm": (False, True),
+        "embed_dim": (32, 64), "num_heads": (4, 4), "num_groups": (4, 4), "window_size": 4,
+    },
     "inkling2_vision": {"text_hidden_size": 64},
     "mistral_large4_text": _MLA,
     "zaya": {"num_experts_per_tok": 1},

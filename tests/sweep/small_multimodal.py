@@ -16,16 +16,20 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
-from .multimodal_settings import ALIASES, CHANGES, PARTS, PROCESSORS, TOKENS
-from .small_configs import LARGEST, small_config
+from .multimodal_settings import ALIASES, CHANGES, PARTS, PROCESSORS, TOKENS, UNNAMED
+from .small_configs import LARGEST, SIZES, small_config
 
-_SPECIAL = re.compile(r"""["'](<[^"'<>\s{}]{2,40}>|\[[A-Z_]{2,12}\])["']""")
+_SPECIAL = re.compile(r"""["'](<[^"'<>\s{}]{2,40}>|\[[A-Z_]{2,12}\]|\|[A-Z]{2,12}\|)["']""")
 _CAPITALS = re.compile(r"<[A-Z]+_[A-Z_]+>")  # in the middle of a string
 _OWN = re.compile(r"tokenizer(?:, \"|\.)(\w+_token)\b(?!_)")
 
 
-def tokenizer_for(processor_class: Any) -> Any:
-    """A byte-level tokenizer that knows every special token that the processor's source names."""
+def tokenizer_for(processor_class: Any, unnamed: bool = False) -> Any:
+    """A byte-level tokenizer that knows every special token that the processor's source names.
+
+    Args:
+        unnamed: without attributes for tokens.
+    """
     source = Path(inspect.getsourcefile(processor_class)).read_text()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = Tokenizer(
@@ -40,11 +44,15 @@ def tokenizer_for(processor_class: Any) -> Any:
         value for name, value in vars(processor_class).items() if name.endswith("_TOKEN") and isinstance(value, str)
     }
     names = sorted({*_SPECIAL.findall(source), *_CAPITALS.findall(source), *constants})
-    own = {
-        name: f"<{name}>"
-        for name in set(_OWN.findall(source))
-        - {"pad_token", "bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token"}
-    }
+    own = (
+        {}
+        if unnamed
+        else {
+            name: f"<{name}>"
+            for name in set(_OWN.findall(source))
+            - {"add_bos_token", "add_eos_token", "pad_token", "bos_token", "eos_token", "unk_token"}
+        }
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=own
     )
@@ -122,7 +130,11 @@ def small_processor(model_type: str, config: Any) -> Any:
     processor_class = getattr(transformers, name)
     parts: dict[str, Any] = {}
     for name in processor_class.get_attributes():
-        parts[name] = tokenizer_for(processor_class) if name.endswith("tokenizer") else _part(name, model_type, config)
+        parts[name] = (
+            tokenizer_for(processor_class, model_type in UNNAMED)
+            if name.endswith("tokenizer")
+            else _part(name, model_type, config)
+        )
     settings = dict(PROCESSORS.get(model_type, {}))
     parameters = inspect.signature(processor_class.__init__).parameters
     vision = getattr(config, "vision_config", None)
@@ -166,6 +178,15 @@ def save_multimodal(folder: Path, class_name: str, model_type: str) -> Any:
     return network.eval()
 
 
+def _share(config: Any, size: int) -> None:
+    """Give every part of a configuration with the small vocabulary one of this size: some parts look up each other's tokens."""
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            _share(getattr(config, name), size)
+    if getattr(config, "vocab_size", None) == SIZES["vocab_size"]:
+        config.vocab_size = size
+
+
 _IDS = {
     "vision_start_token_id": ("<|vision_start|>", "<|IMAGE_START|>"), "vision_end_token_id": ("<|vision_end|>", "<|IMAGE_END|>"),
     "image_start_token_id": ("<|begin_of_image|>",), "image_end_token_id": ("<|end_of_image|>",),
@@ -178,19 +199,24 @@ def _match(config: Any, processor: Any) -> None:
     tokenizer = processor.tokenizer
     text = config.get_text_config()
     text.vocab_size = len(tokenizer) + 8
-    if hasattr(config, "vocab_size"):
-        config.vocab_size = text.vocab_size
+    _share(config, text.vocab_size)
     if hasattr(text, "vocab_size_per_layer_input"):
         text.vocab_size_per_layer_input = text.vocab_size
     for modality in ("image", "video", "audio"):
-        token = getattr(processor, f"{modality}_token_id", None)
+        # What an item's marker becomes is not always the marker.
+        tokens = getattr(processor, f"{modality}_token_ids", None)
+        token = tokens[0] if tokens else getattr(processor, f"{modality}_token_id", None)
         for part in (config, getattr(config, "thinker_config", None)):
             for name in (f"{modality}_token_id", f"{modality}_token_index"):
                 if part is not None and hasattr(part, name) and isinstance(token, int):
                     setattr(part, name, token)
-    for name, written in TOKENS.get(config.model_type, {}).items():
-        setattr(config, name, tokenizer.convert_tokens_to_ids(written))
     for name, tokens in _IDS.items():
         for token in tokens:
             if hasattr(config, name) and token in tokenizer.get_vocab():
                 setattr(config, name, tokenizer.convert_tokens_to_ids(token))
+    for name, token in TOKENS.get(config.model_type, {}).items():
+        place, _, key = name.partition(".")
+        if key:  # an entry of a dict
+            getattr(config, place)[key] = tokenizer.convert_tokens_to_ids(token)
+        else:
+            setattr(config, name, tokenizer.convert_tokens_to_ids(token))

@@ -1,4 +1,4 @@
-"""`python -m workbench.benchmarks [engine | batching | comparison | serving | streamed]`: timings on this machine, interleaved, as medians."""
+"""`python -m workbench.benchmarks [engine | batching | comparison | serving | streamed | leave-one-out]`: timings on this machine, interleaved, as medians."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ def main() -> None:
     """Parse the command line and run the chosen benchmark, which prints its results."""
     parser = argparse.ArgumentParser(prog="python -m workbench.benchmarks", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "benchmark", nargs="?", default="engine", choices=("engine", "batching", "comparison", "serving", "streamed"),
+        "benchmark", nargs="?", default="engine", choices=("engine", "batching", "comparison", "serving", "streamed", "leave-one-out"),
         help="engine: one request compared with Transformers; batching: many requests at once; comparison: traces, recording and lint; "
-        "serving: several engines on spliced prompts; streamed: a verdict on a large model",
+        "serving: several engines on spliced prompts; streamed: a verdict on a large model; leave-one-out: what each optimisation brings on a GPU",
     )  # fmt: skip
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=5)
@@ -23,9 +23,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="for streamed: length of the prompt")
     parser.add_argument("--folder", help="for streamed: where its checkpoint is written")
     options = parser.parse_args()
-    module = import_module(
-        f".{'streamed_reference' if options.benchmark == 'streamed' else options.benchmark}", __package__
-    )
+    files = {"streamed": "streamed_reference", "leave-one-out": "leave_one_out"}
+    module = import_module(f".{files.get(options.benchmark, options.benchmark)}", __package__)
     if options.benchmark == "streamed":
         module.run(options.shape, options.dtype, options.device, options.tokens, options.folder)
     elif options.benchmark == "serving":

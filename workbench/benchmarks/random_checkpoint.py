@@ -27,12 +27,29 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 16,
         "vocab_size": 32000,
     },
+    "135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 49152,
+    },
+    "2B": {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "vocab_size": 151936,
+    },
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
     "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "24B": {"hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40, "num_attention_heads": 32},
 }
-"""A narrow one with many layers, a small one, Llama 3.2 1B and 3B, Llama 3 8B, Mistral Small 24B."""
+"""A narrow one with many layers, a small one, SmolLM2 135M (digit-cards' language part), Qwen3-VL 2B, Llama 3.2 1B and 3B, Llama 3 8B,
+Mistral Small 24B."""
 _VOCABULARY, _KV_HEADS, _HEAD_DIM = 128256, 8, 128
 
 

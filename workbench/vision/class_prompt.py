@@ -7,12 +7,13 @@ class computes for them; what a Prompt cannot express is refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from typing import Any
 
 import torch
 
-from ..errors import ModelError
+from ..errors import ModelError, PromptError
 from ..prompt import Prompt, Span
 from ..prompt.ranges import Range
 from .audio import open_audio
@@ -32,6 +33,9 @@ def process_items(processor: OwnProcessor, text: str, items: Sequence[Item]) -> 
     opened: dict[str, list[Any]] = {each: [] for each in MODALITIES}
     for modality, content in items:
         opened[modality].append(_open(processor, modality, content))
+    if len(items) > 1:  # which tokens belong to which item
+        with suppress(PromptError):  # not every processor can tell
+            return processor.process(text, opened, return_text_replacement_offsets=True)
     return processor.process(text, opened)
 
 
@@ -63,6 +67,11 @@ def class_prompt(
         return Prompt(ids)
     inputs = {name: like(value) for name, value in processed.items() if name != "text_replacement_offsets"}
     recorded = record_decoder_inputs(network, inputs)
+    if not bool(recorded.places.any()):
+        raise ModelError(
+            f"{type(network).__name__} replaces the embedding of no token: it may put other tokens in place of images, which have no "
+            "rows. Run its images with 'transformers-multimodal'"
+        )
     owners = _owners(processor, ids, recorded.places, processed, items)
     if ignored := set(range(len(items))) - set(owners):
         first = min(ignored)
@@ -116,7 +125,7 @@ def _owners(
     if len(counts) != len(items) or sum(counts) != total:
         counts = []
         for item in items:
-            alone = process_items(processor, processor.markers[item.modality], [item])
+            alone = process_items(processor, processor.text_of([item.modality]), [item])
             counts.append(sum(token in replaced for token in alone["input_ids"][0].tolist()))
     if sum(counts) != total:
         raise ModelError(

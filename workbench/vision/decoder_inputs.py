@@ -148,8 +148,10 @@ def _recorded(network: Any, decoder: nn.Module) -> Iterator[dict[str, Any]]:
 def _read(name: str, seen: Mapping[str, Any], ids: torch.Tensor) -> DecoderInputs:
     embeddings = seen.get("inputs_embeds")
     if embeddings is None:
+        beside = sorted(key for key, value in seen.items() if key not in _PLAIN and _has_tensors(value))
         raise ModelError(
-            f"{name} makes its rows inside its decoder, which takes ids instead of embeddings: rows cannot be injected"
+            f"{name} hands its decoder {', '.join(['ids', *beside])} instead of embeddings: it makes no rows of images that take the "
+            "place of tokens, as a Prompt needs. Run its images with 'transformers-multimodal'"
         )
     if embeddings.shape[1] != len(ids):
         shape = tuple(embeddings.shape)
@@ -194,9 +196,26 @@ def _positions(given: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _visible(name: str, mask: Any, length: int) -> torch.Tensor | None:
-    """What a mask allows, as booleans `[seq, seq]`; None if it is causal."""
+    """What a mask allows, as booleans `[seq, seq]`; None if it is causal.
+
+    Of masks for several kinds of layers, what layers without a window allow. The others must differ by a window only.
+    """
     if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
+        kinds = {kind: _visible(name, each, length) for kind, each in mask.items()}
+        if all(each is None or not bool(each.triu(1).any()) for each in kinds.values()):
+            return None
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        allowed = {kind: causal if each is None else each for kind, each in kinds.items()}
+        whole = allowed.get("full_attention", next(iter(allowed.values())))
+        steps = torch.arange(length)
+        back = steps[:, None] - steps
+        for kind, each in allowed.items():
+            if not torch.equal(each, whole & (back <= back[each].max())):
+                raise ModelError(
+                    f"{name} lets tokens attend to later ones in layers of kind {kind!r} otherwise than spans do, which hold in all "
+                    "layers, but inside a layer's window: run its images with 'transformers-multimodal'"
+                )
+        return whole
     if not isinstance(mask, torch.Tensor) or mask.ndim == 2:
         return None
     if mask.ndim != 4 or mask.shape[-2:] != (length, length):

@@ -123,6 +123,12 @@ class OwnProcessor:
                 )
             )
 
+    def text_of(self, modalities: Sequence[str]) -> str:
+        """A text of nothing but one item of each of these modalities, with the tokens that the chat template writes around them."""
+        if self.chat_template is None:
+            return "\n".join(self.markers[each] for each in modalities)
+        return self.text([{"role": "user", "content": [{"type": each} for each in modalities]}])
+
     def process(self, text: str, items: Mapping[str, Sequence[Any]], **options: Any) -> dict[str, Any]:
         """Return the model's inputs as tensors: `input_ids` `[1, seq]`, pixels and others.
 
@@ -138,6 +144,9 @@ class OwnProcessor:
             given |= self._video_options(videos)
         if items.get("audio"):
             given["sampling_rate"] = self.sampling_rate
+        # Some processors leave out what their model needs, unless asked.
+        if "mm_token_type_ids" in (getattr(self.own, "model_input_names", None) or ()):
+            options = {"return_mm_token_type_ids": True, **options}
         with foreign_errors(
             PromptError, f"{self.model_type}'s processor rejects the prompt", "Try other images or sounds"
         ):

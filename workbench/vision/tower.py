@@ -154,7 +154,7 @@ class VisionTower:
         """Features by the class's own forward pass, of a prompt of nothing but the items."""
         markers = self.own_processor.markers
         named = [item if isinstance(item, Item) else Item(next(iter(markers)), item) for item in items]
-        text = "\n".join(markers[item.modality] for item in named)
+        text = self.own_processor.text_of([item.modality for item in named])
         prompt = self.prompt(process_items(self.own_processor, text, named), named)
         labels = [span.label.split(",")[0] for span in prompt.spans]
         found = []

@@ -103,10 +103,23 @@ def read_configuration(folder: Path, name: str, trusted: bool) -> Any:
         refuse_remote_code(folder, name)
     with foreign_errors(ModelError, f"the configuration of {name!r} cannot be read", "Correct or fetch config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
-    parts = {"vision_config", "audio_config", *(getattr(config, "sub_configs", None) or {})} - {"text_config"}
-    if all(getattr(config, part, None) is None for part in parts):
+    if not _takes_media(config):
         raise ModelError(f"{name!r} ({config.model_type}) has no vision or audio part: it is a language model")
+    if config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name!r} ({config.model_type}) is an encoder-decoder: its images go into the encoder, which its decoder attends to, so no rows "
+            "take the place of tokens. Run its images with 'transformers-multimodal'"
+        )
     return config
+
+
+def _takes_media(config: Any) -> bool:
+    """Whether a model takes images, video or sound: it has a part for them, or its class does that without a part of its own."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
+
+    named = {"vision_config", "audio_config", *(getattr(config, "sub_configs", None) or {})} - {"text_config"}
+    parts = [part for part in named if hasattr(config, part)]
+    return any(getattr(config, part) is not None for part in parts) or (not parts and config.model_type in NAMES)
 
 
 def vision_tensors(source: Source) -> tuple[dict[str, torch.Tensor], int, str]:
@@ -170,10 +183,12 @@ def build_network(
     empty: dict[str, Any] = {
         "num_hidden_layers": 0,
         "vocab_size": 1,
-        "pad_token_id": 0,  # some configurations refuse None
+        # Some classes put the padding token in place of images before they look ids up; some refuse None.
+        "pad_token_id": 0,
         "layer_types": [],
         "vocab_size_per_layer_input": 1,
     }
+    kinds = getattr(text, "layer_types", None)
     for key, value in empty.items():
         if hasattr(text, key):
             setattr(text, key, value)
@@ -213,6 +228,8 @@ def build_network(
             f"the checkpoint lacks {len(missing)} vision tensors, and {len(wrong)} have another shape than in the "
             f"configuration: {', '.join([*sorted(missing), *wrong][:3])}. Fetch the checkpoint again"
         )
+    if kinds is not None:  # the class makes a mask for each kind of layer
+        network.config.get_text_config().layer_types = kinds
     return network
 
 

@@ -16,13 +16,13 @@ class PromptInputs:
     """The inputs of one model, dtype and device.
 
     Attributes:
-        filler: the token that stands where rows are injected.
+        filler: the token that stands where rows are injected; None: the prompt's own.
         config: the decoder's configuration.
         mrope: whether positions have three axes.
         needs_mask: whether the model's own mask is not causal, so that it must be given one.
     """
 
-    filler: int
+    filler: int | None
     config: Any
     dtype: torch.dtype
     device: torch.device
@@ -35,6 +35,8 @@ class PromptInputs:
         Their own ids are placeholders of any value; some classes skip positions where they see the padding token.
         """
         ids = list(prompt.input_ids)
+        if self.filler is None:
+            return ids
         for start, stop in prompt.embedding_ranges:
             ids[start:stop] = [self.filler] * (stop - start)
         return ids

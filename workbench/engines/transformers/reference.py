@@ -89,7 +89,8 @@ class TransformersReference(Engine):
                 f"{type(self.network).__name__} of {model.name!r} cannot be a reference: {self._structure.fault}"
             )
         self._capabilities = self._find_capabilities()
-        (filler,) = plain_tokens(self.network.config, 1)
+        # A class that also looks up something else by id knows its placeholders, and what stands for them there.
+        filler = None if self._structure.reads_ids else plain_tokens(self.network.config, 1)[0]
         self._inputs = PromptInputs(
             filler, self.decoder.config, self.dtype, self.device, bool(self._net.mrope_axes), self._structure.needs_mask
         )

@@ -24,6 +24,7 @@ class Structure:
         parts: for each layer its two addends; None where they were not found.
         needs_mask: whether the model's own mask is not causal unless it gets images, as PaliGemma's; it is passed a mask then.
         injection_fault: why rows cannot be injected; None if they can.
+        reads_ids: whether the decoder looks ids up in other tables than that of the embeddings, as Gemma 4's for each layer.
         fault: why the model cannot be a reference; None if it can.
     """
 
@@ -31,6 +32,7 @@ class Structure:
     parts: tuple[LayerParts | None, ...]
     needs_mask: bool
     injection_fault: str | None
+    reads_ids: bool
     fault: str | None
 
 
@@ -72,10 +74,11 @@ class _Findings:
     parts: tuple[LayerParts | None, ...]
     leaks: bool
     fault: str | None
+    reads_ids: bool
     injection_fault: str | None = None
 
     def structure(self, needs_mask: bool) -> Structure:
-        return Structure(self.states, self.parts, needs_mask, self.injection_fault, self.fault)
+        return Structure(self.states, self.parts, needs_mask, self.injection_fault, self.reads_ids, self.fault)
 
 
 def _examine(network: Network, mask: Any) -> _Findings:
@@ -88,6 +91,7 @@ def _examine(network: Network, mask: Any) -> _Findings:
     seen: list[torch.Tensor] = []
     shapes: set[int] = set()
     called: set[str] = set()
+    reads: list[str] = []
 
     def before(number: int) -> Any:
         def look(module: Any, args: tuple, kwargs: dict) -> None:
@@ -106,8 +110,16 @@ def _examine(network: Network, mask: Any) -> _Findings:
 
         return look
 
+    def by_id(module: Any, args: tuple) -> None:
+        keys = args[0] if args else None  # of positions and token types they are those of both sequences
+        if isinstance(keys, torch.Tensor) and len(keys) == 2 and not torch.equal(keys[0], keys[1]):
+            reads.append(type(module).__name__)
+
     hooks = [layers[number].register_forward_pre_hook(before(number), with_kwargs=True) for number in earliest.values()]
     hooks += [layer.register_forward_hook(after(number)) for number, layer in enumerate(layers)]
+    for table in network.decoder.modules():
+        if isinstance(table, torch.nn.Embedding) and table is not network.embedding:
+            hooks.append(table.register_forward_pre_hook(by_id))
     if not layers:
         hooks.append(network.decoder.register_forward_hook(lambda module, args, output: seen.append(first(output))))
     fault = None
@@ -129,7 +141,7 @@ def _examine(network: Network, mask: Any) -> _Findings:
     parts = tuple(found.get(kind) if plain else None for kind in kinds)
     if fault is None and any(bool(state.isnan().any()) for state in seen):
         fault = "its states are NaN on plain tokens"
-    return _Findings(plain, parts, fault is None and any(_leaks(state) for state in seen), fault)
+    return _Findings(plain, parts, fault is None and any(_leaks(state) for state in seen), fault, bool(reads))
 
 
 def _injection_fault(network: Network) -> str | None:
