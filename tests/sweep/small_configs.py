@@ -154,6 +154,11 @@ def multimodal_classes() -> dict[str, str]:
     return {name: model_type for each in mappings for model_type, name in each.items() if name not in causal}
 
 
+def multimodal_types() -> dict[str, str]:
+    """`{model type: class}` of everything that takes images, video or sound beside text."""
+    return {**MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+
+
 def small_config(config_class: Any) -> Any:
     """A configuration of a class, small, with scales that show; its parts are made small, too."""
     model_type = config_class.model_type

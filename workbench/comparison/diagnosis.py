@@ -25,7 +25,7 @@ class Explanation:
 
     Attributes:
         kind: a stable name: "shifted", "placeholders", "items", "reversed", "order", "memory", "scale", "stream", "positions",
-            "mask", "weights", "residual", "head", "overflow", "drift", "unknown".
+            "mask", "weights", "residual", "head", "overflow", "drift", "deepstack", "unknown".
         sentence: the diagnosis in words, with numbers.
     """
 
@@ -65,6 +65,10 @@ def explain(
         own = model.token_rows(prompt.lookup_ids if _placeholders_unknown(prompt, model) else prompt.input_ids)
         return explain_splice(prompt, expected, given, wrong, own.to(expected), comparison.dtype)
     before = comparison.taps[at - 1] if at else None
+    if whole and prompt is not None and prompt.deepstack:
+        told = explain_deepstack(found.tap, prompt, state, comparison.dtype)
+        if told is not None:
+            return told
     return explain_tap(found.tap, expected, given, wrong, positions, comparison.spans, before)
 
 
@@ -209,6 +213,66 @@ def _permuted(prompt: Prompt, state: torch.Tensor, tolerance: float) -> Explanat
             "order", f"the rows of item {number} are in another order: row {order[first]} is where row {first} belongs"
         )
     return None
+
+
+def explain_deepstack(tap: str, prompt: Prompt, state: Trace, dtype: str) -> Explanation | None:
+    """Diagnose features that should have been added after the layer before `tap`; None if they were, or if the trace does not show it.
+
+    What was added is what remains of the layer's output when its input, its attention and its MLP are taken away.
+    """
+    parts = tap.split(".")
+    number = int(parts[1]) if parts[0] == "layers" else 0
+    level = number - 1
+    names = (f"layers.{number - 1}", f"layers.{number}.attention", f"layers.{number}.mlp", f"layers.{number}")
+    wanted = torch.cat([item.double() for item in prompt.deepstack], dim=1)  # [levels, rows of all, hidden]
+    if not 0 <= level < len(wanted) or any(name not in state for name in names):
+        return None
+    before, attention, mlp, after = (state[name].double() for name in names)
+    inside = torch.cat([torch.arange(start, stop) for start, stop in prompt.embedding_ranges])
+    added = (after - attention - mlp - before)[inside]
+    size = torch.stack([each[inside].norm(dim=-1) for each in (before, attention, mlp, after)]).amax(dim=0)
+    rounding = 16 * unit_roundoff(dtype) * size
+
+    def equals(rows: torch.Tensor) -> bool:
+        return float(((added - rows).norm(dim=-1) <= rounding).double().mean()) >= _MIN_SHARE
+
+    right = wanted[level]
+    if equals(right) or not torch.isfinite(added).all():
+        return None
+    layer, total = number - 1, len(right)
+    if equals(torch.zeros_like(right)):
+        return Explanation("deepstack", f"the deepstack features of {total} rows were not added after layer {layer}")
+    for other in range(len(wanted)):
+        if other != level and equals(wanted[other]):
+            return Explanation(
+                "deepstack",
+                f"after layer {layer} the deepstack features of level {other} were added, not of level {level}",
+            )
+    for by in (by for distance in range(1, min(_MAX_SHIFT, total)) for by in (distance, -distance)):
+        moved = right.roll(by, 0)
+        if equals(moved):
+            words = "late" if by > 0 else "early"
+            rows = f"{abs(by)} row{'s' * (abs(by) > 1)}"
+            return Explanation("deepstack", f"the deepstack features after layer {layer} are {rows} too {words}")
+    if equals(right.flip(0)):
+        return Explanation("deepstack", f"the deepstack features after layer {layer} are in reverse order")
+    for first, second in ((a, b) for a in range(len(prompt.deepstack)) for b in range(a)):
+        items = [item[level].double() for item in prompt.deepstack]
+        if items[first].shape == items[second].shape:
+            items[first], items[second] = items[second], items[first]
+            if equals(torch.cat(items)):
+                return Explanation(
+                    "deepstack",
+                    f"the deepstack features of items {second} and {first} are exchanged after layer {layer}",
+                )
+    factor = _scale(added, right)
+    if factor is not None:
+        return Explanation(
+            "deepstack", f"the deepstack features after layer {layer} are {factor:.4g} times the right ones"
+        )
+    return Explanation(
+        "deepstack", f"what was added to {total} rows after layer {layer} are not their deepstack features"
+    )
 
 
 def _scale(state: torch.Tensor, reference: torch.Tensor) -> float | None:

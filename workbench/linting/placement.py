@@ -96,6 +96,7 @@ def span_findings(prompt: Prompt, model: Model | None, max_prefill_token_num: in
                 f"{'missing' if prompt.position_ids is None else 'one number per token'}: image rows would get text positions. Give [3, seq]; "
                 "build_prompt makes them",
             )
+        yield from _deepstack_findings(prompt, model)
         if image_attention(model.config) == "bidirectional" and not prompt.bidirectional_ranges:
             yield Finding(
                 "attention-causal",
@@ -116,6 +117,31 @@ def span_findings(prompt: Prompt, model: Model | None, max_prefill_token_num: in
                     "use an engine that never cuts a span",
                     number,
                 )
+
+
+def _deepstack_findings(prompt: Prompt, model: Model) -> Iterator[Finding]:
+    """Findings on features for early layers, which Qwen3-VL and its like add at image rows; without them images are half seen."""
+    levels = getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None)
+    pictures = [span.modality in ("image", "video") for span in prompt.spans] or [True]
+    if not levels or not any(pictures):
+        return
+    if not prompt.deepstack:
+        yield Finding(
+            "deepstack-missing",
+            "warning",
+            f"{model.config.model_type} adds features of {len(levels)} levels of its vision tower after its first {len(levels)} layers, and "
+            f"deepstack is empty: give [{len(levels)}, rows, hidden] for each item; build_prompt does",
+        )
+        return
+    for number, item in enumerate(prompt.deepstack):
+        if item.ndim == 3 and len(item) != len(levels):
+            yield Finding(
+                "deepstack-levels",
+                "warning",
+                f"deepstack[{number}] has {len(item)} levels and {model.config.model_type} has {len(levels)}: give one for each of "
+                f"deepstack_visual_indexes={list(levels)}",
+                number,
+            )
 
 
 @lru_cache(maxsize=8)

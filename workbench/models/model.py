@@ -137,7 +137,11 @@ class Model:
         return int(config.max_position_embeddings * factor)
 
     def token_rows(self, ids: Sequence[int]) -> torch.Tensor:
-        """The embeddings of tokens as they enter the first layer, float32 `[tokens, hidden]`, scaled if the model scales them (Gemma)."""
+        """The embeddings of tokens as an engine takes them in `input_embeddings`, float32 `[tokens, hidden]`.
+
+        They are scaled if the model scales what it looks up (Gemma). A model that multiplies all embeddings, injected ones as well
+        (Granite), does that with these, too.
+        """
         rows = self.embedding_table[list(ids)]
         scale = torch.tensor(embedding_scale(self.text_config)).to(rows.dtype)
         return (rows * scale).float()
@@ -172,8 +176,13 @@ class Model:
 
 
 def embedding_scale(text_config: Any) -> float:
-    """The factor that the model applies to looked-up token embeddings: sqrt(hidden) in Gemma, else 1. It skips injected rows."""
-    return text_config.hidden_size**0.5 if text_config.model_type.startswith("gemma") else 1.0
+    """The factor that the model applies to looked-up token embeddings, and not to injected rows; 1 for most.
+
+    sqrt(hidden) in Gemma and in BART's family with `scale_embedding`; `scale_emb` in MiniCPM 3.
+    """
+    if text_config.model_type.startswith("gemma") or getattr(text_config, "scale_embedding", False):
+        return float(text_config.hidden_size) ** 0.5
+    return float(getattr(text_config, "scale_emb", 1.0)) if text_config.model_type == "minicpm3" else 1.0
 
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index")

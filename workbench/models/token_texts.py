@@ -11,7 +11,10 @@ _UNKNOWN = "\ufffd"
 
 
 def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
-    """Return the text of each token id, decoded separately. Bytes that are only part of a character are written as `<0xF0>`."""
+    """Return the text of each token id, decoded separately. Bytes that are only part of a character are written as `<0xF0>`.
+
+    An id that is none of the tokenizer's, as a placeholder may be (LLaVA's is -200), is written as `<-200>`.
+    """
     wanted = list(ids)
     different = dict.fromkeys(wanted)  # long prompts repeat their ids, above all placeholders
     texts = dict(zip(different, _decoded(tokenizer, different), strict=True))
@@ -21,6 +24,9 @@ def token_texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
 def _decoded(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     texts = []
     for token in ids:
+        if not 0 <= token < 1 << 31:  # the tokenizer's own type for ids
+            texts.append(f"<{token}>")
+            continue
         text = tokenizer.decode([token])
         if _UNKNOWN in text:
             piece = tokenizer.convert_ids_to_tokens(token)

@@ -85,13 +85,10 @@ class Family:
         """
         height, width = processed["pixel_values"].shape[-2:]
         patch = self.config.vision_config.patch_size
-        whole = getattr(self.config, "vision_feature_select_strategy", "full") == "full"
-        # "full" keeps CLIP's class token; SigLIP has none
-        extra = int(
-            whole
-            and "clip" in self.config.vision_config.model_type
-            and "siglip" not in self.config.vision_config.model_type
-        )
+        kind = self.config.vision_config.model_type
+        # CLIP has a class token before its patches, SigLIP has none; "default" drops the first row, whatever it is.
+        extra = int("clip" in kind and "siglip" not in kind)
+        extra -= getattr(self.config, "vision_feature_select_strategy", "full") == "default"
         return [self._blank((height // patch) * (width // patch) + extra)] * count
 
     def _blank(self, rows: int, grid: tuple[int, ...] | None = None, tiles: tuple[int, int] = (0, 0)) -> Features:
@@ -321,14 +318,21 @@ SUPPORTED = tuple(_KINDS)
 
 
 def is_known(config: Any) -> bool:
-    """Whether the layout of a model is in the table here; other models' own processors lay out their prompts (`class_prompt.py`)."""
-    return config.model_type in _KINDS
+    """Whether the layout of a model is in the table here; other models' own processors lay out their prompts (`class_prompt.py`).
+
+    Pixtral is published as a LLaVA with another tower, whose images are lines of rows with tokens between them.
+    """
+    vision = getattr(getattr(config, "vision_config", None), "model_type", "")
+    return config.model_type in _KINDS and vision != "pixtral"
 
 
 def image_attention(config: Any) -> Literal["causal", "bidirectional"]:
-    """Return how the tokens of an image attend to each other; "causal" if the architecture is not in the table."""
+    """Return how the tokens of an image attend to each other, by the table or by the model's own setting (Gemma 4); else "causal"."""
     kind = _KINDS.get(config.model_type)
-    return kind.attention if kind else "causal"
+    if kind is not None:
+        return kind.attention
+    own = getattr(config.get_text_config(), "use_bidirectional_attention", None)
+    return "bidirectional" if own in ("vision", "all", True) or config.model_type == "molmo2" else "causal"
 
 
 def family_of(config: Any, tokenizer: Any) -> Family:

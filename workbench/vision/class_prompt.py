@@ -162,7 +162,7 @@ def _ranges(
 
 
 def _part_grid(grid: tuple[int, ...] | None, parts: int, rows: int) -> tuple[int, ...] | None:
-    """The grid of one of an item's equal parts: the whole, one of its frames, or one of its lines; a square if nothing is known."""
+    """The grid of one of an item's equal parts: the whole, one of its frames, or one of its lines; a square if nothing is known of a single part."""
     if grid is not None:
         time, height, width = grid
         if parts == 1 and rows == time * height * width:
@@ -172,6 +172,8 @@ def _part_grid(grid: tuple[int, ...] | None, parts: int, rows: int) -> tuple[int
         if parts == height and rows == width and time == 1:
             return (1, 1, width)
         return None
+    if parts > 1:  # lines of rows, or tiles of unknown shape
+        return (1, rows)
     side = round(rows**0.5)
     return (side, side) if side * side == rows else None
 

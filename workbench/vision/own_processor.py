@@ -42,6 +42,8 @@ class OwnProcessor:
             raise ModelError(
                 f"the processor in {folder} cannot be read: {reason(error)}. Fetch its files again"
             ) from error
+        if not any((folder / name).exists() for name in ("processor_config.json", "chat_template.json")):
+            self.own = _processor_of_images(self.own, config)
         if getattr(self.own, "tokenizer", None) is None:
             raise ModelError(
                 f"{folder} has no processor for {config.model_type!r} with a tokenizer: fetch its files again"
@@ -173,3 +175,27 @@ class OwnProcessor:
         # Some processors read the times of the frames from what is returned, without asking for it.
         options = {"video_metadata": told, "do_sample_frames": False, "return_metadata": True}
         return {"videos": [each.frames for each in videos], **options}
+
+
+def _processor_of_images(own: Any, config: Any) -> Any:
+    """The combined processor of the image processor's own model, if the folder names none and its type has another one.
+
+    Pixtral's checkpoints have the type of LLaVA, whose processor would leave out the tokens between lines of rows.
+    """
+    import transformers
+
+    reader = getattr(own, "image_processor", None)
+    package = type(reader).__module__.rpartition(".")[0]
+    if reader is None or type(own).__module__.rpartition(".")[0] == package:
+        return own
+    family = package.rpartition(".")[2]
+    if family != getattr(getattr(config, "vision_config", None), "model_type", None):
+        return own  # many models use another one's image processor
+    name = next((each for each in dir(transformers) if each.lower() == f"{family}processor"), None)
+    if name is None:
+        return own
+    patch = getattr(config.vision_config, "patch_size", None)
+    merge = getattr(config, "spatial_merge_size", 1)
+    found = getattr(transformers, name)(reader, own.tokenizer, patch_size=patch, spatial_merge_size=merge)
+    found.chat_template = getattr(own, "chat_template", None)
+    return found

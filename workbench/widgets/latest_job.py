@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from weakref import WeakSet
 
 from ..progress import Stopped
 
 Job = Callable[[], Iterator[None]]
 """A function that returns a generator, which does the work in parts and yields between them."""
+
+
+_EXIT_SECONDS = 30.0
+_alive: WeakSet[LatestJob] = WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """End the worker threads before the interpreter ends: one that still runs native code then would abort the process."""
+    for job in list(_alive):
+        job.close()
+    for job in list(_alive):
+        if job._worker is not None:
+            job._worker.join(_EXIT_SECONDS)
 
 
 class LatestJob:
@@ -26,6 +42,7 @@ class LatestJob:
         self._busy = False
         self._worker: threading.Thread | None = None
         self._closed = False
+        _alive.add(self)
 
     def submit(self, job: Job) -> None:
         """Run `job` next, instead of the waiting job, and abandon the running one at its next `yield`."""

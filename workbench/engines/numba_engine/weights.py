@@ -45,7 +45,8 @@ class TensorReader:
         """The output head `[vocab, hidden]`; if it is tied to the token embeddings, `table` itself."""
         model, ending = self.model, f"{self.config.names.head}.weight"
         heads = [name for name in model.weights if name == ending or name.endswith(f".{ending}")]
-        tied = model.text_config.tie_word_embeddings or model.config.tie_word_embeddings
+        # Published Qwen-VL configurations say it beside their text part only.
+        tied = any(getattr(each, "tie_word_embeddings", False) for each in (model.text_config, model.config))
         if tied and not heads:
             return table
         head = self._get(heads[0] if heads else ending, *table.shape)

@@ -62,11 +62,12 @@ class TransformersMultimodal(TransformersReference):
                 "the positions of new tokens follow from those of the images: give position_ids, as build_multimodal computes them"
             )
         for number, group in enumerate(groups):
-            pixels = group.get("pixel_values", group.get("input_features")) if isinstance(group, dict) else None
-            if not isinstance(pixels, torch.Tensor):  # without pixels the model would answer from the placeholders
+            values = group.values() if isinstance(group, dict) else ()
+            if not any(isinstance(each, torch.Tensor) and each.is_floating_point() for each in values):
+                # without pixels the model would answer from the placeholders
                 given = sorted(group) if isinstance(group, dict) else type(group).__name__
                 raise PromptError(
-                    f"multimodal[{number}] is {given}: give a dict with a tensor pixel_values (or input_features), as "
+                    f"multimodal[{number}] is {given}: give a dict with pixel_values (input_features, ...), as "
                     "build_multimodal returns it"
                 )
         placeholders = prompt.input_ids.count(placeholder_id(self.model.config))
