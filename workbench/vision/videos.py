@@ -81,7 +81,9 @@ def open_video(video: Video | str | os.PathLike | MediaFile, sample: Sample) -> 
         # The content decides the format; network protocols and playlists of other files are never opened.
         with av.open(file.open(), mode="r", options={"protocol_whitelist": "pipe"}) as container:
             if not len(container.streams):
-                raise VideoError(f"{file.name} is damaged or cut short: it is a {container.format.name} file without contents")
+                raise VideoError(
+                    f"{file.name} is damaged or cut short: it is a {container.format.name} file without contents"
+                )
             if not container.streams.video:
                 raise VideoError(f"{file.name} has no pictures: it is {_described(container)}")
             return _read(file, container, sample)
