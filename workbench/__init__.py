@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .comparison.check import check_engine
     from .comparison.divergence import first_divergence
+    from .comparison.identify import identify
     from .comparison.local_error import local_error
     from .comparison.probes import probe
+    from .comparison.rollout import judge_rollout
     from .comparison.verdict import Comparison, compare
     from .engines import open_engine
     from .engines.base import Engine
@@ -60,6 +62,8 @@ _MODULES = {
     "engine_from": "engines.function_engine",
     "explore": "exploring",
     "first_divergence": "comparison.divergence",
+    "identify": "comparison.identify",
+    "judge_rollout": "comparison.rollout",
     "lint": "linting",
     "local_error": "comparison.local_error",
     "load_model": "models",
@@ -95,6 +99,8 @@ __all__ = [
     "engine_from",
     "explore",
     "first_divergence",
+    "identify",
+    "judge_rollout",
     "lint",
     "load_model",
     "load_vision_tower",

@@ -1,4 +1,4 @@
-"""The `workbench` command: `fetch`, `check`, `features`; `prompt_commands.py`, `engine_commands.py`, `rollout_command.py` and `lab.py` have the others.
+"""The `workbench` command: `fetch`, `check`, `features`; `prompt_commands.py`, `engine_commands.py`, `import_command.py`, `rollout_command.py` and `lab.py` have the others.
 
 Modules are imported by the command that needs them, so that `--help` is fast.
 """
@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from ..errors import ModelError, PromptError, TraceError
-from . import engine_commands, lab, prompt_commands, rollout_command
+from . import engine_commands, import_command, lab, prompt_commands, rollout_command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         "features": _features,
         **prompt_commands.add(commands),
         **engine_commands.add(commands),
+        **import_command.add(commands),
         **rollout_command.add(commands),
         **lab.add(commands),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,11 @@ from typing import Any
 import torch
 
 from ..errors import TraceError
+from ..models import Model
+from ..prompt import Prompt
 from .files import StoredStates, TraceWriter, readable
+from .provenance import provenance_of
+from .taps import decoder_taps
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,52 @@ class Trace(Mapping[str, torch.Tensor]):
         self._states = states
         self.positions = positions
         self.provenance = dict(provenance)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        states: Mapping[str, torch.Tensor],
+        prompt: Prompt,
+        model: Model,
+        *,
+        dtype: str,
+        positions: Sequence[int] | None = None,
+        engine: str = "imported",
+    ) -> Trace:
+        """A trace of states that another program computed.
+
+        Args:
+            states: by tap, `[positions, width]`; kept in `dtype`.
+            dtype: what they were computed in.
+            positions: the prompt positions of their rows; None: all.
+            engine: the program's name.
+
+        Raises:
+            TraceError: no states, an unknown tap, or rows or widths that are not the prompt's and the model's.
+        """
+        kept = torch.arange(len(prompt)) if positions is None else torch.as_tensor(list(positions), dtype=torch.int64)
+        config = model.text_config
+        known = decoder_taps(config.num_hidden_layers)
+        if not states:
+            raise TraceError("there are no states: give at least one tap")
+        if len(kept) and (int(kept.min()) < 0 or int(kept.max()) >= len(prompt)):
+            raise TraceError(
+                f"positions are {int(kept.min())} to {int(kept.max())} of a prompt of {len(prompt)} tokens"
+            )
+        for tap, state in states.items():
+            if tap not in known:
+                raise TraceError(
+                    f"{tap!r} is no tap: they are embed, layers.0 to layers.{config.num_hidden_layers - 1}, with .attention and .mlp, norm and logits"
+                )
+            width = config.vocab_size if tap == "logits" else config.hidden_size
+            if tuple(state.shape) != (len(kept), width):
+                raise TraceError(
+                    f"{tap} is {list(state.shape)}: for {len(kept)} positions it must be [{len(kept)}, {width}]"
+                )
+        stored = getattr(torch, dtype)
+        provenance = provenance_of(prompt, engine=engine, model=model, dtype=stored, device=torch.device("cpu"))
+        ordered = {tap: states[tap].detach().cpu().to(stored) for tap in known if tap in states}
+        return cls(ordered, kept, provenance)
 
     def __getitem__(self, tap: str) -> torch.Tensor:
         try:
