@@ -100,7 +100,7 @@ def test_planted_faults_are_found(model, engine):
     found = workbench.check_engine(shifted, prompt)
     assert found.verdict == "bug"
     assert found.first_divergence.tap == "embed"
-    assert found.first_divergence.token == 5
+    assert found.first_divergence.token == 6  # token 5 has its own row back
     stale = FaultyEngine(engine, lambda each: each.replace(input_embeddings=[each.input_embeddings[0].flip(0)]))
     assert workbench.check_engine(stale, prompt).verdict == "bug"
     engine.scale_layer(11, 1.01)

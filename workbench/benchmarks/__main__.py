@@ -24,7 +24,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="for streamed: length of the prompt")
     parser.add_argument("--folder", help="for streamed: where its checkpoint is written")
     options = parser.parse_args()
-    files = {"streamed": "streamed_reference", "leave-one-out": "leave_one_out"}
+    files = {
+        "streamed": "streamed_reference",
+        "leave-one-out": "leave_one_out",
+        "engines": ".comparison.side_by_side",
+    }
     module = import_module(f".{files.get(options.benchmark, options.benchmark)}", __package__)
     if options.benchmark == "streamed":
         module.run(options.shape, options.dtype, options.device, options.tokens, options.folder)

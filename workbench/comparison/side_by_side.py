@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..comparison.check import check_engine
 from ..engines import open_engine
 from ..errors import ModelError
 from ..models import Model, load_model
 from ..prompt import Prompt
 from ..trace.provenance import versions
+from .check import check_engine
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "numba, float32": ("numba", {"dtype": "float32"}),
