@@ -10,8 +10,10 @@ from PIL import Image
 
 from workbench.plots import to_png, token_strip
 from workbench.plots.columns import tokens_per_column, worst_per_column
+from workbench.plots.engine_floors import floors_by_tap
 from workbench.plots.heat_map import hidden_state_map
 from workbench.plots.patches import PatchGrid, grids_figure
+from workbench.plots.style import FAILED as FAILED_COLOUR
 from workbench.plots.visible_text import drawable, escaped, fonts, label, width
 
 TAPS = [f"layers.{number}" for number in range(40)]
@@ -127,3 +129,21 @@ def test_fifty_grids_are_laid_out_in_rows():
     width_inches, height = figure.get_size_inches()
     assert (width_inches, height < 25) == (11, True)
     assert pixels(figure).shape[1] == 1100
+
+
+def test_engines_side_by_side_show_which_one_leaves_the_band():
+
+    taps = ["embed", *(f"layers.{number}" for number in range(30)), "norm", "logits"]
+    engines = {
+        "a, float32": (taps, [1.0] * 33),
+        "a, bfloat16": (taps, [0.0] * 33),
+        "b, float32": (taps[-2:], [20.0, 900.0]),
+    }
+    axes = floors_by_tap(engines, 8.0).axes[0]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert lines["b, float32"].get_color() == FAILED_COLOUR
+    assert lines["a, float32"].get_color() == lines["a, bfloat16"].get_color() != FAILED_COLOUR
+    assert lines["a, float32"].get_linestyle() != lines["a, bfloat16"].get_linestyle()
+    assert list(lines["b, float32"].get_xdata()) == [31, 32]
+    assert min(lines["a, bfloat16"].get_ydata()) > 0  # an exact tap is drawn on the logarithmic scale, too
+    assert floors_by_tap({}, 8.0).axes

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .figure import Figure
 from .style import FAILED, FLOOR, INK, QUIET
 
 _COLOURS = ("#00798c", "#7a5195", "#2f6f3e", "#a05195", "#5b5ea6")
-_DASHES = ("-", "--", ":", "-.")
+_DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 
 
 def floors_by_tap(engines: Mapping[str, tuple[Sequence[str], Sequence[float]]], factor: float) -> Figure:
@@ -30,23 +31,29 @@ def floors_by_tap(engines: Mapping[str, tuple[Sequence[str], Sequence[float]]], 
         xs, ys = [at for at, _ in known], [max(ratio, 0.02) for _, ratio in known]
         wrong = max(floors, default=0.0) > factor
         axes.plot(
-            xs, ys, _DASHES[used[family] % len(_DASHES)], linewidth=2.2 if wrong else 1.3, label=name,
+            xs, ys, linestyle=_DASHES[used[family] % len(_DASHES)], linewidth=2.2 if wrong else 1.3, label=name,
             color=FAILED if wrong else _COLOURS[families.index(family) % len(_COLOURS)],
         )  # fmt: skip
         used[family] += 1
     axes.axhspan(0.01, factor, color=FLOOR, alpha=0.15, linewidth=0)
     axes.axhline(factor, color=QUIET, linewidth=0.8)
-    axes.text(0.3, factor * 1.1, f"{factor:g} floors: more is a bug", fontsize=8, color=INK)
+    axes.text(
+        0.995, factor * 1.1, f"{factor:g} floors: more is a bug", fontsize=8, color=INK, ha="right",
+        transform=axes.get_yaxis_transform(),
+    )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlim(0, max(len(longest) - 1, 1))
     axes.set_ylim(bottom=0.05)
-    step = max(1, -(-len(longest) // 12))
-    shown = sorted({*range(0, max(len(longest) - step // 2, 1), step), len(longest) - 1})
+    whole = [number for number, tap in enumerate(longest) if tap.count(".") == 1]  # layers, without their parts
+    shown = (
+        [0, *whole[4 :: max(1, len(whole) // 10)], len(longest) - 1] if len(whole) > 5 else list(range(len(longest)))
+    )
     axes.set_xticks(shown, [longest[number].removeprefix("layers.") for number in shown], fontsize=8)
     axes.set_xlabel("layer", fontsize=8)
     axes.set_ylabel("error / noise floor", fontsize=8)
     axes.tick_params(axis="y", labelsize=8)
-    axes.legend(fontsize=7.5, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.14), frameon=False)
+    if engines:
+        axes.legend(fontsize=7.5, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.14), frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure
