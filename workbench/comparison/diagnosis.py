@@ -248,23 +248,24 @@ def explain_deepstack(tap: str, prompt: Prompt, state: Trace, dtype: str) -> Exp
                 "deepstack",
                 f"after layer {layer} the deepstack features of level {other} were added, not of level {level}",
             )
-    for by in (by for distance in range(1, min(_MAX_SHIFT, total)) for by in (distance, -distance)):
-        moved = right.roll(by, 0)
-        if equals(moved):
-            words = "late" if by > 0 else "early"
-            rows = f"{abs(by)} row{'s' * (abs(by) > 1)}"
-            return Explanation("deepstack", f"the deepstack features after layer {layer} are {rows} too {words}")
-    if equals(right.flip(0)):
-        return Explanation("deepstack", f"the deepstack features after layer {layer} are in reverse order")
-    for first, second in ((a, b) for a in range(len(prompt.deepstack)) for b in range(a)):
-        items = [item[level].double() for item in prompt.deepstack]
+    items = [item[level].double() for item in prompt.deepstack]
+    for first, second in ((a, b) for a in range(len(items)) for b in range(a)):
         if items[first].shape == items[second].shape:
-            items[first], items[second] = items[second], items[first]
-            if equals(torch.cat(items)):
+            swapped = list(items)
+            swapped[first], swapped[second] = items[second], items[first]
+            if equals(torch.cat(swapped)):
                 return Explanation(
                     "deepstack",
                     f"the deepstack features of items {second} and {first} are exchanged after layer {layer}",
                 )
+    for by in (by for distance in range(1, min(_MAX_SHIFT, total)) for by in (distance, -distance)):
+        # inside each item, or from item to item
+        if equals(torch.cat([item.roll(by, 0) for item in items])) or equals(right.roll(by, 0)):
+            words = "late" if by > 0 else "early"
+            rows = f"{abs(by)} row{'s' * (abs(by) > 1)}"
+            return Explanation("deepstack", f"the deepstack features after layer {layer} are {rows} too {words}")
+    if equals(torch.cat([item.flip(0) for item in items])):
+        return Explanation("deepstack", f"the deepstack features after layer {layer} are in reverse order")
     factor = _scale(added, right)
     if factor is not None:
         return Explanation(
