@@ -148,6 +148,11 @@ def test_files_of_several_formats_are_read(states, tmp_path):
     (tmp_path / "notes.txt").write_text("not a tensor")
     found = read_states(tmp_path)
     assert sorted(found) == ["a", "b", "c", "d.0", "d.1", "hidden_states.0", "hidden_states.1"]
+    torch.save({"step": {"x": kept}, "other": {"x": kept}}, tmp_path / "f.pt")
+    assert sorted(read_states(tmp_path / "f.pt")) == ["other.x", "step.x"]
+    save_file({"a": kept.contiguous()}, tmp_path / "g.safetensors")
+    with pytest.raises(TraceError, match=r"a is in .* twice, the second time in g.safetensors"):
+        read_states(tmp_path)
     assert all(torch.equal(state, kept) for name, state in found.items() if name != "hidden_states.1")
 
 

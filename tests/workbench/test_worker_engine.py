@@ -129,3 +129,32 @@ def test_engines_are_listed(capsys, tmp_path, monkeypatch):
     assert f"transformers             {__import__('transformers').__version__}" in listed
     assert main(["engines", "install", "bogus"]) == 2
     assert "choose one of vllm, llama-cpp" in capsys.readouterr().err
+
+
+def test_a_request_that_waits_for_others_is_not_hung(llama):
+    """Only a worker that answers nobody within its patience is killed."""
+    import queue
+    import threading
+
+    with Counting(llama, patience=1.0) as engine:
+        waiting: queue.Queue = queue.Queue()
+        engine._channels[99] = waiting
+        ended = threading.Event()
+
+        def keep_busy():
+            while not ended.wait(0.3):
+                engine.generate(PROMPT, GenerationConfig(max_new_tokens=3))
+
+        busy = threading.Thread(target=keep_busy)
+        busy.start()
+        threading.Timer(2.5, lambda: waiting.put(({"kind": "end"}, {}))).start()
+        assert engine._wait(waiting, 1.0, "while it waited")[0]["kind"] == "end"
+        ended.set()
+        busy.join()
+
+
+def test_an_item_that_is_used_twice_crosses(llama):
+    row = torch.ones(2, 48)
+    with Counting(llama) as engine:
+        prompt = workbench.Prompt([3, 4, 5, 6, 7, 8], [row, row], [(0, 2), (3, 5)])
+        assert len(engine.trace(prompt, ["norm"])["norm"]) == 6

@@ -25,7 +25,7 @@ def add(commands: Any) -> dict[str, Callable[[argparse.Namespace], int]]:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from ..comparison.foreign_dumps import import_states, read_rules, read_states
+    from ..comparison.foreign_dumps import fitting_states, import_states, read_rules, read_states
     from ..comparison.identify import identify
     from ..models import load_model
     from ..prompt import Prompt
@@ -33,8 +33,8 @@ def _import(options: argparse.Namespace) -> int:
     model, prompt = load_model(options.model), Prompt.load(options.prompt)
     states = read_states(options.states)
     if options.out is None:
-        fitting = {name: state for name, state in states.items() if state.ndim == 2 and len(state) == len(prompt)}
-        for each in identify(model, prompt, fitting, dtype=options.dtype):
+        fitting, others = fitting_states(prompt, states)
+        for each in [*identify(model, prompt, fitting, dtype=options.dtype), *others]:
             print(each)
         return 0
     rules = None if options.rules is None else read_rules(options.rules)

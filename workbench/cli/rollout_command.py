@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,9 +37,14 @@ def _rollout(options: argparse.Namespace) -> int:
         if options.json:
             fields = {
                 "run": found.name, "verdict": found.verdict, "reads_as": found.reads_as, "first": found.first,
-                "reported": found.reported.tolist(), "expected": found.expected.tolist(), "floors": found.floors.tolist(),
+                "reported": _plain(found.reported), "expected": _plain(found.expected), "floors": _plain(found.floors),
             }  # fmt: skip
             print(json.dumps(fields))
         else:
             print(found)
     return int(failed)
+
+
+def _plain(values: Any) -> list[float | None]:
+    """Numbers as JSON has them: null where there is none, or where it is infinite."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]

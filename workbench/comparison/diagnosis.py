@@ -229,9 +229,14 @@ def explain_deepstack(tap: str, prompt: Prompt, state: Trace, dtype: str) -> Exp
         return None
     before, attention, mlp, after = (state[name].double() for name in names)
     inside = torch.cat([torch.arange(start, stop) for start, stop in prompt.embedding_ranges])
-    added = (after - attention - mlp - before)[inside]
-    size = torch.stack([each[inside].norm(dim=-1) for each in (before, attention, mlp, after)]).amax(dim=0)
-    rounding = 16 * unit_roundoff(dtype) * size
+    remainder = after - attention - mlp - before
+    outside = torch.ones(len(before), dtype=torch.bool)
+    outside[inside] = False
+    sizes = torch.stack([each.norm(dim=-1) for each in (before, attention, mlp, after)]).amax(dim=0)
+    if bool((remainder.norm(dim=-1) > 16 * unit_roundoff(dtype) * sizes)[outside].any()):
+        return None  # the layer does not sum up where nothing is added either: another fault
+    added = remainder[inside]
+    rounding = 16 * unit_roundoff(dtype) * sizes[inside]
 
     def equals(rows: torch.Tensor) -> bool:
         return float(((added - rows).norm(dim=-1) <= rounding).double().mean()) >= _MIN_SHARE

@@ -54,7 +54,12 @@ def read_states(path: str | Path) -> dict[str, torch.Tensor]:
             continue
         for name, tensor in _READERS.get(file.suffix, _unknown)(file):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                found |= _layers(name, _squeezed(tensor))
+                for each, state in _layers(name, _squeezed(tensor)).items():
+                    if each in found:
+                        raise TraceError(
+                            f"{each} is in {path} twice, the second time in {file.name}: give one file, or rename it"
+                        )
+                    found[each] = state
     if not found:
         raise TraceError(f"{path} has no floating-point tensors of other programs' states")
     return found
@@ -98,13 +103,13 @@ def _torch(file: Path) -> Iterator[tuple[str, Any]]:
             f"{file} is not a plain file of tensors ({reason(error, 150)}). Files that need weights_only=False can run any code: save "
             "tensors alone, or as safetensors"
         ) from error
-    yield from _named(file.stem, stored)
+    yield from _named("" if isinstance(stored, Mapping) else file.stem, stored)
 
 
 def _named(name: str, stored: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(stored, Mapping):
         for key, value in stored.items():
-            yield from _named(str(key), value)
+            yield from _named(f"{name}.{key}" if name else str(key), value)
     elif isinstance(stored, list | tuple):
         for number, value in enumerate(stored):
             yield from _named(f"{name}.{number}", value)
@@ -147,17 +152,12 @@ def import_states(
         engine: its name in the trace.
 
     Returns:
-        the trace, and what became of each state.
+        the trace, and what became of each state; those without a row for each token are left out, and said to be.
 
     Raises:
-        TraceError: a state is not of this prompt, or is another tap than its rule says; or none could be named.
+        TraceError: a state is another tap than its rule says; none is of this prompt, or none could be named.
     """
-    fitting = {name: state for name, state in states.items() if state.ndim == 2 and len(state) == len(prompt)}
-    if not fitting:
-        shapes = ", ".join(f"{name} {list(state.shape)}" for name, state in list(states.items())[:4])
-        raise TraceError(
-            f"no state has a row for each of the prompt's {len(prompt)} tokens: {shapes}. Is it another prompt?"
-        )
+    fitting, others = fitting_states(prompt, states)
     found = identify(model, prompt, fitting, dtype=dtype, device=device)
     named: dict[str, torch.Tensor] = {}
     chosen = list({**(rules or {}), **RULES}.items())
@@ -177,7 +177,30 @@ def import_states(
         named[tap] = fitting[each.name]
     if not named:
         raise TraceError("no state could be named: " + "; ".join(str(each) for each in found[:4]))
-    return Trace.from_tensors(named, prompt, model, dtype=dtype, engine=engine), found
+    return Trace.from_tensors(named, prompt, model, dtype=dtype, engine=engine), [*found, *others]
+
+
+def fitting_states(
+    prompt: Prompt, states: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], list[Identification]]:
+    """The states with a row for each of the prompt's tokens, and what is said of the others.
+
+    Raises:
+        TraceError: none has.
+    """
+    fitting = {name: state for name, state in states.items() if state.ndim == 2 and len(state) == len(prompt)}
+    if not fitting:
+        shapes = ", ".join(f"{name} {list(state.shape)}" for name, state in list(states.items())[:4])
+        raise TraceError(
+            f"no state has a row for each of the prompt's {len(prompt)} tokens: {shapes}. Is it another prompt?"
+        )
+    return fitting, [
+        Identification(
+            name, None, f"{list(state.shape)}, without a row for each of {len(prompt)} tokens: left out", float("nan")
+        )
+        for name, state in states.items()
+        if name not in fitting
+    ]
 
 
 def read_rules(path: str | Path) -> dict[str, str]:

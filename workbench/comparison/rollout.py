@@ -33,7 +33,7 @@ class RolloutJudgement:
         verdict: "noise": rounding explains every token; "meaning": another reading of the numbers does, see `reads_as`; "bug".
         reads_as: in words, what the numbers are instead of the log-probabilities that the settings say; None if they are those.
         first: index among the generated tokens of the first that rounding does not explain (with `verdict` "bug"); else None.
-        reported, expected: natural log-probabilities, float64 `[tokens]`; expected under the reading that fits best.
+        reported, expected: natural log-probabilities, float64 `[tokens]`; expected under the reading that explains them, with "bug" under what the settings say.
         floors: what rounding alone can change, `[tokens]`.
         name: of the run.
     """
@@ -49,7 +49,8 @@ class RolloutJudgement:
     @property
     def ratios(self) -> torch.Tensor:
         """Difference in noise floors, `[tokens]`; 0 where nothing is expected."""
-        return ((self.reported - self.expected).abs() / self.floors).nan_to_num(nan=0.0)
+        ratios = (self.reported - self.expected).abs() / self.floors
+        return torch.where(torch.isnan(ratios), 0.0, ratios)
 
     @property
     def failed(self) -> bool:
@@ -116,7 +117,9 @@ def judge_rollout(model: Model, rollout: Rollout, *, dtype: str = "bfloat16", de
 
 def _smoothed(floors: torch.Tensor) -> torch.Tensor:
     """At least the typical floor of the run: a token at which four runs happened to agree is no more exact than others."""
-    return floors.nan_to_num(nan=0.0).clamp(min=max(float(floors.nanmedian()), _LEAST))
+    known = floors[torch.isfinite(floors)]
+    typical = float(known.median()) if len(known) else 0.0
+    return torch.where(torch.isnan(floors), 0.0, floors).clamp(min=max(typical, _LEAST))
 
 
 def _judged(

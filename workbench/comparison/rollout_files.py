@@ -14,6 +14,7 @@ from ..prompt import Prompt
 from ..schema import shortened
 
 # By what it is, the names that vLLM, SGLang, LMDeploy, verl and TRL give it.
+_HUGE = 1e9
 _PROMPT = ("prompt_token_ids", "prompt_ids", "input_ids", "prompts")
 _TOKENS = ("token_ids", "output_ids", "completion_ids", "response_ids", "responses")
 _LOGPROBS = (
@@ -53,7 +54,7 @@ def read_rollouts(path: str | Path) -> list[Rollout]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path} cannot be read: {error}") from error
     found = [
@@ -108,8 +109,8 @@ def _ids(fields: Mapping[str, Any], names: Sequence[str], name: str) -> list[int
 
 
 def _number(fields: Mapping[str, Any], key: str, default: float, name: str) -> float:
-    value = fields.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    value = default if fields.get(key) is None else fields[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_HUGE < value < _HUGE:
         raise PromptError(f"{name}, {key} is {shortened(value)}: give a number")
     return float(value)
 
@@ -122,7 +123,11 @@ def _logprob(value: Any, token: int, name: str) -> float:
         value = value.get(str(token), value.get("logprob"))
         if isinstance(value, dict):
             value = value.get("logprob")
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value > 1e-3:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (value == -math.inf or -_HUGE < value <= 1e-3)
+    ):
         raise PromptError(f"{name} is {shortened(value)} for token {token}: a log-probability is a number of at most 0")
     return float(value)
 

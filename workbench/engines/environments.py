@@ -134,24 +134,27 @@ def install(kind: str, pip_options: Sequence[str] = ()) -> Environment:
     found = environment(kind)
     if found.installed == found.version:
         return found
-    found.folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        found.folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"{found.folder.parent} cannot be made: {error}") from error
     with FileLock(found.folder.parent / f".{kind}.lock"):
         if found.installed == found.version:
             return found
-        if found.folder.exists():
-            shutil.rmtree(found.folder)
         pip = [str(found.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", *pip_options]
         try:
+            if found.folder.exists():
+                shutil.rmtree(found.folder)
             subprocess.run([sys.executable, "-m", "venv", str(found.folder)], check=True)
             subprocess.run([*pip, "--requirement", str(found.requirements)], check=True)
             if found.shares:
                 _share_packages(found.folder)
+            atomic_write(found.folder / _MARK, json.dumps({"version": found.version}).encode())
         except (subprocess.CalledProcessError, OSError) as error:
             raise ModelError(
                 f"{kind} could not be installed into {found.folder} ({reason(error)}; pip's messages are above): check network and disk "
                 "space and run it again"
             ) from error
-        atomic_write(found.folder / _MARK, json.dumps({"version": found.version}).encode())
     return found
 
 

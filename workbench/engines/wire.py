@@ -15,11 +15,11 @@ from safetensors.torch import load, save
 
 _LENGTHS = struct.Struct("<QQ")
 LARGEST = 1 << 34
-"""Bytes of one part of a message above which it cannot be one, but is text that a library printed into the stream."""
+"""The largest part of a message, in bytes. A larger number means that the stream has something else, such as text of a library."""
 
 
 class WireError(Exception):
-    """The other side is gone, or what it sent is no message."""
+    """The other side is gone, or what it sent is not a message."""
 
 
 def write_message(stream: BinaryIO, fields: dict[str, Any], tensors: dict[str, torch.Tensor] | None = None) -> None:
@@ -44,19 +44,19 @@ def read_message(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, torch.Tens
     """Wait for one message and return its fields and tensors.
 
     Raises:
-        WireError: the stream ended, or what came is no message.
+        WireError: the stream ended, or what came is not a message.
     """
     sizes = _LENGTHS.unpack(_exactly(stream, _LENGTHS.size))
     if max(sizes) > LARGEST:
-        raise WireError(f"{max(sizes)} bytes are no message")
+        raise WireError(f"{max(sizes)} bytes are not a message")
     header, body = (_exactly(stream, size) for size in sizes)
     try:
         fields = json.loads(header)
         tensors = load(body) if body else {}
     except Exception as error:
-        raise WireError(f"no message: {error}") from error
+        raise WireError(f"not a message: {error}") from error
     if not isinstance(fields, dict):
-        raise WireError("no message: its fields are no object")
+        raise WireError("not a message: its fields are not an object")
     return fields, tensors
 
 

@@ -10,6 +10,7 @@ import secrets
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -71,6 +72,7 @@ class WorkerEngine(Engine):
         )
         self._lock = threading.Lock()
         self._sending = threading.Lock()
+        self._heard = time.monotonic()
         self._numbers = itertools.count(1)
         self._dead = ""
         opened: queue.Queue[Message] = queue.Queue()
@@ -104,6 +106,7 @@ class WorkerEngine(Engine):
         while True:
             try:
                 fields, tensors = read_message(cast(BinaryIO, self._process.stdout))
+                self._heard = time.monotonic()
             except Exception:  # the process is gone or sends garbage: no request may wait forever
                 break
             if fields.get("kind") == "dead":
@@ -139,15 +142,22 @@ class WorkerEngine(Engine):
         Raises:
             ModelError: the worker reports an error. EngineDied: it is gone, or silent for too long.
         """
-        try:
-            fields, tensors = channel.get(timeout=patience)
-        except queue.Empty:
-            with self._lock:
-                self._dead = self._dead or f"{self.kind} did not answer for {patience:g} s {when} and was killed"
-            self._process.kill()
-            raise EngineDied(
-                f"{self._dead}: open the engine again, with a larger patience if it only was slow"
-            ) from None
+        asked = time.monotonic()
+        while True:
+            # A request may wait for others, which are answered meanwhile: only a worker that answers nobody is hung.
+            left = max(self._heard, asked) + patience - time.monotonic()
+            try:
+                fields, tensors = channel.get(timeout=max(left, 0.01))
+                break
+            except queue.Empty:
+                if max(self._heard, asked) + patience > time.monotonic():
+                    continue
+                with self._lock:
+                    self._dead = self._dead or f"{self.kind} did not answer for {patience:g} s {when} and was killed"
+                self._process.kill()
+                raise EngineDied(
+                    f"{self._dead}: open the engine again, with a larger patience if it only was slow"
+                ) from None
         if fields["kind"] == "gone":
             raise EngineDied(self._dead)
         if fields["kind"] == "error":
@@ -173,7 +183,8 @@ class WorkerEngine(Engine):
 
     def request_fields(self, prompt: Prompt) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """A prompt as fields and tensors of a message."""
-        items = {f"item.{number}": rows for number, rows in enumerate(prompt.input_embeddings)}
+        # Copies: safetensors refuses tensors that share memory, as one image that is used twice does.
+        items = {f"item.{number}": rows.detach().clone() for number, rows in enumerate(prompt.input_embeddings)}
         ranges = [list(pair) for pair in prompt.embedding_ranges]
         return {"input_ids": list(prompt.input_ids), "ranges": ranges}, items
 
@@ -189,7 +200,8 @@ class WorkerEngine(Engine):
         self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
     ) -> Generator[EngineOutput, None, None]:
         stops = {*(config.stop_token_ids or ()), *(() if config.ignore_eos else self.model.stop_token_ids)}
-        if config.max_new_tokens == 0:
+        only_states = config.max_new_tokens == 0
+        if only_states and not (config.output_logits or config.output_last_hidden_state):
             yield EngineOutput(ResponseType.FINISH)
             return
         fields, tensors = self.request_fields(prompt)
@@ -204,7 +216,13 @@ class WorkerEngine(Engine):
         try:
             for answer, states in self._messages(channel, "while it generated"):
                 done = done or answer["finished"]
-                yield _output(answer, states, stops)
+                output = _output(answer, states, stops)
+                if only_states:  # one token was generated to run the prompt
+                    yield EngineOutput(
+                        ResponseType.FINISH, logits=output.logits, last_hidden_state=output.last_hidden_state
+                    )
+                    return
+                yield output
         finally:
             if not done:
                 self._send({"number": number, "what": "cancel"})

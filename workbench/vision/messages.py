@@ -41,6 +41,8 @@ def unpack_messages(
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise PromptError(f"messages[{number}] is {message!r}: give a dict with role and content")
         content = message["content"]
+        if not isinstance(content, str | Sequence):
+            raise PromptError(f"messages[{number}] has the content {content!r:.80}: give a text or a list of parts")
         parts: list[dict[str, Any]] = []
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             kind = part.get("type") if isinstance(part, dict) else None

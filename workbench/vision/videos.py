@@ -106,7 +106,7 @@ def _read(file: MediaFile, container: Any, sample: Sample) -> Video:
         raise VideoError(f"{file.name} has frames of {width} x {height} pixels: the limit is {MAX_PIXELS:,}")
     rate = float(stream.average_rate or stream.base_rate or 0)
     if not 0 < rate < 1e6:
-        raise VideoError(f"{file.name} does not say how many frames a second has: convert it to MP4")
+        raise VideoError(f"{file.name} has no frame rate: convert it to MP4")
     # The count in a header may be missing or wrong; packets are counted, which decodes nothing.
     total = sum(packet.size > 0 for packet in container.demux(stream))
     if not total:

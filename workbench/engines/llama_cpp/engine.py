@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import queue
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from ...prompt import Prompt
 from ..cancellation import Cancellation
 from ..environments import python_of
 from ..sampling import generate, stop_tokens
-from ..types import Capabilities, EngineOutput, GenerationConfig
+from ..types import Capabilities, EngineOutput, GenerationConfig, ResponseType
 from ..worker_engine import WorkerEngine
 from .gguf_files import Weights, gguf_of
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "q8_0": torch.bfloat16, "q4_0": torch.bfloat16}
-"""The dtype whose rounding is the measure: with weights of fewer bits llama.cpp also rounds the activations, to as many or eight."""
+"""The dtype of the noise floor. With quantised weights llama.cpp also quantises activations."""
+_WAIT = 0.05  # seconds
 
 
 class LlamaCppEngine(WorkerEngine):
@@ -32,7 +33,7 @@ class LlamaCppEngine(WorkerEngine):
             checkpoint of the values that the quantised weights stand for, which the reference runs, too.
         flash_attention: with it llama.cpp keeps keys and values in float16, its default; without it in float32.
         context: tokens of the longest sequence; None: the model's, up to 4,096.
-        sequences: requests that can be under way at once.
+        sequences: requests that can be under way at once; others wait, and their streams yield outputs without tokens meanwhile.
         batch: tokens of a pass; longer runs are computed in parts of it.
         threads: None: one for each core. Its threads wait by spinning, so beside another busy process fewer are much faster.
         check: whether prompts are checked before they are passed on.
@@ -61,6 +62,8 @@ class LlamaCppEngine(WorkerEngine):
     ) -> None:
         if str(device) != "cpu":
             raise PromptError(f"device={device!r}: llama.cpp runs on the CPU here")
+        if not isinstance(sequences, int) or isinstance(sequences, bool) or sequences < 1:
+            raise ValueError(f"sequences={sequences!r}: give an integer of at least 1")
         python = python_of("llama-cpp")
         path, computed = gguf_of(model, weights)
         self.dtype, self.device, self._checks = _DTYPES[weights], torch.device("cpu"), check
@@ -71,14 +74,14 @@ class LlamaCppEngine(WorkerEngine):
         options = {
             "path": str(path),
             "context": self._length,
-            "sequences": sequences,
+            "sequences": sequences + 1,  # sequence 0 is for traces
             "batch": batch,
             "threads": threads or psutil.cpu_count(logical=False) or 1,
             "flash_attention": flash_attention,
         }
-        self._free = list(range(1, sequences))  # sequence 0 is for traces
-        self._places = threading.Semaphore(sequences - 1)
-        self._place_lock = threading.Lock()
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for sequence in range(1, sequences + 1):
+            self._free.put(sequence)
         super().__init__(
             "llama-cpp",
             computed,
@@ -97,8 +100,9 @@ class LlamaCppEngine(WorkerEngine):
         )
 
     def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
-        """See `Engine.check`; with `check=False` nothing is checked."""
+        """See `Engine.check`; with `check=False` only whether the engine is open."""
         if not self._checks:
+            self._check_usable()
             return
         super().check(prompt, new_tokens)
         if prompt.position_ids is not None and not torch.equal(prompt.position_ids, torch.arange(len(prompt))):
@@ -114,15 +118,22 @@ class LlamaCppEngine(WorkerEngine):
     def run_generation(
         self, prompt: Prompt, config: GenerationConfig, cancelled: Cancellation
     ) -> Generator[EngineOutput, None, None]:
-        with self._places:
-            with self._place_lock:
-                sequence = self._free.pop()
+        while True:
             try:
-                yield from generate(_Run(self, prompt, sequence), prompt, config, stop_tokens(self.model, config))
-            finally:
+                sequence = self._free.get(timeout=_WAIT)
+                break
+            except queue.Empty:
+                if cancelled.is_set():
+                    return
+                # Not waited for here: the thread may be one that another stream needs to end.
+                yield EngineOutput(ResponseType.SUCCESS)
+        try:
+            yield from generate(_Run(self, prompt, sequence), prompt, config, stop_tokens(self.model, config))
+        finally:
+            try:
                 self.ask({"what": "free", "sequence": sequence}, {})
-                with self._place_lock:
-                    self._free.append(sequence)
+            finally:
+                self._free.put(sequence)
 
     def ask(self, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Send one request and return the tensors of its answer.

@@ -66,6 +66,10 @@ def _write(model: Model, weights: Weights, made: Path) -> None:
         )
         moved = _pairs(tensor, heads) if architecture in _PAIRS and heads else tensor
         if tensor.ndim == 2:
+            if weights in ("q8_0", "q4_0") and moved.shape[-1] % 32:
+                raise ModelError(
+                    f"{name} is {moved.shape[-1]} wide and {weights} has blocks of 32: choose weights='f32' or 'bf16'"
+                )
             data = gguf.quants.quantize(moved.numpy(), kind)
             writer.add_tensor(f"{target}.{ending}", data, raw_dtype=kind)
             meant = torch.from_numpy(np.ascontiguousarray(gguf.quants.dequantize(data, kind)))

@@ -31,8 +31,8 @@ class VllmEngine(WorkerEngine):
         prefix_cache: whether prompts share keys and values of equal beginnings. A trace never does.
         max_prefill_tokens: tokens of a step; longer prompts are computed in chunks of it. None: vLLM's default.
         cache_gigabytes: memory for keys and values.
-        check: whether prompts are checked before they are passed on; if not, invalid prompts reach vLLM unchanged. Rows of a wrong
-            width then make vLLM 0.32 hang, which ends after `patience`.
+        check: whether prompts are checked before they are passed on; if not, ids and rows reach vLLM unchanged, and positions, spans and
+            deepstack are left out. Rows of a wrong width end vLLM 0.32's process.
         patience, start_patience: seconds, see `WorkerEngine`.
         settings: further arguments of `vllm.LLM`.
 
@@ -96,7 +96,7 @@ class VllmEngine(WorkerEngine):
             raise
 
     def _confirmed(self) -> tuple[str, ...]:
-        """The taps without those of parts that are not what a layer adds, as four tokens show (Gemma norms them before it adds)."""
+        """The taps, without attention and MLP if they do not sum up to the layers on a prompt of four tokens (Gemma norms them first)."""
         if not self._taps:
             return ()
         states: dict[str, torch.Tensor] = {}
@@ -122,8 +122,9 @@ class VllmEngine(WorkerEngine):
         return Capabilities("vllm", self._taps, DTYPES, ("cpu",), bidirectional_spans=False)
 
     def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
-        """See `Engine.check`; with `check=False` nothing is checked."""
+        """See `Engine.check`; with `check=False` only whether the engine is open."""
         if not self._checks:
+            self._check_usable()
             return
         super().check(prompt, new_tokens)
         if prompt.position_ids is not None and not torch.equal(prompt.position_ids, torch.arange(len(prompt))):

@@ -111,6 +111,10 @@ class Taps:
         return ["embed", *each, *(("norm", "logits") if self.norm is not None else ())]
 
 
+class StepFailed(Exception):
+    """A step of vLLM's engine failed, which is not usable after that."""
+
+
 @dataclass
 class Asked:
     """A request that wants states or logits while it generates.
@@ -119,7 +123,7 @@ class Asked:
         length: its prompt's tokens.
         every: whether the rows of all tokens are wanted, not only those from which a new one is chosen.
         states, logits: which of the two.
-        rows: what the final norm returned for it and was not delivered yet.
+        rows: what the final norm returned for it, by position; a preempted request computes some again, which are the same.
         delivered: how many rows were delivered.
     """
 
@@ -127,8 +131,21 @@ class Asked:
     every: bool
     states: bool
     logits: bool
-    rows: list[torch.Tensor] = field(default_factory=list)
+    rows: dict[int, torch.Tensor] = field(default_factory=dict)
     delivered: int = 0
+
+    def keep(self, first: int, rows: torch.Tensor) -> None:
+        """Keep the rows that are wanted of those that begin at position `first`."""
+        for position, row in enumerate(rows, first):
+            if self.every or position >= self.length - 1:
+                self.rows.setdefault(position, row)
+
+    def take(self, tokens: int) -> torch.Tensor:
+        """The rows that were not delivered yet, up to that from which generated token number `tokens` was chosen."""
+        start = self.delivered + (0 if self.every else self.length - 1)
+        stop = self.length - 1 + tokens
+        self.delivered += stop - start
+        return torch.stack([self.rows.pop(position) for position in range(start, stop)])
 
 
 class Worker:
@@ -151,12 +168,15 @@ class Worker:
         execute = runner.execute_model
 
         def follow(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.asked:
-                self.hooks.recording.add("norm")
-                self.hooks.kept.pop("norm", None)
-            result = execute(scheduled, *args, **kwargs)
-            if self.asked and "norm" in self.hooks.kept:
-                self._share(runner.input_batch, scheduled.num_scheduled_tokens, torch.cat(self.hooks.kept.pop("norm")))
+            if not self.asked or self.hooks.recording:  # nobody asked, or a trace runs, alone
+                return execute(scheduled, *args, **kwargs)
+            self.hooks.recording, self.hooks.kept = {"norm"}, {}
+            try:
+                result = execute(scheduled, *args, **kwargs)
+                if "norm" in self.hooks.kept:
+                    self._share(runner.input_batch, scheduled.num_scheduled_tokens, torch.cat(self.hooks.kept["norm"]))
+            finally:
+                self.hooks.recording, self.hooks.kept = set(), {}
             return result
 
         runner.execute_model = follow
@@ -169,21 +189,15 @@ class Worker:
             asked = self.asked.get(name.split("-")[0])
             if asked is None or not count:
                 continue
-            done = int(batch.num_computed_tokens_cpu[place]) + count
-            if asked.every:
-                asked.rows.append(own)
-            elif done >= asked.length:  # a new token is chosen from the last row
-                asked.rows.append(own[-1:])
+            first = int(batch.num_computed_tokens_cpu[place])
+            asked.keep(first, own)
 
     def states_of(self, answer: dict[str, Any], number: str) -> dict[str, torch.Tensor]:
         """The rows that belong to an answer's new tokens, for requests that asked for states or logits."""
         asked = self.asked.get(number)
         if asked is None or not answer["token_ids"]:
             return {}
-        rows = torch.cat(asked.rows)
-        stop = answer["num_token"] + (asked.length - 1 if asked.every else 0)
-        new = rows[asked.delivered : stop]
-        asked.delivered = stop
+        new = asked.take(answer["num_token"])
         found = {}
         if asked.states:
             found["last_hidden_state"] = new
@@ -227,7 +241,9 @@ class Worker:
         answers = []
         for output in self.engine.step():
             new = output.outputs[0]
-            before = self.given[output.request_id]
+            before = self.given.get(output.request_id)
+            if before is None:  # cancelled meanwhile
+                continue
             tokens = list(new.token_ids)
             self.given[output.request_id] = len(tokens)
             answer: dict[str, Any] = {
@@ -253,7 +269,10 @@ class Worker:
         try:
             self.add(number, fields, tensors)
             while self.engine.has_unfinished_requests():
-                self.step()
+                try:
+                    self.step()
+                except Exception as error:
+                    raise StepFailed(f"{type(error).__name__}: {error}") from error
             states = {tap: torch.cat(parts)[:length] for tap, parts in self.hooks.kept.items()}
         finally:
             self.hooks.recording, self.hooks.kept = set(), {}
@@ -307,15 +326,25 @@ def main() -> None:
             waiting.append(requests.get())
         while not requests.empty():
             waiting.append(requests.get())
+        tracing = False
         for message in list(waiting):
+            if not any(message is each for each in waiting):
+                continue  # cancelled by a later message
             fields, tensors = message
             number, what = fields["number"], fields["what"]
             if what == "trace" and not idle:
+                tracing = True
                 continue  # traces run alone, when the running requests have ended
-            waiting.remove(message)
+            if what == "generate" and tracing:
+                continue  # and are not overtaken
+            waiting[:] = [each for each in waiting if each is not message]
             try:
                 if what == "cancel":
-                    if str(number) in worker.given:
+                    held = [each for each in waiting if each[0]["number"] == number and each[0]["what"] == "generate"]
+                    waiting[:] = [each for each in waiting if not any(each is other for other in held)]
+                    if held:
+                        reply(number, "end")
+                    elif str(number) in worker.given:
                         worker.engine.abort_request([str(number)])
                         worker.drop(number)
                         reply(number, "end")
@@ -328,6 +357,10 @@ def main() -> None:
                 else:
                     worker.add(number, fields, tensors)
                     idle = False
+            except StepFailed as error:
+                traceback.print_exc()
+                reply(0, "dead", {"name": "in a trace", "text": str(error)})
+                os._exit(70)
             except Exception as error:
                 traceback.print_exc()
                 worker.drop(number)
