@@ -64,10 +64,10 @@ lab: model
 test: test-python test-simulator test-browser test-notebooks
 
 test-fast: model test-simulator
-	$(ONE_THREAD) $(PYTEST) tests --ignore=tests/simulator --ignore=tests/browser -m "not slow" -n $(WORKERS) --dist worksteal
+	$(ONE_THREAD) $(PYTEST) tests --ignore=tests/simulator --ignore=tests/browser -m "not slow and not engines" -n $(WORKERS) --dist worksteal
 
 test-python: model
-	$(ONE_THREAD) $(PYTEST) tests --ignore=tests/simulator --ignore=tests/browser -n $(WORKERS) --dist loadgroup
+	$(ONE_THREAD) $(PYTEST) tests --ignore=tests/simulator --ignore=tests/browser -m "not engines" -n $(WORKERS) --dist loadgroup
 
 test-simulator: $(READY)
 	$(ONE_THREAD) NUMBA_ENABLE_CUDASIM=1 $(PYTEST) tests/simulator -n $(WORKERS)
@@ -113,7 +113,7 @@ crash-test: $(READY)
 	$(ONE_THREAD) $(BIN)/python -m tests.crash --kills $(KILLS)
 
 update-pins: $(READY)
-	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | grep -vE '^pip=='; } > constraints.new
+	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable | sed 's/+cpu//' | grep -vE '^pip=='; } > constraints.new
 	@mv constraints.new constraints.txt
 
 clean:

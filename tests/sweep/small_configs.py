@@ -193,6 +193,15 @@ def small_network(class_name: str, model_type: str) -> Any:
     config = small_config(
         own if own.model_type and not getattr(own, "sub_configs", None) else CONFIG_MAPPING[model_type]
     )
+    return random_network(network_class, config)
+
+
+def random_network(network_class: Any, config: Any) -> Any:
+    """A model of a configuration, of which every parameter is drawn.
+
+    Raises:
+        ValueError: the configuration was not made small.
+    """
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in network_class(config).parameters())
     if size > LARGEST:

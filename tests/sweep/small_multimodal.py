@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -17,7 +16,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from .multimodal_settings import ALIASES, CHANGES, PARTS, PROCESSORS, TOKENS, UNNAMED
-from .small_configs import LARGEST, SIZES, small_config
+from .small_configs import SIZES, random_network, small_config
 
 _SPECIAL = re.compile(r"""["'](<[^"'<>\s{}]{2,40}>|\[[A-Z_]{2,12}\]|\|[A-Z]{2,12}\|)["']""")
 _CAPITALS = re.compile(r"<[A-Z]+_[A-Z_]+>")  # in the middle of a string
@@ -161,18 +160,7 @@ def save_multimodal(folder: Path, class_name: str, model_type: str) -> Any:
     processor = small_processor(model_type, config)
     _match(config, processor)
     config.architectures = [class_name]
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in network_class(config).parameters())
-    if size > LARGEST:
-        raise ValueError(f"{size:,} parameters")
-    torch.manual_seed(0)
-    network = network_class(config)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.08)
-            elif parameter.is_floating_point():
-                parameter += 0.1 * torch.randn_like(parameter)
+    network = random_network(network_class, config)
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
     return network.eval()

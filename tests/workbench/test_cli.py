@@ -109,7 +109,7 @@ def test_compare_prints_verdict_and_explanation(files, capsys):
 def test_probe_passes_a_correct_engine(files, capsys):
     assert run(files, "probe", "p.json", "--model", "llama", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert [each["passed"] for each in found["results"]] == [True] * 10
+    assert [each["passed"] for each in found["results"]] == [True] * 12
 
 
 def test_recording_can_be_loaded_and_compared(files, capsys):

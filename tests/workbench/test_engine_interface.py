@@ -235,5 +235,5 @@ def test_trace_returns_the_selected_taps_and_positions(small):
 
 
 def test_unknown_engine_is_refused(model):
-    with pytest.raises(workbench.ModelError, match="no engine 'vllm': choose one of numba, transformers"):
-        workbench.open_engine("vllm", model)
+    with pytest.raises(workbench.ModelError, match="no engine 'bogus': choose one of numba, transformers"):
+        workbench.open_engine("bogus", model)

@@ -106,7 +106,7 @@ def test_planted_faults_are_found(model, engine):
     assert (found.first_divergence.tap, found.first_divergence.token) == ("embed", 6)
     stale = FaultyEngine(engine, lambda each: each.replace(input_embeddings=[each.input_embeddings[0].flip(0)]))
     assert workbench.check_engine(stale, prompt).verdict == "bug"
-    with workbench.open_engine("llama-cpp", model, weights="q8_0") as other:
+    with workbench.open_engine("llama-cpp", model, weights="q4_0") as other:
         other.model = model  # as if it had computed the unquantised weights
         assert workbench.check_engine(other, prompt).verdict == "bug"
 

@@ -57,6 +57,12 @@ def _write(model: Model, made: Path) -> None:
         )
     made.mkdir()
     (made / "config.json").write_text(json.dumps(config, indent=1))
+    copy_tokenizer(model, made)
+    _write_weights(model, renamed, made)
+
+
+def copy_tokenizer(model: Model, folder: Path) -> None:
+    """Copy a model's tokenizer, chat template and generation settings into another folder."""
     for pattern in (
         "tokenizer*",
         "*.jinja",
@@ -66,8 +72,7 @@ def _write(model: Model, made: Path) -> None:
         "merges.txt",
     ):
         for file in model.path.glob(pattern):
-            shutil.copy(file, made / file.name)
-    _write_weights(model, renamed, made)
+            shutil.copy(file, folder / file.name)
 
 
 def _language_name(name: str) -> str | None:

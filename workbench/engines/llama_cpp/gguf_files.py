@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from ...errors import ModelError
 from ...models import Model, load_model
 from ...models.cache import cached_folder
-from ...models.extract_language_model import extract_language_model
+from ...models.extract_language_model import copy_tokenizer, extract_language_model
 
 Weights = Literal["f32", "bf16", "q8_0", "q4_0"]
 WEIGHTS: tuple[Weights, ...] = ("f32", "bf16", "q8_0", "q4_0")
@@ -144,13 +143,4 @@ def _write_checkpoint(language: Model, values: dict[str, torch.Tensor], made: Pa
     config = language.config.to_dict() | {"dtype": "float32", "tie_word_embeddings": tied}
     (made / "config.json").write_text(json.dumps(config, indent=1, default=str))
     save_file(values, made / "model.safetensors", {"format": "pt"})
-    for pattern in (
-        "tokenizer*",
-        "*.jinja",
-        "special_tokens_map.json",
-        "generation_config.json",
-        "vocab.*",
-        "merges.txt",
-    ):
-        for file in language.path.glob(pattern):
-            shutil.copy(file, made / file.name)
+    copy_tokenizer(language, made)
