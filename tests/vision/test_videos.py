@@ -1,4 +1,4 @@
-"""Videos are decoded frame by frame, only the sampled frames are kept, and files that are no videos are refused by name."""
+"""Videos are decoded frame by frame, only the sampled frames are kept, and files that are not videos are refused by name."""
 
 import wave
 

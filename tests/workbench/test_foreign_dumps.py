@@ -192,8 +192,8 @@ def test_states_of_another_prompt_are_refused(llama, prompt, states):
     with pytest.raises(TraceError, match="two states are embed"):
         import_states(llama, prompt, {"a": states["embed"], "b": states["embed"]}, dtype="float32")
     for given, words in (
-        ({}, "there are no states"),
-        ({"layer": states["embed"]}, "'layer' is no tap"),
+        ({}, "no states were given"),
+        ({"layer": states["embed"]}, "'layer' is not a tap"),
         ({"embed": states["embed"][:, :3]}, r"embed is \[30, 3\]"),
     ):
         with pytest.raises(TraceError, match=words):

@@ -116,7 +116,7 @@ def judge_rollout(model: Model, rollout: Rollout, *, dtype: str = "bfloat16", de
 
 
 def _smoothed(floors: torch.Tensor) -> torch.Tensor:
-    """At least the typical floor of the run: a token at which four runs happened to agree is no more exact than others."""
+    """At least the typical floor of the run: four runs may agree at a token by chance."""
     known = floors[torch.isfinite(floors)]
     typical = float(known.median()) if len(known) else 0.0
     return torch.where(torch.isnan(floors), 0.0, floors).clamp(min=max(typical, _LEAST))

@@ -1,6 +1,6 @@
-"""Let torchvision be imported beside a CPU build of torch.
+"""Let torchvision be imported with a CPU build of torch.
 
-PyPI's torchvision for Linux is built for CUDA. Beside a CPU build of torch its compiled operators do not load, and then its import fails
+PyPI's torchvision for Linux is built for CUDA. With a CPU build of torch its compiled operators do not load, and then its import fails
 while it describes two of them (`torchvision::nms`, `qnms`), although the image processors, which only resize and normalise, use none. So
 they are declared, without an implementation, before it is imported. Where the operators load, nothing is declared.
 """

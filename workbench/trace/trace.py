@@ -99,7 +99,7 @@ class Trace(Mapping[str, torch.Tensor]):
         config = model.text_config
         known = decoder_taps(config.num_hidden_layers)
         if not states:
-            raise TraceError("there are no states: give at least one tap")
+            raise TraceError("no states were given: give at least one tap")
         if len(kept) and (int(kept.min()) < 0 or int(kept.max()) >= len(prompt)):
             raise TraceError(
                 f"positions are {int(kept.min())} to {int(kept.max())} of a prompt of {len(prompt)} tokens"
@@ -107,7 +107,7 @@ class Trace(Mapping[str, torch.Tensor]):
         for tap, state in states.items():
             if tap not in known:
                 raise TraceError(
-                    f"{tap!r} is no tap: they are embed, layers.0 to layers.{config.num_hidden_layers - 1}, with .attention and .mlp, norm and logits"
+                    f"{tap!r} is not a tap: they are embed, layers.0 to layers.{config.num_hidden_layers - 1}, with .attention and .mlp, norm and logits"
                 )
             width = config.vocab_size if tap == "logits" else config.hidden_size
             if tuple(state.shape) != (len(kept), width):

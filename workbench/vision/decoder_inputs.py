@@ -212,7 +212,7 @@ def _visible(name: str, mask: Any, length: int) -> torch.Tensor | None:
         for kind, each in allowed.items():
             if not torch.equal(each, whole & (back <= back[each].max())):
                 raise ModelError(
-                    f"{name} lets tokens attend to later ones in layers of kind {kind!r} otherwise than spans do, which hold in all "
+                    f"{name} lets tokens attend to later ones in layers of kind {kind!r} in another way than spans, which hold in all "
                     "layers, but inside a layer's window: run its images with 'transformers-multimodal'"
                 )
         return whole

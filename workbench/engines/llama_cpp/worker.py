@@ -30,8 +30,8 @@ def _load_wire() -> Any:
 wire = _load_wire()
 _F32, _F16 = 0, 1  # of ggml's types
 _NAMES = {"result_norm": "norm", "result_output": "logits"}
-_FIRST = "norm-0"  # computed from the embeddings: rows that are handed over are no tensor that is computed
-_SOURCES = 152  # where the pointers to what a tensor is computed from stand in `struct ggml_tensor`; `_find_embeddings` makes sure
+_FIRST = "norm-0"  # computed from the embeddings; rows from outside are not computed, so the callback does not see them
+_SOURCES = 152  # byte offset of `src` in `struct ggml_tensor`; checked by `_find_embeddings`
 _PARTS = {"l_out": "", "attn_out": ".attention", "ffn_out": ".mlp"}
 
 
