@@ -21,7 +21,6 @@ RIGHT = {
     "InternVLForConditionalGeneration": ("internvl", "image, two images, video"),
     "Llama4ForConditionalGeneration": ("llama4", "image, two images"),
     "LlavaNextForConditionalGeneration": ("llava_next", "image, two images"),
-    "MiniCPMV4_6ForConditionalGeneration": ("minicpmv4_6", "image, two images, video, two videos"),
     "Mistral3ForConditionalGeneration": ("mistral3", "image, two images"),
     "Qwen2_5OmniThinkerForConditionalGeneration": (
         "qwen2_5_omni_thinker",
