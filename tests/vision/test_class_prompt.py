@@ -1,5 +1,8 @@
 """Any multimodal class of Transformers, from a checkpoint's files to a prompt, against the class's own forward with pixels."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ import workbench
 from tests.sweep.multimodal import judge
 from tests.sweep.small_multimodal import save_multimodal
 from tests.vision.test_videos import write_clip
+from workbench.vision.messages import Item
 from workbench.vision.tower import load_vision_tower
 from workbench.vision.videos import VideoError
 
@@ -149,5 +153,26 @@ def test_bad_items_are_refused_by_name(qwen, tmp_path):
     ):
         with pytest.raises(workbench.PromptError, match=words):
             workbench.build_prompt(qwen, messages, given)
+    with pytest.raises(workbench.PromptError, match="has the content None: give a text or a list of parts"):
+        workbench.build_prompt(qwen, [{"role": "assistant", "content": None}])
     with pytest.raises(workbench.PromptError, match="processor rejects the prompt"):
         workbench.build_prompt(qwen, "thin", [picture(5000, 1)])
+
+
+def test_settings_and_sounds_beyond_a_processor_are_refused(qwen, tmp_path):
+    """A damaged size would take all memory, and Whisper's extractor cuts a longer sound without a word."""
+    save_multimodal(tmp_path, "Qwen2_5OmniThinkerForConditionalGeneration", "qwen2_5_omni_thinker")
+    tower = load_vision_tower(tmp_path)
+    reader = tower.own_processor.own.feature_extractor
+    sound = np.zeros(reader.n_samples + 1, np.float32)
+    with pytest.raises(
+        workbench.PromptError, match=r"sound 0 lasts .* s but .* takes .* s: cut it into shorter sounds"
+    ):
+        tower.features([Item("audio", sound)])
+    settings = json.loads((qwen.path / "processor_config.json").read_text())
+    settings["image_processor"]["size"] = {"height": 10**6, "width": 10**6}
+    damaged = tmp_path / "damaged"
+    shutil.copytree(qwen.path, damaged)
+    (damaged / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(workbench.ModelError, match="1000000 x 1000000 pixels, over the limit"):
+        load_vision_tower(damaged)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ModelError, PromptError, foreign_errors, reason
 from ..models.chat_template import template_limits
+from .processors import check_image_sizes, check_lengths
 from .videos import Video
 
 MODALITIES = ("image", "video", "audio")
@@ -44,6 +45,8 @@ class OwnProcessor:
             ) from error
         if not any((folder / name).exists() for name in ("processor_config.json", "chat_template.json")):
             self.own = _processor_of_images(self.own, config)
+        for part in ("image_processor", "video_processor"):
+            check_image_sizes(getattr(self.own, part, None), folder)
         if getattr(self.own, "tokenizer", None) is None:
             raise ModelError(
                 f"{folder} has no processor for {config.model_type!r} with a tokenizer: fetch its files again"
@@ -87,8 +90,12 @@ class OwnProcessor:
     @property
     def sampling_rate(self) -> int:
         """Samples per second of the sounds that the model takes."""
-        reader = getattr(self.own, "audio_processor", None) or self.own.feature_extractor
-        return int(reader.sampling_rate)
+        return int(self._ear.sampling_rate)
+
+    @property
+    def _ear(self) -> Any:
+        """The part that turns sounds into inputs."""
+        return getattr(self.own, "audio_processor", None) or self.own.feature_extractor
 
     def sampled_frames(self, total: int, fps: float, height: int, width: int) -> Sequence[int]:
         """The indices of the frames that the model's processor takes of a video."""
@@ -140,11 +147,13 @@ class OwnProcessor:
 
         Raises:
             PromptError: the processor rejects the items, or makes more than one prompt.
+            AudioError: a sound is longer than the model takes.
         """
         given: dict[str, Any] = {_ARGUMENTS[modality]: list(each) for modality, each in items.items() if each}
         if videos := items.get("video"):
             given |= self._video_options(videos)
         if items.get("audio"):
+            check_lengths(self._ear, items["audio"], self.model_type)
             given["sampling_rate"] = self.sampling_rate
         # Some processors leave out what their model needs, unless asked.
         if "mm_token_type_ids" in (getattr(self.own, "model_input_names", None) or ()):

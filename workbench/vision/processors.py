@@ -48,7 +48,7 @@ class Processor:
             from transformers import AutoImageProcessor
 
             self._reader = self._load(AutoImageProcessor, folder, "image processor", backend="pil")
-            _check_image_sizes(self._reader, folder)
+            check_image_sizes(self._reader, folder)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -75,13 +75,7 @@ class Processor:
         """
         rate = self._reader.sampling_rate
         sounds = [open_audio(wave, rate) for wave in waves]
-        longest = getattr(self._reader, "n_samples", None)
-        for number, sound in enumerate(sounds):
-            if longest is not None and len(sound) > longest:  # Whisper's extractor would cut it silently
-                raise AudioError(
-                    f"sound {number} lasts {len(sound) / rate:.1f} s but {self.model_type} takes {longest / rate:.0f} s: cut it "
-                    "into shorter sounds"
-                )
+        check_lengths(self._reader, sounds, self.model_type)
         with foreign_errors(
             PromptError, f"{self.model_type}'s feature extractor rejects the sounds", "Try other sounds"
         ):
@@ -118,7 +112,19 @@ class Processor:
             return auto_class.from_pretrained(folder, trust_remote_code=self.trusted, **options)
 
 
-def _check_image_sizes(reader: Any, folder: Path) -> None:
+def check_lengths(reader: Any, sounds: Sequence[Any], model_type: str) -> None:
+    """Raise AudioError for a sound that is longer than a feature extractor takes: Whisper's would cut it without a word."""
+    longest = getattr(reader, "n_samples", None)
+    for number, sound in enumerate(sounds):
+        if longest is not None and len(sound) > longest:
+            rate = reader.sampling_rate
+            raise AudioError(
+                f"sound {number} lasts {len(sound) / rate:.1f} s but {model_type} takes {longest / rate:.0f} s: cut it "
+                "into shorter sounds"
+            )
+
+
+def check_image_sizes(reader: Any, folder: Path) -> None:
     """Raise ModelError if a processor would make images of more than `MAX_PIXELS`, for example because its settings are damaged."""
     for name in ("size", "crop_size", "pad_size"):
         sizes = getattr(reader, name, None)

@@ -70,7 +70,7 @@ def _has_videos(messages: str | Sequence[Message]) -> bool:
     if isinstance(messages, str):
         return False
     contents = [message["content"] for message in messages if isinstance(message, dict) and "content" in message]
-    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
     return any(isinstance(part, dict) and part.get("type") == "video" for part in parts)
 
 
