@@ -147,7 +147,7 @@ class ProcessEngine(Engine):
                 channel.put((kind, value))
         self._process.join(5)
         with self._state_lock:
-            how = "was closed" if self._closed else _describe_exit(self._process.exitcode)
+            how = "was closed" if self._closed else describe_exit(self._process.exitcode)
             self._dead = f"the {self.kind} engine's process {how}: open the engine again"
             waiting = list(self._channels.values())
         for channel in waiting:
@@ -165,7 +165,8 @@ def _results(channel: queue.SimpleQueue[tuple[int, Any]]) -> Iterator[Any]:
         yield value
 
 
-def _describe_exit(code: int | None) -> str:
+def describe_exit(code: int | None) -> str:
+    """How a process ended, by its exit code, in words; None: it has not."""
     if code is None:
         return "does not respond"
     if code < 0:

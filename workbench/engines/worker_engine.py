@@ -22,6 +22,7 @@ from ..models import Model
 from ..prompt import Prompt
 from .base import Engine, Sink
 from .cancellation import Cancellation
+from .process_engine import describe_exit
 from .types import EngineOutput, GenerationConfig, ResponseType
 from .wire import WireError, read_message, write_message
 
@@ -118,7 +119,7 @@ class WorkerEngine(Engine):
         self._process.kill()
         code = self._process.wait(30)
         with self._lock:
-            how = "was closed" if self.closed else _exit(code)
+            how = "was closed" if self.closed else describe_exit(code)
             self._dead = (
                 f"{self._dead or f'the process of {self.kind} {how}'}{self._last_words()}: open the engine again"
             )
@@ -180,6 +181,21 @@ class WorkerEngine(Engine):
             if message[0]["kind"] == "end":
                 return
             yield message
+
+    def ask(self, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Send one request and return the tensors of its last answer.
+
+        Raises:
+            ModelError: the worker reports an error. EngineDied: it is gone, or hung.
+        """
+        number, channel = self._request(fields, tensors)
+        found: dict[str, torch.Tensor] = {}
+        try:
+            for _, states in self._messages(channel, "while it ran"):
+                found = states
+        finally:
+            self._channels.pop(number, None)
+        return found
 
     def request_fields(self, prompt: Prompt) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """A prompt as fields and tensors of a message."""
@@ -258,9 +274,3 @@ def _output(answer: dict[str, Any], states: dict[str, torch.Tensor], stops: set[
         states["logits"].float() if "logits" in states else None,
         states.get("last_hidden_state"),
     )
-
-
-def _exit(code: int) -> str:
-    import signal
-
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

@@ -135,21 +135,6 @@ class LlamaCppEngine(WorkerEngine):
             finally:
                 self._free.put(sequence)
 
-    def ask(self, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Send one request and return the tensors of its answer.
-
-        Raises:
-            ModelError, EngineDied: see `WorkerEngine`.
-        """
-        number, channel = self._request(fields, tensors)
-        found: dict[str, torch.Tensor] = {}
-        try:
-            for _, states in self._messages(channel, "while it ran"):
-                found = states
-        finally:
-            self._channels.pop(number, None)
-        return found
-
 
 class _Run:
     """A request, of which one token is run at a time."""

@@ -60,7 +60,7 @@ class VllmEngine(WorkerEngine):
                 f"device={device!r}: vLLM runs on the CPU here; its GPU build is not among the installed environments"
             )
         self.dtype, self.device = parse_dtype(dtype, DTYPES, "vllm"), torch.device("cpu")
-        self.prefix_cache, self._checks = prefix_cache, check
+        self._checks = check
         options: dict[str, Any] = {
             "model": str(extract_language_model(model)),  # vision runs outside
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -89,33 +89,28 @@ class VllmEngine(WorkerEngine):
         )
         self.version = str(self.ready["version"])
         try:
-            self._taps = tuple(self.ready["taps"])
-            self._taps = self._confirmed()
+            self._taps = self._confirmed(tuple(self.ready["taps"]))
         except BaseException:
             self.close()
             raise
 
-    def _confirmed(self) -> tuple[str, ...]:
+    def _confirmed(self, taps: tuple[str, ...]) -> tuple[str, ...]:
         """The taps, without attention and MLP if they do not sum up to the layers on a prompt of four tokens (Gemma norms them first)."""
-        if not self._taps:
+        if not taps:
             return ()
         states: dict[str, torch.Tensor] = {}
         self.run_trace(
-            Prompt(_PROBE), list(self._taps), torch.arange(len(_PROBE)), lambda tap, state: states.update({tap: state})
+            Prompt(_PROBE), list(taps), torch.arange(len(_PROBE)), lambda tap, state: states.update({tap: state})
         )
-        confirmed = []
         before = states["embed"].double()
-        layers = sum(tap.count(".") == 1 for tap in self._taps)
+        layers = sum(tap.count(".") == 1 for tap in taps)
         sums = True
         for number in range(layers):
             after = states[f"layers.{number}"].double()
             total = before + states[f"layers.{number}.attention"].double() + states[f"layers.{number}.mlp"].double()
             sums &= bool((total - after).abs().max() <= 16 * torch.finfo(self.dtype).eps * after.abs().max())
             before = after
-        for tap in self._taps:
-            if sums or tap.count(".") != 2:
-                confirmed.append(tap)
-        return tuple(confirmed)
+        return tuple(tap for tap in taps if sums or tap.count(".") != 2)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -139,12 +134,7 @@ class VllmEngine(WorkerEngine):
 
     def scale_layer(self, layer: int, factor: float) -> None:
         """Multiply what the MLP of a layer adds by a factor in every later pass: a fault to plant, taken back by the factor 1."""
-        number, channel = self._request({"what": "scale layer", "layer": layer, "factor": factor}, {})
-        try:
-            for _ in self._messages(channel, "while a fault was planted"):
-                pass
-        finally:
-            self._channels.pop(number, None)
+        self.ask({"what": "scale layer", "layer": layer, "factor": factor}, {})
 
     def sampling(self, config: GenerationConfig) -> dict[str, Any]:
         if config.bad_token_ids:
