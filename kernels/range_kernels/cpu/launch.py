@@ -61,7 +61,45 @@ def aligned(size: int) -> np.ndarray:
     return memory[-memory.ctypes.data % 64 // 4 :][:size]
 
 
+class _WeightMemory:
+    """Memory for packed weights, in large blocks for which the operating system is asked for huge pages.
+
+    A decode step reads every weight once: with pages of 4 KiB most of the matrices of a small model, at 1 to 2 MiB, take a tenth
+    to a fifth longer. A block lives as long as one array in it does.
+    """
+
+    BLOCK = 1 << 26  # bytes
+
+    def __init__(self) -> None:
+        self._block = np.empty(0, np.float32)
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> np.ndarray:
+        """Return `size` uninitialised floats that start on a cache line."""
+        whole = -(-size // 16) * 16
+        with self._lock:
+            if whole > self._block.size:
+                self._block = _huge_pages(max(whole * 4, self.BLOCK))
+            taken, self._block = self._block[:size], self._block[whole:]
+        return taken
+
+
+def _huge_pages(size: int) -> np.ndarray:
+    """Private zeros of at least `size` bytes, aligned to 2 MiB, in huge pages if the operating system has them."""
+    huge = 1 << 21
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
+        return aligned(size // 4)
+    memory = mmap.mmap(-1, size + huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without huge pages
+        pass
+    floats = np.frombuffer(memory, np.float32)
+    return floats[-floats.ctypes.data % huge // 4 :][: size // 4]
+
+
 _scratch = _Scratch()
+_weight_memory = _WeightMemory()
 
 
 def splice(input_ids, table, rows, plan, out, scale) -> None:
@@ -195,7 +233,7 @@ def pack_weights(weight: torch.Tensor) -> np.ndarray:
     """Pack `weight` `[outputs, inputs]` into panels `[outputs / COLUMNS, inputs, COLUMNS]`, padded with zeros."""
     outputs, inputs = weight.shape
     count = -(-outputs // COLUMNS)
-    panels = aligned(count * inputs * COLUMNS).reshape(count, inputs, COLUMNS)
+    panels = _weight_memory.take(count * inputs * COLUMNS).reshape(count, inputs, COLUMNS)
     full = outputs // COLUMNS
     rows = weight.detach().float()
     panels[:full] = rows[: full * COLUMNS].view(full, COLUMNS, inputs).transpose(1, 2).numpy()

@@ -12,13 +12,16 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from .simd import COLUMNS, DIGEST, ROWS, block_product, block_product_sum, row_gate_gelu_tanh, row_gate_silu
+from .simd import (
+    COLUMNS, DIGEST, ROWS, block_product, block_product_sum, row_gate_gelu_tanh, row_gate_silu, row_product, row_product_sum,
+)  # fmt: skip
 
-SIMD_DIGEST = "73a56026be038fe6"  # as in attention.py
+SIMD_DIGEST = "3fe746ca16c2ab1e"  # as in attention.py
 CACHE = DIGEST == SIMD_DIGEST
 DEPTH = 64  # terms per partial sum; the sum of partial sums has a few times less rounding error than one long sum
 TOKENS = 256  # rows per task: together with one panel of weights they fit in the L2 cache
 LANES = 16
+FEW = 2  # up to this many rows are computed one at a time, with half as many instructions per weight as in a padded block
 
 
 @njit(inline="always")
@@ -30,6 +33,24 @@ def _long_product(x, weights, target, stride, inputs):
         block_product_sum(x + begin, inputs, weights + begin * np.uintp(COLUMNS), COLUMNS, target, stride, depth)
 
 
+@njit(inline="always")
+def _long_row(x, weights, target, inputs):
+    """`_long_product` of one row."""
+    row_product(x, inputs, weights, COLUMNS, target, COLUMNS, min(DEPTH, inputs))
+    for start in range(DEPTH, inputs, DEPTH):
+        begin, depth = np.uintp(start * 4), min(DEPTH, inputs - start)
+        row_product_sum(x + begin, inputs, weights + begin * np.uintp(COLUMNS), COLUMNS, target, COLUMNS, depth)
+
+
+@njit
+def _single_rows(x, first, weights, panel, out):
+    """Compute one panel of outputs for the rows from `first` on, one at a time."""
+    inputs = x.shape[1]
+    for row in range(first, len(x)):
+        target = out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4)
+        _long_row(x.ctypes.data + np.uintp(row * inputs * 4), weights, target, inputs)
+
+
 @njit(parallel=True, cache=CACHE)
 def linear(x, panels, out):
     """Write x @ weights to `out`: x [rows, inputs], out [rows, n * COLUMNS].
@@ -38,8 +59,10 @@ def linear(x, panels, out):
     """
     rows, inputs = x.shape
     whole = rows // ROWS * ROWS
-    rest = np.zeros((ROWS if whole < rows else 0, inputs), np.float32)  # the last rows, padded to a block
-    rest[: rows - whole] = x[whole:]
+    few = rows - whole <= FEW
+    rest = np.zeros((0 if few else ROWS, inputs), np.float32)  # the last rows, padded to a block
+    if not few:
+        rest[: rows - whole] = x[whole:]
     blocks = -(-rows // TOKENS)
     for task in prange(blocks * len(panels)):
         panel, first = task // blocks, task % blocks * TOKENS
@@ -47,7 +70,9 @@ def linear(x, panels, out):
         for row in range(first, min(first + TOKENS, whole), ROWS):
             target = out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4)
             _long_product(x.ctypes.data + np.uintp(row * inputs * 4), weights, target, out.shape[1], inputs)
-        if (first + TOKENS >= rows) & (whole < rows):
+        if (first + TOKENS >= rows) & few:
+            _single_rows(x, whole, weights, panel, out)
+        elif first + TOKENS >= rows:
             block = np.empty((ROWS, COLUMNS), np.float32)
             _long_product(rest.ctypes.data, weights, block.ctypes.data, COLUMNS, inputs)
             out[whole:, panel * COLUMNS : (panel + 1) * COLUMNS] = block[: rows - whole]
@@ -75,7 +100,7 @@ def _rms_row(x, weight, epsilon, out):
 @njit(parallel=True, cache=CACHE)
 def linear_of_norm(x, weight, epsilon, panels, out):
     """`linear` of `rms_norm` in one launch for few rows: one thread normalises, then all compute the product."""
-    ready = np.zeros((-(-len(x) // ROWS) * ROWS, x.shape[1]), np.float32)
+    ready = np.zeros((_padded(len(x)), x.shape[1]), np.float32)
     for row in range(len(x)):
         _rms_row(x[row], weight, epsilon, ready[row])
     for panel in prange(len(panels)):
@@ -88,7 +113,7 @@ def linear_of_gate(both, gelu, panels, out):
 
     `both` is `[rows, 2 * inputs]`. Correct for any number of rows, but slow for many.
     """
-    ready = np.zeros((-(-len(both) // ROWS) * ROWS, both.shape[1] // 2), np.float32)
+    ready = np.zeros((_padded(len(both)), both.shape[1] // 2), np.float32)
     for row in range(len(both)):
         _gate_row(both[row], ready.shape[1], gelu, ready[row])
     for panel in prange(len(panels)):
@@ -96,10 +121,19 @@ def linear_of_gate(both, gelu, panels, out):
 
 
 @njit
+def _padded(rows):
+    """The rows that `_few_rows` needs for `rows` rows."""
+    return rows if rows <= FEW else -(-rows // ROWS) * ROWS
+
+
+@njit
 def _few_rows(ready, panels, panel, out):
-    """Compute one panel of outputs; `ready` [rows padded to a multiple of ROWS, inputs]."""
+    """Compute one panel of outputs; `ready` [_padded(rows), inputs]."""
     inputs, rows = panels.shape[1], len(out)
     weights = panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * 4)
+    if rows <= FEW:
+        _single_rows(ready, 0, weights, panel, out)
+        return
     block = np.empty((ROWS, COLUMNS), np.float32)
     for row in range(0, rows, ROWS):
         _long_product(ready.ctypes.data + np.uintp(row * inputs * 4), weights, block.ctypes.data, COLUMNS, inputs)
