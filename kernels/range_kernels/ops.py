@@ -6,9 +6,16 @@ that a formula names. The result of a row is bit-identical whatever other rows a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import torch
 
 from .cpu import launch
+from .kv_cache import KVPages
+from .plans import PagedPlan
 
 
 class Linear:
@@ -17,6 +24,11 @@ class Linear:
     Args:
         weight: `[outputs, inputs]`, converted to float32.
         bias: `[outputs]` or None.
+
+    Attributes:
+        outputs, inputs: the weight's shape.
+        panels: the packed weight, at `address`.
+        whole_panels: whether the outputs fill the panels, as `decoder_layers` needs.
 
     Raises:
         ValueError: the weight is empty or does not have two axes.
@@ -29,15 +41,17 @@ class Linear:
     @property
     def weight(self) -> torch.Tensor:
         """A copy of the weight, `[outputs, inputs]`."""
-        flat = torch.from_numpy(self._panels).transpose(1, 2).flatten(0, 1)
-        return flat[: self._outputs].contiguous()
+        flat = torch.from_numpy(self.panels).transpose(1, 2).flatten(0, 1)
+        return flat[: self.outputs].contiguous()
 
     @weight.setter
     def weight(self, weight: torch.Tensor) -> None:
         if weight.ndim != 2 or 0 in weight.shape:
             raise ValueError(f"weight is {tuple(weight.shape)}: expected [outputs, inputs]")
-        self._outputs = len(weight)
-        self._panels = launch.pack_weights(weight)
+        self.outputs, self.inputs = weight.shape
+        self.panels = launch.pack_weights(weight)
+        self.address = self.panels.ctypes.data
+        self.whole_panels = self.outputs % self.panels.shape[2] == 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`x` float32 `[rows, inputs]` -> `[rows, outputs]`.
@@ -46,7 +60,7 @@ class Linear:
             ValueError: `x` has another shape, dtype or device.
         """
         self._check(x, 1)
-        return self._biased(launch.linear(x.detach(), self._panels, self._outputs))
+        return self._biased(launch.linear(x.detach(), self.panels, self.outputs))
 
     def of_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
         """Return `self(rms_norm(x, weight, epsilon))`, bit-identical to the two calls and faster for few rows.
@@ -57,7 +71,7 @@ class Linear:
         if weight.shape != x.shape[-1:]:
             raise ValueError(f"weight is {tuple(weight.shape)} for rows {x.shape[-1]} wide: make the widths equal")
         x, weight = x.detach().contiguous(), weight.contiguous()
-        return self._biased(launch.linear_of_norm(x, weight, epsilon, self._panels, self._outputs))
+        return self._biased(launch.linear_of_norm(x, weight, epsilon, self.panels, self.outputs))
 
     def of_gate(self, both: torch.Tensor, gelu: bool = False) -> torch.Tensor:
         """Return `self(gate(both, gelu))`, bit-identical to the two calls and faster for few rows.
@@ -65,16 +79,122 @@ class Linear:
         `both` is float32 `[rows, 2 * inputs]`.
         """
         self._check(both, 2)
-        return self._biased(launch.linear_of_gate(both.detach().contiguous(), gelu, self._panels, self._outputs))
+        return self._biased(launch.linear_of_gate(both.detach().contiguous(), gelu, self.panels, self.outputs))
 
     def _check(self, x: torch.Tensor, times: int) -> None:
         _check("x", x, 2)
-        inputs = times * self._panels.shape[1]
+        inputs = times * self.panels.shape[1]
         if x.shape[1] != inputs:
             raise ValueError(f"x is {tuple(x.shape)}: expected [rows, {inputs}]")
 
     def _biased(self, out: torch.Tensor) -> torch.Tensor:
         return out if self.bias is None else out + self.bias
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What the layers of `decoder_layers` have in common, and for each layer its rotation and its window.
+
+    Attributes:
+        epsilon: of the norms. gelu: as for `gate`. softcap, scale: as for `paged_attention`.
+        rotations: for each kind of rotation its cosines and sines, float32 `[tokens, pairs]`, and `interleaved` as for `rotate`.
+        rope_of: for each layer its index in `rotations`; -1: no rotation.
+        key_starts: for each kind of window int32 `[tokens]`; window_of: for each layer its index there.
+        key_stop: int32 `[tokens]`.
+    """
+
+    epsilon: float
+    gelu: bool
+    softcap: float
+    scale: float
+    rotations: Sequence[tuple[torch.Tensor, torch.Tensor, bool]]
+    rope_of: Sequence[int]
+    key_starts: Sequence[torch.Tensor]
+    window_of: Sequence[int]
+    key_stop: torch.Tensor
+
+
+def decoder_layers(
+    hidden: torch.Tensor, layers: Sequence[Any], settings: LayerSettings, pages: KVPages, plan: PagedPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run decoder layers on the CPU in one native call, bit-identical to the separate operations; keys and values go into `pages`.
+
+    Args:
+        hidden: float32 `[tokens, hidden]`, hidden state 0.
+        layers: each has the attributes `qkv`, `output`, `gate_up` and `down` (`Linear`); `attention_norm`, `after_attention`, `mlp_norm`
+            and `after_mlp` (float32 `[hidden]`, or None for a layer without that norm); `head_norms` (`[2, head_dim]`, of queries and
+            of keys, or None).
+        pages, plan: as for `paged_attention`.
+
+    Returns:
+        the residual stream after the last layer's attention, and what its MLP adds: two tensors `[tokens, hidden]`.
+
+    Raises:
+        ValueError: not float32 on the CPU, outputs of a `Linear` that do not fill its panels (`Linear.whole_panels`), or shapes that
+            do not fit together.
+    """
+    _check("hidden", hidden, 2)
+    tokens, width = hidden.shape
+    ropes, pairs = len(settings.rotations), {x.shape[1] for each in settings.rotations for x in each[:2]}
+    of_tokens = [x for each in settings.rotations for x in each[:2]] + [*settings.key_starts, settings.key_stop]
+    if plan.queries != tokens or any(len(x) != tokens for x in of_tokens) or len(pairs) > 1:
+        raise ValueError(
+            f"hidden is {tuple(hidden.shape)}, the plan has {plan.queries} queries, rotations, key_starts and key_stop are "
+            f"{[tuple(x.shape) for x in of_tokens]}: make the numbers of tokens equal, and the numbers of pairs"
+        )
+    plan.check(pages, settings.scale, None)
+    if len(layers) != len(pages.keys) or {len(layers)} != {len(settings.rope_of), len(settings.window_of)}:
+        raise ValueError(
+            f"{len(layers)} layers, rotations for {len(settings.rope_of)}, windows for {len(settings.window_of)}, pages for "
+            f"{len(pages.keys)}: make them equal"
+        )
+    if not (
+        all(-1 <= each < ropes for each in settings.rope_of)
+        and all(0 <= each < len(settings.key_starts) for each in settings.window_of)
+    ):
+        raise ValueError(f"rope_of is {settings.rope_of} and window_of {settings.window_of}: indices are out of range")
+    intermediate = layers[0].down.inputs
+    heads = (plan.q_heads + 2 * pages.kv_heads) * pages.head_dim
+    shapes = ((heads, width), (width, plan.q_heads * pages.head_dim), (2 * intermediate, width), (width, intermediate))
+    kept: list[torch.Tensor] = []  # until the call has returned
+    table = np.asarray(
+        [_addresses(number, layer, shapes, pages.head_dim, kept) for number, layer in enumerate(layers)], np.int64
+    )
+    rotations = torch.stack([torch.stack(each[:2]) for each in settings.rotations]) if ropes else hidden.new_empty(1, 2, 0, 0)
+    total, added = hidden.clone(memory_format=torch.contiguous_format), torch.empty_like(hidden)
+    launch.decoder_layers(
+        total, added, table, rotations, np.asarray([each[2] for each in settings.rotations] or [False]), np.asarray(settings.rope_of),
+        torch.stack(list(settings.key_starts)), np.asarray(settings.window_of), settings.key_stop, pages, plan, intermediate,
+        settings.epsilon, settings.gelu, settings.softcap, settings.scale,
+    )  # fmt: skip
+    return total, added
+
+
+def _addresses(
+    number: int, layer: Any, shapes: Sequence[tuple[int, int]], head_dim: int, kept: list[torch.Tensor]
+) -> list[int]:
+    """A layer's row of the table of `cpu/layer.py`; tensors that had to be copied are appended to `kept`."""
+    linears = (layer.qkv, layer.output, layer.gate_up, layer.down)
+    for name, linear, shape in zip(("qkv", "output", "gate_up", "down"), linears, shapes, strict=True):
+        if (linear.outputs, linear.inputs) != shape or not linear.whole_panels:
+            raise ValueError(
+                f"{name} of layer {number} is {(linear.outputs, linear.inputs)}: expected {shape}, in whole panels"
+            )
+
+    def address(x: torch.Tensor | None, *shape: int) -> int:
+        if x is None:
+            return 0
+        if x.shape != shape or x.dtype != torch.float32 or x.device.type != "cpu":
+            raise ValueError(f"a weight of layer {number} is {x.dtype} {tuple(x.shape)} on {x.device}: expected float32 {shape}")
+        if not x.is_contiguous():
+            x = x.contiguous()
+            kept.append(x)
+        return x.data_ptr()
+
+    width = shapes[0][1]
+    norms = [address(x, width) for x in (layer.attention_norm, layer.after_attention, layer.mlp_norm, layer.after_mlp)]
+    biases = [address(linear.bias, linear.outputs) for linear in linears]
+    return [*norms, *(linear.address for linear in linears), *biases, address(layer.head_norms, 2, head_dim)]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from . import attention as kernels
+from . import layer as layers
 from . import ops, simd
 from . import splice as splicing
 from .kernel_cache import check_caches
 from .simd import COLUMNS
 
-check_caches(kernels, ops, simd, splicing)
+check_caches(kernels, layers, ops, simd, splicing)
 
 # GNU OpenMP's threads spin at the end of a parallel loop before they sleep, so long that two processes on the same cores (a second
 # notebook) wait a time slice for each other in every loop. On two cores with two notebook panels opened at once: ready after 10 s
@@ -32,9 +33,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 # Numba's portable threading layer aborts the process when two threads enter parallel code at once.
 _PARALLEL = threading.Lock()
-# Below this many multiply-adds, or numbers touched, one thread does the work; guessed, not measured.
-_SMALL_WORK = 1 << 18
-_SMALL_ROWS = 1 << 14
+_SMALL_WORK, _SMALL_ROWS = layers.SMALL_WORK, layers.SMALL_ROWS
 
 
 class _Scratch:
@@ -170,6 +169,7 @@ def _unwritten_zeros(shape: tuple[int, ...]) -> np.ndarray:
 
 
 # Type checkers cannot see the arguments of Numba's dispatchers.
+_layers: Any = layers.decoder_layers
 _write: Any = kernels.write
 _write_few: Any = kernels.write_few
 
@@ -271,6 +271,28 @@ def linear_of_gate(both: torch.Tensor, gelu: bool, panels: np.ndarray, outputs: 
     with _PARALLEL:
         ops.linear_of_gate(both.numpy(), gelu, panels, out.numpy())
     return out if out.shape[1] == outputs else out[:, :outputs]
+
+
+def decoder_layers(
+    total, added, weights, rotations, interleaved, rope_of, key_starts, window_of, key_stop, pages, plan, intermediate, epsilon, gelu,
+    softcap, scale,
+) -> None:  # fmt: skip
+    """`cpu/layer.py`'s `decoder_layers` on torch tensors; `weights`, `interleaved`, `rope_of` and `window_of` are arrays."""
+    tokens, hidden = total.shape
+    shapes = {
+        "layer qkv": (tokens, plan.q_heads + 2 * pages.kv_heads, pages.head_dim),
+        "layer seen": (tokens, plan.q_heads, pages.head_dim),
+        "layer both": (tokens, 2 * intermediate),
+        "layer product": (tokens, intermediate),
+        "layer normed": (tokens, hidden),
+    }
+    with _PARALLEL:
+        scratch = [_scratch.take(name, shape) for name, shape in shapes.items()]
+        _layers(
+            total.numpy(), added.numpy(), weights, np.float32(epsilon), gelu, rotations.numpy(), interleaved, rope_of, key_starts.numpy(),
+            window_of, key_stop.numpy(), pages.keys, pages.values, plan.slots, plan.seq_lens, plan.block_table, plan.tasks,
+            np.float32(scale), np.float32(softcap), *scratch,
+        )  # fmt: skip
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

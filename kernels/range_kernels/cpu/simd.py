@@ -48,6 +48,16 @@ def _broadcast(builder, value):
     return builder.shuffle_vector(lane0, undefined, ir.Constant(ir.VectorType(_I32, WIDTH), [0] * WIDTH))
 
 
+@intrinsic
+def floats_at(typing_context, address):
+    """A pointer to the float32 numbers at `address`, for `numba.carray`."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.PointerType(_F32))
+
+    return types.CPointer(types.float32)(types.intp), codegen
+
+
 AHEAD = 64
 
 

@@ -62,8 +62,10 @@ def make_load(head_dim: int, rows: int, paged: bool = False) -> Any:
 def make_swizzled_load(head_dim: int, rows: int, paged: bool = False) -> Any:
     """Return the intrinsic that copies `rows` rows to shared memory in blocks of 64 channels, swizzled as by TMA.
 
-    In each block, the 16-byte chunk c of a row is at chunk c ^ (row % 8).
+    In each block, the 16-byte chunk c of a row is at chunk c ^ (row % 8). The last block may be partial; its other channels become zeros.
     """
+    blocks = -(-head_dim // 64)
+    in_last = head_dim // 8 - 8 * (blocks - 1)  # chunks
 
     def emit(
         builder: Any, target: Any, source: Any, stride: Any, first: Any, limit: Any, thread: Any, pages: Any, shift: Any
@@ -83,8 +85,10 @@ def make_swizzled_load(head_dim: int, rows: int, paged: bool = False) -> Any:
         for step, inside, source_row in zip(steps, insides, source_rows, strict=True):
             row_address = builder.add(source, builder.mul(builder.zext(source_row, I64), stride))
             size = builder.select(inside, _number(16), _number(0))
-            for block in range(head_dim // 64):
+            for block in range(blocks):
                 at = builder.add(row_address, ir.Constant(I64, block * LINE))
+                if block == blocks - 1 and in_last < 8:
+                    size = builder.select(builder.icmp_signed("<", chunk, _number(in_last)), size, _number(0))
                 ptx.copy_async(builder, own, (block * rows + step) * LINE, at, size)
 
     return _intrinsic(emit)

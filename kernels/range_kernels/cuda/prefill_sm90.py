@@ -61,10 +61,10 @@ from .tile_scheduler import (
 )
 from .tma import MAP, copy_maps, make_tma_load, set_map, templates
 from .warp_mma import tile_operations
-from .warpgroup_mma import keys_of, rows_of, warpgroup_operations, warpgroups_of
+from .warpgroup_mma import keys_of, padded, rows_of, warpgroup_operations, warpgroups_of
 
 GROUP = 128  # threads of a warpgroup
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 80, 96, 128, 256)
 _PRODUCER_BARRIER = 8  # the named barrier of the producer warpgroup
 
 # Registers per thread of the producer and of each consumer warpgroup, by number of consumer warpgroups.
@@ -91,8 +91,8 @@ def make_kernel(head_dim: int, dtype: str, softcap: bool, paged: bool):
     init_accumulators, apply_mask, store = warp.init, warp.apply_mask, warp.store
     load_rows = make_swizzled_load(head_dim, keys, paged)
     tma_load, tma_load_queries = make_tma_load(head_dim, keys, paged), make_tma_load(head_dim, rows, False)
-    tile_bytes = keys * head_dim * 2
-    k_offset, v_offset = rows * head_dim * 2, rows * head_dim * 2 + 2 * tile_bytes
+    tile_bytes, k_offset = keys * padded(head_dim) * 2, rows * padded(head_dim) * 2
+    v_offset = k_offset + 2 * tile_bytes
     s_count, o_count, p_count = keys // 2, head_dim // 2, keys // 4
     write_work_tile, record = make_write_work_tile(rows, keys, GROUP, _PRODUCER_BARRIER), record_size(rows)
     records_size, barrier_count = SLOTS * record, 9 + 2 * SLOTS
@@ -411,7 +411,7 @@ def source(head_dim: int, dtype: str, softcap: bool, paged: bool) -> Source:
     `PersistentKernel.launch` adds.
     """
     # Queries and two stages of keys and of values, from an address that is a multiple of 1,024.
-    smem = 2 * head_dim * (rows_of(head_dim) + 4 * keys_of(head_dim)) + 1024
+    smem = 2 * padded(head_dim) * (rows_of(head_dim) + 4 * keys_of(head_dim)) + 1024
     name = f"hopper prefill {head_dim} {dtype} softcap={softcap} paged={paged}"
     make = partial(make_kernel, head_dim, dtype, softcap, paged)
     signature = types.void(

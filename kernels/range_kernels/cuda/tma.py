@@ -101,9 +101,10 @@ def make_tma_load(head_dim: int, rows: int, paged: bool) -> Any:
     """Return the device function with which a warpgroup loads a tile of `rows` rows of one head by TMA.
 
     All 128 threads call it and arrive at the mbarrier; a few of them issue the loads. If `paged`, one load copies the
-    rows of one page that fit in the tile, the smaller of `1 << shift` and `rows`.
+    rows of one page that fit in the tile, the smaller of `1 << shift` and `rows`. Channels past the head, in the last box, become zeros.
     """
-    blocks, size = head_dim // CHANNELS, 2 * head_dim * rows
+    blocks = -(-head_dim // CHANNELS)
+    size = 2 * blocks * CHANNELS * rows
     max_shift = rows.bit_length() - 1  # if paged, `rows` is a power of two
 
     @cuda.jit(device=True, inline="always")

@@ -29,6 +29,11 @@ def rows_of(head_dim: int) -> int:
     return 64 * warpgroups_of(head_dim)
 
 
+def padded(head_dim: int) -> int:
+    """Channels of a row in shared memory: whole blocks of 64, the swizzle's width."""
+    return -(-head_dim // 64) * 64
+
+
 def keys_of(head_dim: int) -> int:
     """Keys per tile: as many as fit in shared memory with two stages of keys and of values."""
     return 64 if head_dim == 256 else 128

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from range_kernels import CUDAGraphPlan, KVPages, PagedPlan, paged_attention
+from range_kernels.ops import LayerSettings, decoder_layers
 
 from ...errors import ModelError
 from ...models import Model
@@ -49,6 +50,7 @@ class Decoder:
     Attributes:
         table: `[vocab, hidden]`, token embeddings with the embedding scale already applied, as in hidden state 0.
         context: maximum number of tokens of a request.
+        whole_layers: whether a layer is one native call where the device has it and nobody taps it; the bits are the same.
 
     Raises:
         ModelError: an architecture or setting that this engine does not support, or tensors that do not fit the configuration.
@@ -62,6 +64,7 @@ class Decoder:
             )
         self.config = config = read_decoder_config(model.text_config, model.name)
         self.dtype, self.device = dtype, device
+        self.whole_layers = True
         self.context = model.context
         self.ops = operations(dtype, device, (config.hidden, config.intermediate, config.head_dim))
         read = TensorReader(model, config, dtype, device)
@@ -102,6 +105,8 @@ class Decoder:
         All inputs are on the device, so a decode step on tensor cores does not synchronise with the host and can be captured as a
         CUDA graph. `tap(name, state)` is called with every named hidden state; it must copy what it keeps.
         """
+        if tap is None and not inputs.deepstack and self.whole_layers and self.ops.runs_whole(self.layers, inputs.rotations.values()):
+            return self._run_whole_layers(inputs, pages)
         hidden, epsilon, ops = inputs.hidden, self.config.epsilon, self.ops
         pending: torch.Tensor | None = None  # what the layer before adds; added with the next norm, in one kernel
         if tap:
@@ -130,6 +135,22 @@ class Decoder:
         if tap:
             tap("norm", hidden)
         return hidden
+
+    def _run_whole_layers(self, inputs: DecoderInputs, pages: KVPages) -> torch.Tensor:
+        """`run_layers` in one native call, with the same bits."""
+        config, plan = self.config, inputs.plan
+        assert isinstance(plan, PagedPlan)  # a CUDAGraphPlan is on a GPU
+        ropes, windows = list(inputs.rotations), list(inputs.key_starts)
+        settings = LayerSettings(
+            config.epsilon, config.gelu, config.softcap, config.scale,
+            rotations=[(*inputs.rotations[rope], rope.interleaved) for rope in ropes],
+            rope_of=[-1 if rope is None else ropes.index(rope) for rope in config.ropes],
+            key_starts=[inputs.key_starts[window] for window in windows],
+            window_of=[windows.index(window) for window in config.windows],
+            key_stop=inputs.key_stop,
+        )  # fmt: skip
+        total, added = decoder_layers(inputs.hidden, self.layers, settings, pages, plan)
+        return self.ops.add(total, added, self.norm, config.epsilon).normed()
 
     def parts(self) -> list[object]:
         """All objects that `run_layers` uses besides its inputs (settings, layers, weights), so that a replaced one can be noticed."""

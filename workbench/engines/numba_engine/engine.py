@@ -95,6 +95,7 @@ class NumbaEngine(Engine):
             self._blocks, cache_block_seq_len, max_batch_size, max_prefill_token_num, enable_prefix_caching
         )
         cache = self.decoder.new_pages(pages, cache_block_seq_len)
+        self.decoder.whole_layers = not eager_mode
         if not eager_mode:
             self.runner.capture_decode_steps(cache)
         self._loop = Loop(self.runner, cache, scheduler)

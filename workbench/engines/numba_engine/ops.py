@@ -6,13 +6,13 @@ are torch's, whose rounding may depend on how many rows run together, and the re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from range_kernels import ops as layers
+from range_kernels import ops as kernels
 
 
 class Linear(Protocol):
@@ -34,6 +34,9 @@ class Linear(Protocol):
 
 class Operations(Protocol):
     """The operations for one device and dtype."""
+
+    def runs_whole(self, layers: Iterable[Any], rotations: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        """Whether `range_kernels.ops.decoder_layers` can run these layers."""
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear: ...
 
@@ -124,6 +127,9 @@ class _Plain:
     norm: Any
     rotate: Any
 
+    def runs_whole(self, layers: Iterable[Any], rotations: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        return False
+
     def add(self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float) -> Sum:
         return _Separate(self, hidden if added is None else hidden + added, weight, epsilon)
 
@@ -147,9 +153,14 @@ class _Plain:
 class CpuOperations(_Plain):
     """Kernels of `range_kernels`, for float32 on the CPU."""
 
-    linear = staticmethod(layers.Linear)
-    norm = staticmethod(layers.rms_norm)
-    rotate = staticmethod(layers.rotate)
+    linear = staticmethod(kernels.Linear)
+    norm = staticmethod(kernels.rms_norm)
+    rotate = staticmethod(kernels.rotate)
+
+    def runs_whole(self, layers: Iterable[Any], rotations: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        linears = (linear for layer in layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down))
+        same_pairs = len({cosine.shape[-1] for cosine, _ in rotations}) <= 1
+        return same_pairs and all(type(linear) is kernels.Linear and linear.whole_panels for linear in linears)
 
 
 class TorchLinear:
@@ -208,12 +219,12 @@ class GpuOperations(TorchOperations):
     """
 
     linear = staticmethod(GpuLinear)
-    norm = staticmethod(layers.rms_norm)
+    norm = staticmethod(kernels.rms_norm)
 
     def add(self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float) -> Sum:
         if added is None:
             hidden = hidden.contiguous()
-            return _Together(hidden, layers.rms_norm(hidden, weight, epsilon))
+            return _Together(hidden, kernels.rms_norm(hidden, weight, epsilon))
         total, out = torch.empty_like(hidden), torch.empty_like(hidden)
         layer_ops().launch_norm(hidden, added, weight, total, out, epsilon)
         return _Together(total, out)
