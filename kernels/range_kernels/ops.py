@@ -116,7 +116,7 @@ class LayerSettings:
 
 def decoder_layers(
     hidden: torch.Tensor, layers: Sequence[Any], settings: LayerSettings, pages: KVPages, plan: PagedPlan
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Run decoder layers on the CPU in one native call, bit-identical to the separate operations; keys and values go into `pages`.
 
     Args:
@@ -127,7 +127,8 @@ def decoder_layers(
         pages, plan: as for `paged_attention`.
 
     Returns:
-        the residual stream after the last layer's attention, and what its MLP adds: two tensors `[tokens, hidden]`.
+        the residual stream after the last layer's attention, and what its MLP adds: two tensors `[tokens, hidden]`. None if Numba's
+        threads cannot run at the same time, for example because of OMP_THREAD_LIMIT: use the separate operations then.
 
     Raises:
         ValueError: not float32 on the CPU, outputs of a `Linear` that do not fill its panels (`Linear.whole_panels`), or shapes that
@@ -162,12 +163,12 @@ def decoder_layers(
     )
     rotations = torch.stack([torch.stack(each[:2]) for each in settings.rotations]) if ropes else hidden.new_empty(1, 2, 0, 0)
     total, added = hidden.clone(memory_format=torch.contiguous_format), torch.empty_like(hidden)
-    launch.decoder_layers(
+    ran = launch.decoder_layers(
         total, added, table, rotations, np.asarray([each[2] for each in settings.rotations] or [False]), np.asarray(settings.rope_of),
         torch.stack(list(settings.key_starts)), np.asarray(settings.window_of), settings.key_stop, pages, plan, intermediate,
         settings.epsilon, settings.gelu, settings.softcap, settings.scale,
     )  # fmt: skip
-    return total, added
+    return (total, added) if ran else None
 
 
 def _addresses(

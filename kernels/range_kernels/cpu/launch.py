@@ -33,7 +33,9 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 # Numba's portable threading layer aborts the process when two threads enter parallel code at once.
 _PARALLEL = threading.Lock()
-_SMALL_WORK, _SMALL_ROWS = layers.SMALL_WORK, layers.SMALL_ROWS
+# Below this many multiply-adds, or numbers touched, one thread does the work; guessed, not measured.
+_SMALL_WORK = 1 << 18
+_SMALL_ROWS = 1 << 14
 
 
 class _Scratch:
@@ -276,23 +278,30 @@ def linear_of_gate(both: torch.Tensor, gelu: bool, panels: np.ndarray, outputs: 
 def decoder_layers(
     total, added, weights, rotations, interleaved, rope_of, key_starts, window_of, key_stop, pages, plan, intermediate, epsilon, gelu,
     softcap, scale,
-) -> None:  # fmt: skip
-    """`cpu/layer.py`'s `decoder_layers` on torch tensors; `weights`, `interleaved`, `rope_of` and `window_of` are arrays."""
+) -> bool:  # fmt: skip
+    """`cpu/layer.py`'s `decoder_layers` on torch tensors; `weights`, `interleaved`, `rope_of` and `window_of` are arrays.
+
+    Returns:
+        False if the threads cannot run at the same time (a limit of OpenMP's); nothing was computed then.
+    """
     tokens, hidden = total.shape
+    rows = -(-tokens // ops.ROWS) * ops.ROWS
     shapes = {
         "layer qkv": (tokens, plan.q_heads + 2 * pages.kv_heads, pages.head_dim),
-        "layer seen": (tokens, plan.q_heads, pages.head_dim),
+        "layer seen": (rows, plan.q_heads, pages.head_dim),
         "layer both": (tokens, 2 * intermediate),
-        "layer product": (tokens, intermediate),
-        "layer normed": (tokens, hidden),
+        "layer product": (rows, intermediate),
+        "layer normed": (rows, hidden),
     }
+    state = np.zeros(layers.STATE, np.int64)
     with _PARALLEL:
         scratch = [_scratch.take(name, shape) for name, shape in shapes.items()]
         _layers(
-            total.numpy(), added.numpy(), weights, np.float32(epsilon), gelu, rotations.numpy(), interleaved, rope_of, key_starts.numpy(),
-            window_of, key_stop.numpy(), pages.keys, pages.values, plan.slots, plan.seq_lens, plan.block_table, plan.tasks,
-            np.float32(scale), np.float32(softcap), *scratch,
+            numba.get_num_threads(), state, total.numpy(), added.numpy(), weights, np.float32(epsilon), gelu, rotations.numpy(),
+            interleaved, rope_of, key_starts.numpy(), window_of, key_stop.numpy(), pages.keys, pages.values, plan.slots, plan.seq_lens,
+            plan.block_table, plan.tasks, np.float32(scale), np.float32(softcap), *scratch,
         )  # fmt: skip
+    return int(state[layers.STARTED]) >= 0
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

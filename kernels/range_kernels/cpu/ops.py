@@ -16,7 +16,7 @@ from .simd import (
     COLUMNS, DIGEST, ROWS, block_product, block_product_sum, row_gate_gelu_tanh, row_gate_silu, row_product, row_product_sum,
 )  # fmt: skip
 
-SIMD_DIGEST = "86f633653e42ae13"  # as in attention.py
+SIMD_DIGEST = "13fa9f0186a55dc7"  # as in attention.py
 CACHE = DIGEST == SIMD_DIGEST
 DEPTH = 64  # terms per partial sum; the sum of partial sums has a few times less rounding error than one long sum
 TOKENS = 256  # rows per task: together with one panel of weights they fit in the L2 cache
@@ -43,12 +43,34 @@ def _long_row(x, weights, target, inputs):
 
 
 @njit
-def _single_rows(x, first, weights, panel, out):
-    """Compute one panel of outputs for the rows from `first` on, one at a time."""
-    inputs = x.shape[1]
-    for row in range(first, len(x)):
+def linear_tasks(rows, panels):
+    """The number of tasks of `linear_task`."""
+    return -(-rows // TOKENS) * len(panels)
+
+
+@njit
+def linear_task(task, x, rows, rest, panels, out):
+    """Compute one panel of outputs for up to TOKENS of the first `rows` rows of `x`.
+
+    `rest` are the rows after the last whole block of ROWS, ROWS of them if there are more than FEW.
+    """
+    inputs, blocks = x.shape[1], -(-rows // TOKENS)
+    whole = rows // ROWS * ROWS
+    panel, first = task // blocks, task % blocks * TOKENS
+    weights = panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * 4)
+    for row in range(first, min(first + TOKENS, whole), ROWS):
         target = out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4)
-        _long_row(x.ctypes.data + np.uintp(row * inputs * 4), weights, target, inputs)
+        _long_product(x.ctypes.data + np.uintp(row * inputs * 4), weights, target, out.shape[1], inputs)
+    if first + TOKENS < rows:
+        return
+    if rows - whole <= FEW:
+        for row in range(whole, rows):
+            target = out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4)
+            _long_row(x.ctypes.data + np.uintp(row * inputs * 4), weights, target, inputs)
+    else:
+        block = np.empty((ROWS, COLUMNS), np.float32)
+        _long_product(rest.ctypes.data, weights, block.ctypes.data, COLUMNS, inputs)
+        out[whole:rows, panel * COLUMNS : (panel + 1) * COLUMNS] = block[: rows - whole]
 
 
 @njit(parallel=True, cache=CACHE)
@@ -59,23 +81,11 @@ def linear(x, panels, out):
     """
     rows, inputs = x.shape
     whole = rows // ROWS * ROWS
-    few = rows - whole <= FEW
-    rest = np.zeros((0 if few else ROWS, inputs), np.float32)  # the last rows, padded to a block
-    if not few:
+    rest = np.zeros((0 if rows - whole <= FEW else ROWS, inputs), np.float32)  # the last rows, padded to a block
+    if len(rest):
         rest[: rows - whole] = x[whole:]
-    blocks = -(-rows // TOKENS)
-    for task in prange(blocks * len(panels)):
-        panel, first = task // blocks, task % blocks * TOKENS
-        weights = panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * 4)
-        for row in range(first, min(first + TOKENS, whole), ROWS):
-            target = out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4)
-            _long_product(x.ctypes.data + np.uintp(row * inputs * 4), weights, target, out.shape[1], inputs)
-        if (first + TOKENS >= rows) & few:
-            _single_rows(x, whole, weights, panel, out)
-        elif first + TOKENS >= rows:
-            block = np.empty((ROWS, COLUMNS), np.float32)
-            _long_product(rest.ctypes.data, weights, block.ctypes.data, COLUMNS, inputs)
-            out[whole:, panel * COLUMNS : (panel + 1) * COLUMNS] = block[: rows - whole]
+    for task in prange(linear_tasks(rows, panels)):
+        linear_task(task, x, rows, rest, panels, out)
 
 
 @njit
@@ -97,14 +107,21 @@ def _rms_row(x, weight, epsilon, out):
         out[element] = x[element] * inverse_rms * weight[element]
 
 
+@njit
+def _padded(rows):
+    """The rows that `linear_task` needs for `rows` rows to have no `rest` that must be copied."""
+    return -(-rows // ROWS) * ROWS
+
+
 @njit(parallel=True, cache=CACHE)
 def linear_of_norm(x, weight, epsilon, panels, out):
     """`linear` of `rms_norm` in one launch for few rows: one thread normalises, then all compute the product."""
-    ready = np.zeros((_padded(len(x)), x.shape[1]), np.float32)
-    for row in range(len(x)):
+    rows = len(x)
+    ready = np.zeros((_padded(rows), x.shape[1]), np.float32)
+    for row in range(rows):
         _rms_row(x[row], weight, epsilon, ready[row])
-    for panel in prange(len(panels)):
-        _few_rows(ready, panels, panel, out)
+    for task in prange(linear_tasks(rows, panels)):
+        linear_task(task, ready, rows, ready[rows // ROWS * ROWS :], panels, out)
 
 
 @njit(parallel=True, cache=CACHE)
@@ -113,31 +130,12 @@ def linear_of_gate(both, gelu, panels, out):
 
     `both` is `[rows, 2 * inputs]`. Correct for any number of rows, but slow for many.
     """
-    ready = np.zeros((_padded(len(both)), both.shape[1] // 2), np.float32)
-    for row in range(len(both)):
+    rows = len(both)
+    ready = np.zeros((_padded(rows), both.shape[1] // 2), np.float32)
+    for row in range(rows):
         _gate_row(both[row], ready.shape[1], gelu, ready[row])
-    for panel in prange(len(panels)):
-        _few_rows(ready, panels, panel, out)
-
-
-@njit
-def _padded(rows):
-    """The rows that `_few_rows` needs for `rows` rows."""
-    return rows if rows <= FEW else -(-rows // ROWS) * ROWS
-
-
-@njit
-def _few_rows(ready, panels, panel, out):
-    """Compute one panel of outputs; `ready` [_padded(rows), inputs]."""
-    inputs, rows = panels.shape[1], len(out)
-    weights = panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * 4)
-    if rows <= FEW:
-        _single_rows(ready, 0, weights, panel, out)
-        return
-    block = np.empty((ROWS, COLUMNS), np.float32)
-    for row in range(0, rows, ROWS):
-        _long_product(ready.ctypes.data + np.uintp(row * inputs * 4), weights, block.ctypes.data, COLUMNS, inputs)
-        out[row : row + ROWS, panel * COLUMNS : (panel + 1) * COLUMNS] = block[: min(ROWS, rows - row)]
+    for task in prange(linear_tasks(rows, panels)):
+        linear_task(task, ready, rows, ready[rows // ROWS * ROWS :], panels, out)
 
 
 @njit(parallel=True, cache=CACHE)

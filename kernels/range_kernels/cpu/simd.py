@@ -58,6 +58,70 @@ def floats_at(typing_context, address):
     return types.CPointer(types.float32)(types.intp), codegen
 
 
+def _integer_at(builder, address):
+    return builder.inttoptr(address, ir.PointerType(_I64))
+
+
+@intrinsic
+def atomic_add(typing_context, address, value):
+    """Add to the int64 at `address`; return what it was before."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("add", _integer_at(builder, args[0]), args[1], "seq_cst")
+
+    return types.int64(types.intp, types.int64), codegen
+
+
+@intrinsic
+def atomic_load(typing_context, address):
+    """The int64 at `address`; what other threads wrote before they changed it can be read afterwards."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load_atomic(_integer_at(builder, args[0]), "seq_cst", 8)
+
+    return types.int64(types.intp), codegen
+
+
+@intrinsic
+def atomic_replace(typing_context, address, old, new):
+    """Replace the int64 at `address` by `new` if it is `old`; return whether it was."""
+
+    def codegen(context, builder, signature, args):
+        result = builder.cmpxchg(_integer_at(builder, args[0]), args[1], args[2], "seq_cst")
+        return builder.extract_value(result, 1)
+
+    return types.boolean(types.intp, types.int64, types.int64), codegen
+
+
+@intrinsic
+def spin(typing_context):
+    """Tell the processor that this thread waits in a loop."""
+
+    def codegen(context, builder, signature, args):
+        machine, void = platform.machine().lower(), ir.VoidType()
+        if machine in ("x86_64", "amd64"):
+            kind = ir.FunctionType(void, [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        elif machine in ("aarch64", "arm64"):
+            kind = ir.FunctionType(void, [_I32])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.aarch64.hint"), [_I32(1)])  # yield
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def let_others_run(typing_context):
+    """Give the core to another thread that could run, if the system has a call for it."""
+
+    def codegen(context, builder, signature, args):
+        if platform.system() != "Windows":
+            builder.call(cgutils.get_or_insert_function(builder.module, ir.FunctionType(_I32, []), "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 AHEAD = 64
 
 

@@ -106,7 +106,10 @@ class Decoder:
         CUDA graph. `tap(name, state)` is called with every named hidden state; it must copy what it keeps.
         """
         if tap is None and not inputs.deepstack and self.whole_layers and self.ops.runs_whole(self.layers, inputs.rotations.values()):
-            return self._run_whole_layers(inputs, pages)
+            normed = self._run_whole_layers(inputs, pages)
+            if normed is not None:
+                return normed
+            self.whole_layers = False  # this process has fewer threads than Numba believes
         hidden, epsilon, ops = inputs.hidden, self.config.epsilon, self.ops
         pending: torch.Tensor | None = None  # what the layer before adds; added with the next norm, in one kernel
         if tap:
@@ -136,8 +139,8 @@ class Decoder:
             tap("norm", hidden)
         return hidden
 
-    def _run_whole_layers(self, inputs: DecoderInputs, pages: KVPages) -> torch.Tensor:
-        """`run_layers` in one native call, with the same bits."""
+    def _run_whole_layers(self, inputs: DecoderInputs, pages: KVPages) -> torch.Tensor | None:
+        """`run_layers` in one native call, with the same bits; None if `decoder_layers` cannot run here."""
         config, plan = self.config, inputs.plan
         assert isinstance(plan, PagedPlan)  # a CUDAGraphPlan is on a GPU
         ropes, windows = list(inputs.rotations), list(inputs.key_starts)
@@ -149,8 +152,8 @@ class Decoder:
             window_of=[windows.index(window) for window in config.windows],
             key_stop=inputs.key_stop,
         )  # fmt: skip
-        total, added = decoder_layers(inputs.hidden, self.layers, settings, pages, plan)
-        return self.ops.add(total, added, self.norm, config.epsilon).normed()
+        done = decoder_layers(inputs.hidden, self.layers, settings, pages, plan)
+        return None if done is None else self.ops.add(*done, self.norm, config.epsilon).normed()
 
     def parts(self) -> list[object]:
         """All objects that `run_layers` uses besides its inputs (settings, layers, weights), so that a replaced one can be noticed."""
