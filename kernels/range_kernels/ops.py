@@ -161,7 +161,9 @@ def decoder_layers(
     table = np.asarray(
         [_addresses(number, layer, shapes, pages.head_dim, kept) for number, layer in enumerate(layers)], np.int64
     )
-    rotations = torch.stack([torch.stack(each[:2]) for each in settings.rotations]) if ropes else hidden.new_empty(1, 2, 0, 0)
+    rotations = (
+        torch.stack([torch.stack(each[:2]) for each in settings.rotations]) if ropes else hidden.new_empty(1, 2, 0, 0)
+    )
     total, added = hidden.clone(memory_format=torch.contiguous_format), torch.empty_like(hidden)
     ran = launch.decoder_layers(
         total, added, table, rotations, np.asarray([each[2] for each in settings.rotations] or [False]), np.asarray(settings.rope_of),
@@ -186,7 +188,9 @@ def _addresses(
         if x is None:
             return 0
         if x.shape != shape or x.dtype != torch.float32 or x.device.type != "cpu":
-            raise ValueError(f"a weight of layer {number} is {x.dtype} {tuple(x.shape)} on {x.device}: expected float32 {shape}")
+            raise ValueError(
+                f"a weight of layer {number} is {x.dtype} {tuple(x.shape)} on {x.device}: expected float32 {shape}"
+            )
         if not x.is_contiguous():
             x = x.contiguous()
             kept.append(x)

@@ -25,7 +25,14 @@ from ..cuda.compiled_kernel import loaded
 from .triton_splice import triton_jobs
 
 HEADS, KV_HEADS, SPAN = 32, 8, 256
-PREFILLS = ((4, 4096, 128), (1, 16384, 128), (4, 4096, 64), (4, 4096, 80), (4, 4096, 96), (2, 4096, 256))  # batch, tokens, head size
+PREFILLS = (
+    (4, 4096, 128),
+    (1, 16384, 128),
+    (4, 4096, 64),
+    (4, 4096, 80),
+    (4, 4096, 96),
+    (2, 4096, 256),
+)  # batch, tokens, head size
 DECODES = ((1, 4096), (64, 4096), (16, 32768))  # batch, keys; head size 128
 PAGE_SIZE = 64
 SPLICES = ((512, 4096), (8192, 4096), (65536, 4096), (65536, 8192))  # tokens, hidden

@@ -17,9 +17,9 @@ from . import attention, ops
 from .simd import COLUMNS, DIGEST, atomic_add, atomic_load, atomic_replace, floats_at, let_others_run, spin
 
 # Numba's cache of this file contains the code of these files too (`attention.py` says more).
-KERNELS_DIGEST = "97c454e89b42985f"
-_SOURCES = "".join(Path(module.__file__).read_text() for module in (attention, ops)) + DIGEST
-SOURCES_DIGEST = hashlib.sha256(_SOURCES.encode()).hexdigest()[:16]
+KERNELS_DIGEST = "bc6271f2d2a5a869"
+_SOURCES = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("attention", "ops"))
+SOURCES_DIGEST = hashlib.sha256(_SOURCES + DIGEST.encode()).hexdigest()[:16]
 CACHE = KERNELS_DIGEST == SOURCES_DIGEST
 
 # Columns of the table of addresses: a layer's norms, linear layers and biases, and its head norms.

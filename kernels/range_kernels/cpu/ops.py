@@ -13,7 +13,15 @@ import numpy as np
 from numba import njit, prange
 
 from .simd import (
-    COLUMNS, DIGEST, ROWS, block_product, block_product_sum, row_gate_gelu_tanh, row_gate_silu, row_product, row_product_sum,
+    COLUMNS,
+    DIGEST,
+    ROWS,
+    block_product,
+    block_product_sum,
+    row_gate_gelu_tanh,
+    row_gate_silu,
+    row_product,
+    row_product_sum,
 )  # fmt: skip
 
 SIMD_DIGEST = "13fa9f0186a55dc7"  # as in attention.py
@@ -21,7 +29,9 @@ CACHE = DIGEST == SIMD_DIGEST
 DEPTH = 64  # terms per partial sum; the sum of partial sums has a few times less rounding error than one long sum
 TOKENS = 256  # rows per task: together with one panel of weights they fit in the L2 cache
 LANES = 16
-FEW = 2  # up to this many rows are computed one at a time, with half as many instructions per weight as in a padded block
+FEW = (
+    2  # up to this many rows are computed one at a time, with half as many instructions per weight as in a padded block
+)
 
 
 @njit(inline="always")

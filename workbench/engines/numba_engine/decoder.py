@@ -105,7 +105,12 @@ class Decoder:
         All inputs are on the device, so a decode step on tensor cores does not synchronise with the host and can be captured as a
         CUDA graph. `tap(name, state)` is called with every named hidden state; it must copy what it keeps.
         """
-        if tap is None and not inputs.deepstack and self.whole_layers and self.ops.runs_whole(self.layers, inputs.rotations.values()):
+        if (
+            tap is None
+            and not inputs.deepstack
+            and self.whole_layers
+            and self.ops.runs_whole(self.layers, inputs.rotations.values())
+        ):
             normed = self._run_whole_layers(inputs, pages)
             if normed is not None:
                 return normed
