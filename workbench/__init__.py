@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .analysis.attribution import attribute
     from .comparison.check import check_engine
     from .comparison.divergence import first_divergence
     from .comparison.identify import identify
@@ -54,6 +55,7 @@ _MODULES = {
     "Trace": "trace",
     "TraceError": "errors",
     "__version__": "version",
+    "attribute": "analysis.attribution",
     "build_multimodal": "vision",
     "build_prompt": "vision",
     "check_engine": "comparison.check",
@@ -91,6 +93,7 @@ __all__ = [
     "Trace",
     "TraceError",
     "__version__",
+    "attribute",
     "build_multimodal",
     "build_prompt",
     "check_engine",

@@ -5,6 +5,7 @@ Safe to call from several threads; their parallel parts run one after the other.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -91,10 +92,8 @@ def _huge_pages(size: int) -> np.ndarray:
     if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
         return aligned(size // 4)
     memory = mmap.mmap(-1, size + huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without huge pages
-        pass
     floats = np.frombuffer(memory, np.float32)
     return floats[-floats.ctypes.data % huge // 4 :][: size // 4]
 

@@ -190,8 +190,12 @@ class ModelRunner:
     @torch.no_grad()
     def run_batch(self, batch: Batch, pages: KVPages, tap: Tap | None = None) -> torch.Tensor:
         """`forward` for a batch that is already built. Separate so that fault injection can change the batch (`faults/inject.py`)."""
+        return self.decoder.run_layers(self.decoder_inputs(batch, pages), pages, tap)
+
+    def decoder_inputs(self, batch: Batch, pages: KVPages) -> DecoderInputs:
+        """A batch as the layers use it."""
         config = self.decoder.config
-        inputs = DecoderInputs(
+        return DecoderInputs(
             hidden=batch.hidden,
             rotations={rope: self._rotation(rope, batch) for rope in set(config.ropes) if rope is not None},
             key_starts={window: batch.key_start(window) for window in set(config.windows)},
@@ -199,7 +203,6 @@ class ModelRunner:
             plan=PagedPlan(batch.block_table, batch.cu_seqlens_q, batch.seq_lens, pages, config.heads),
             deepstack=batch.deepstack,
         )
-        return self.decoder.run_layers(inputs, pages, tap)
 
     def _rotation(self, rope: Rope, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the batch's tokens, float32 `[tokens, pairs]`."""

@@ -1,0 +1,114 @@
+"""Attention weights of chosen queries in one layer, recomputed from the layer's own queries, keys and bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from ...errors import TraceError
+from ...prompt import Prompt
+from .batch import Batch, DecoderInputs
+from .decoder import Decoder
+from .engine import NumbaEngine
+from .model_runner import Chunk
+from .ops import Rotation
+from .request import Request
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """Attention of some queries in one layer.
+
+    Attributes:
+        layer: number of the layer; positions: the queries' positions in the prompt.
+        weights: float64 `[queries, q_heads, keys]`, exactly 0 for keys that a query does not see.
+        visible: bool `[queries, keys]`.
+        values: float64 `[keys, kv_heads, head_dim]`.
+    """
+
+    layer: int
+    positions: tuple[int, ...]
+    weights: torch.Tensor
+    visible: torch.Tensor
+    values: torch.Tensor
+
+
+class _Reached(Exception):
+    """The layer's input is there: the rest of the pass is not needed."""
+
+
+@torch.no_grad()
+def attention_rows(
+    engine: NumbaEngine, prompt: Prompt, layers: Sequence[int], positions: Sequence[int]
+) -> dict[int, AttentionRows]:
+    """Run the prompt once and compute the attention of the queries at `positions` in each of `layers`.
+
+    Weights are computed in float64 from the engine's own queries and keys, row by row, so no matrix of all queries is needed.
+
+    Args:
+        positions: positions in the prompt; negative ones count from the end.
+
+    Raises:
+        ValueError: a layer or position that does not exist.
+        TraceError: the weights do not fit into half of the free memory.
+        EmbeddingRangeError, PromptError, ModelError: as in `Engine.check`.
+    """
+    engine.check(prompt)
+    decoder, length = engine.decoder, len(prompt)
+    config = decoder.config
+    for layer in layers:
+        if not 0 <= layer < config.layers:
+            raise ValueError(f"layer {layer}: the model has layers 0 to {config.layers - 1}")
+    if not layers or not positions or not all(-length <= position < length for position in positions):
+        raise ValueError(f"layers {list(layers)}, positions {list(positions)}: give positions in the prompt of {length} tokens")
+    queries = [position % length for position in positions]
+    needed = 8 * len(layers) * len(queries) * config.heads * length
+    if needed > psutil.virtual_memory().available // 2:
+        raise TraceError(f"the weights take {needed / 1e9:.1f} GB, more than half of the free memory: choose fewer layers or positions")
+    request = Request(prompt)
+    request.pages = list(range(-(-length // engine._page_size)))
+    pages = decoder.new_pages(len(request.pages), engine._page_size)
+    batch = Batch.of([Chunk(request, 0, length)], decoder.table, engine._page_size, mrope=bool(config.mrope))
+    inputs = engine.runner.decoder_inputs(batch, pages)
+    entering: dict[int, torch.Tensor] = {}
+    wanted = {"embed" if layer == 0 else f"layers.{layer - 1}": layer for layer in layers}
+
+    def tap(name: str, state: torch.Tensor) -> None:
+        if name in wanted:
+            entering[wanted[name]] = state.clone()
+            if len(entering) == len(wanted):
+                raise _Reached
+
+    try:
+        decoder.run_layers(inputs, pages, tap)
+    except _Reached:
+        pass
+    return {layer: _attend(decoder, layer, entering[layer], inputs, queries) for layer in layers}
+
+
+def _attend(
+    decoder: Decoder, number: int, hidden: torch.Tensor, inputs: DecoderInputs, queries: list[int]
+) -> AttentionRows:
+    config, layer = decoder.config, decoder.layers[number]
+    for rows, levels in inputs.deepstack:  # added after the tap
+        if 0 < number <= len(levels):
+            hidden[rows] += levels[number - 1]
+    x = decoder.ops.add(hidden, None, layer.attention_norm, config.epsilon).into(layer.qkv)
+    x = x.view(len(x), config.heads + 2 * config.kv_heads, config.head_dim)
+    rotated = config.heads + config.kv_heads
+    rope = config.ropes[number]
+    rotation = None if rope is None else Rotation(*inputs.rotations[rope], rope.interleaved)
+    heads, _ = decoder.ops.position(x[:, :rotated], layer.head_norms, config.heads, config.epsilon, rotation, None)
+    q = heads[queries, : config.heads].double().cpu()
+    k = heads[:, config.heads : rotated].double().cpu().repeat_interleave(config.heads // config.kv_heads, dim=1)
+    key_start, key_stop = (each.cpu()[queries] for each in (inputs.key_starts[config.windows[number]], inputs.key_stop))
+    keys = torch.arange(len(k))
+    visible = (keys >= key_start[:, None]) & (keys < key_stop[:, None])
+    scores = torch.einsum("qhd,khd->qhk", q, k) * config.scale
+    if config.softcap:
+        scores = torch.tanh(scores / config.softcap) * config.softcap
+    weights = scores.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1).nan_to_num(nan=0.0)
+    return AttentionRows(number, tuple(queries), weights, visible, x[:, rotated:].double().cpu())
