@@ -29,7 +29,7 @@ class LogitAttribution:
     Attributes:
         token, other: ids.
         difference: the difference of the engine's own logits.
-        parts: names: "embed", and for each layer "layers.N.attention", "layers.N.mlp" and, with deepstack features, "layers.N.deepstack".
+        parts: names: "embed", and for each layer "layers.N.attention" and "layers.N.mlp".
         values: float64 `[parts]`; their sum is `difference` up to rounding.
         groups: groups of keys, as in `Attention`, and "bias".
         by_group: float64 `[layers, groups]`: each layer's attention part, by the keys that it comes from; a row sums to the part.
@@ -56,7 +56,7 @@ def logit_attribution(engine: Engine, prompt: Prompt, token: int, other: int) ->
     """Attribute the difference of two logits of the last token to the parts of the model and to the prompt's ranges.
 
     Raises:
-        ModelError: an engine that does not expose its weights, or a model that caps its logits.
+        ModelError: an engine that does not expose its weights, a model that caps its logits, or a prompt with deepstack features.
         ValueError: token ids outside the vocabulary.
         EmbeddingRangeError, PromptError: as in `Engine.check`.
     """
@@ -66,6 +66,8 @@ def logit_attribution(engine: Engine, prompt: Prompt, token: int, other: int) ->
     config = decoder.config
     if config.final_softcap:
         raise ModelError("this model caps its logits (final_logit_softcapping), so they are not a sum over its parts")
+    if prompt.deepstack:
+        raise ModelError("prompts with deepstack features are not attributed: what they add is not one of the parts")
     if not (0 <= token < config.vocab and 0 <= other < config.vocab):
         raise ValueError(f"tokens {token} and {other}: ids are 0 to {config.vocab - 1}")
     layers = range(config.layers)
