@@ -51,6 +51,8 @@ $(READY): pyproject.toml constraints.txt
 	@# As the wheel does: JupyterLab saves the state of widgets with a notebook.
 	@mkdir -p $(VENV)/share/jupyter/lab/settings/overrides.d
 	@cp workbench/widgets/static/embedding-workbench.json $(VENV)/share/jupyter/lab/settings/overrides.d/
+	@# PyPI's torchvision, which is built for CUDA, fails beside a CPU build of torch unless workbench prepares its import.
+	@echo "import workbench" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/workbench_before_torchvision.pth"
 	@touch $(READY)
 
 setup: $(READY)

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,8 @@ def numba_engine(model_name: str, dtype: str, threads: int, *_: str) -> tuple[Ru
 def transformers(model_name: str, dtype: str, threads: int, *_: str) -> tuple[Run, int, int]:
     """Transformers' `generate` on the whole batch; prompts are equally long, so nothing is padded."""
     import torch
+
+    import workbench  # noqa: F401  # before Transformers: it makes torchvision importable beside a CPU build of torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
@@ -179,6 +182,7 @@ ENGINES = {"numba": numba_engine, "transformers": transformers, "vllm": vllm, "l
 
 def main() -> None:
     """Open the engine that the command line names and serve jobs until standard input ends."""
+    sys.path.remove(str(Path(__file__).resolve().parent))  # the modules beside this one are not what the engines mean
     kind, model, dtype, threads, *rest = sys.argv[1:]
     run, vocab, hidden = ENGINES[kind](model, dtype, int(threads), *rest)
     print("READY", flush=True)

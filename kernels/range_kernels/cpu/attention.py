@@ -40,17 +40,27 @@ _LOG2E = np.float32(math.log2(math.e))
 
 
 def _write(keys, values, slots, k, v):
-    """Write `k`, `v` [tokens, kv_heads, head_dim] into pages; `slots` [tokens] is page * page_size + offset in the page."""
-    page_size = values.shape[3]
+    """Write `k`, `v` [tokens, kv_heads, head_dim] into pages; `slots` [tokens] is page * page_size + offset in the page.
+
+    Keys are transposed COLUMNS tokens at a time, so that a cache line of a page is written at once.
+    """
+    page_size, head_panels = values.shape[3], values.shape[2]
     heads, head_dim = k.shape[1], k.shape[2]
-    for task in prange(len(slots) * heads):
-        token, head = task // heads, task % heads
-        page, offset = slots[token] // page_size, slots[token] % page_size
+    flat = keys.reshape(keys.size)
+    for task in prange(-(-len(slots) // COLUMNS) * heads):
+        head, first = task % heads, task // heads * COLUMNS
+        last = min(first + COLUMNS, len(slots))
+        places = np.empty(COLUMNS, np.int64)
+        for token in range(first, last):
+            page, offset = slots[token] // page_size, slots[token] % page_size
+            panel = (page * heads + head) * (page_size // COLUMNS) + offset // COLUMNS
+            places[token - first] = panel * head_dim * COLUMNS + offset % COLUMNS
+            for panel in range(head_panels):
+                for channel in range(min(COLUMNS, head_dim - panel * COLUMNS)):
+                    values[page, head, panel, offset, channel] = v[token, head, panel * COLUMNS + channel]
         for channel in range(head_dim):
-            keys[page, head, offset // COLUMNS, channel, offset % COLUMNS] = k[token, head, channel]
-        for panel in range(values.shape[2]):
-            for channel in range(min(COLUMNS, head_dim - panel * COLUMNS)):
-                values[page, head, panel, offset, channel] = v[token, head, panel * COLUMNS + channel]
+            for token in range(first, last):
+                flat[places[token - first] + channel * COLUMNS] = k[token, head, channel]
 
 
 @njit(inline="always")

@@ -64,9 +64,9 @@ def linear_task(task, x, rows, rest, panels, out):
 
     `rest` are the rows after the last whole block of ROWS, ROWS of them if there are more than FEW.
     """
-    inputs, blocks = x.shape[1], -(-rows // TOKENS)
+    inputs = x.shape[1]
     whole = rows // ROWS * ROWS
-    panel, first = task // blocks, task % blocks * TOKENS
+    panel, first = task % len(panels), task // len(panels) * TOKENS
     weights = panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * 4)
     for row in range(first, min(first + TOKENS, whole), ROWS):
         target = out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4)
