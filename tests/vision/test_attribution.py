@@ -181,5 +181,3 @@ def test_an_engine_without_logits_is_refused_by_name(cards, seven, monkeypatch):
     monkeypatch.setattr(engine, "generate", without)
     with pytest.raises(workbench.ModelError, match="numba does not return logits"):
         workbench.attribute(engine, seven)
-
-

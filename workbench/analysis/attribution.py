@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -112,7 +112,9 @@ class Attribution:
         for number, change in enumerate(self.items):
             best = np.argsort(-np.nan_to_num(self._rows[number], nan=-np.inf))[:5]
             rows = ", ".join(f"{row} ({self._rows[number][row]:.2f})" for row in best if self.significant(number)[row])
-            lines.append(f"item {number}: without all of it {change:+.2f}; most from rows {rows or 'none that is significant'}")
+            lines.append(
+                f"item {number}: without all of it {change:+.2f}; most from rows {rows or 'none that is significant'}"
+            )
         return "\n".join(lines)
 
 
@@ -156,14 +158,18 @@ def attribute(
         ValueError: a target that is not part of the answer, or an answer without tokens.
     """
     if isinstance(prompt, MultimodalPrompt) or not prompt.input_embeddings:
-        raise PromptError("this prompt has no input_embeddings whose rows could be replaced: build it with build_prompt")
+        raise PromptError(
+            "this prompt has no input_embeddings whose rows could be replaced: build it with build_prompt"
+        )
     if max_runs < 1 or repeats < 2:
         raise ValueError(f"max_runs={max_runs}, repeats={repeats}: at least one run and two repeats are needed")
     engine.check(prompt, 1)
     replacement: Replacement
     if images:
         if not isinstance(baseline, str):
-            raise PromptError("images are covered with their 'mean' or 'blur': leave images out to replace rows by given ones")
+            raise PromptError(
+                "images are covered with their 'mean' or 'blur': leave images out to replace rows by given ones"
+            )
         replacement = CoveredImages(prompt, images, tower or load_vision_tower(engine.model), baseline)
     else:
         replacement = ReplacedRows(engine, prompt, baseline)
@@ -182,6 +188,14 @@ def _tokens(engine: Engine, text: str | Sequence[int]) -> list[int]:
     return [int(token) for token in text]
 
 
+def _text(engine: Engine, tokens: Sequence[int]) -> str:
+    """The tokens as text; their ids for a model without a tokenizer."""
+    try:
+        return engine.model.tokenizer.decode(list(tokens))
+    except ModelError:
+        return " ".join(map(str, tokens))
+
+
 def _generated(engine: Engine, prompt: Prompt) -> list[int]:
     return engine.generate(prompt, GenerationConfig(max_new_tokens=12)).token_ids
 
@@ -190,11 +204,10 @@ def _find(engine: Engine, tokens: Sequence[int], target: str | Sequence[int] | N
     """The half-open range of the answer's tokens that the target is: the shortest that contains its text."""
     if target is None:
         return 0, len(tokens)
-    decode = engine.model.tokenizer.decode
     if isinstance(target, str):
         for size in range(1, len(tokens) + 1):
             for start in range(len(tokens) - size + 1):
-                if target and target in decode(tokens[start : start + size]):
+                if target and target in _text(engine, tokens[start : start + size]):
                     return start, start + size
     else:
         wanted = [int(token) for token in target]
@@ -202,7 +215,7 @@ def _find(engine: Engine, tokens: Sequence[int], target: str | Sequence[int] | N
             if wanted and list(tokens[start : start + len(wanted)]) == wanted:
                 return start, start + len(wanted)
     raise ValueError(
-        f"target={shortened(target)} is not in the answer {decode(tokens)!r} (tokens {list(tokens)}): choose a part of it, or pass "
+        f"target={shortened(target)} is not in the answer {_text(engine, tokens)!r} (tokens {list(tokens)}): choose a part of it, or pass "
         "answer= to measure another answer"
     )
 
@@ -269,7 +282,7 @@ class _Work:
             rows[block.item][list(block.rows)] = block.change / len(block.rows)
         items = (*self.items, *[float("nan")] * (len(rows) - len(self.items)))
         target = tuple(self.tokens[self.first : self.last])
-        text = self.engine.model.tokenizer.decode(list(target))
+        text = _text(self.engine, target)
         return Attribution(
             self.prompt, target, text, self.odds, self.logprob, items, tuple(self.blocks), self.noise, self.replacement.name, self.runs,
             self.complete, tuple(rows),
@@ -335,7 +348,9 @@ class _Work:
         for place in range(self.first, self.last):
             output = self.engine.generate(_continued(prompt, self.tokens[:place]), config)
             if output.logits is None:
-                raise ModelError(f"{self.engine.capabilities.name} does not return logits, which attribute needs: use another engine")
+                raise ModelError(
+                    f"{self.engine.capabilities.name} does not return logits, which attribute needs: use another engine"
+                )
             logits, token = output.logits[-1].double(), self.tokens[place]
             others = torch.cat([logits[:token], logits[token + 1 :]])
             odds += float(logits[token] - others.logsumexp(dim=0))

@@ -45,9 +45,14 @@ class LogitAttribution:
 
     def __str__(self) -> str:
         order = np.argsort(-np.abs(self.values))[:8]
-        lines = [f"logit {self.token} - logit {self.other} = {self.difference:+.3f}; sum of the parts {self.values.sum():+.3f}"]
+        lines = [
+            f"logit {self.token} - logit {self.other} = {self.difference:+.3f}; sum of the parts {self.values.sum():+.3f}"
+        ]
         lines += [f"{self.parts[each]:24} {self.values[each]:+9.3f}" for each in order]
-        lines += [f"attention to {name:11} {value:+9.3f}" for name, value in zip(self.groups, self.by_group.sum(axis=0), strict=True)]
+        lines += [
+            f"attention to {name:11} {value:+9.3f}"
+            for name, value in zip(self.groups, self.by_group.sum(axis=0), strict=True)
+        ]
         return "\n".join(lines)
 
 

@@ -65,7 +65,7 @@ class ReplacedRows:
     def _given(self, baseline: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
         items = self.prompt.input_embeddings
         one = isinstance(baseline, torch.Tensor) and baseline.ndim == 1
-        given = [baseline] * len(items) if one else list(baseline)
+        given: list[Any] = [baseline] * len(items) if one else list(baseline)
         if not all(isinstance(each, torch.Tensor) for each in given):
             raise PromptError("baseline must be tensors: one row [hidden], or [rows, hidden] for each item")
         wanted = [tuple(item.shape) for item in items]
@@ -73,7 +73,9 @@ class ReplacedRows:
         if len(given) != len(items) or any(
             shape not in (full, full[-1:]) for shape, full in zip(shapes, wanted, strict=True)
         ):
-            raise PromptError(f"baseline has shapes {shapes}: one row [{wanted[0][-1]}], or for the items {wanted}, is needed")
+            raise PromptError(
+                f"baseline has shapes {shapes}: one row [{wanted[0][-1]}], or for the items {wanted}, is needed"
+            )
         for number, each in enumerate(given):
             if not torch.isfinite(each).all():
                 raise PromptError(f"the baseline of item {number} is not finite: remove NaN and infinity from it")
@@ -113,13 +115,19 @@ class CoveredImages:
     def __init__(self, prompt: Prompt, images: Sequence[ImageLike], tower: VisionTower, cover: str) -> None:
         if cover not in COVERS:
             raise PromptError(f"baseline={cover!r}: images are covered with their {' or '.join(COVERS)}")
-        self.prompt, self.tower, self.name = prompt, tower, f"the image's {'blur' if cover == 'blur' else 'mean colour'}"
+        self.prompt, self.tower, self.name = (
+            prompt,
+            tower,
+            f"the image's {'blur' if cover == 'blur' else 'mean colour'}",
+        )
         self.images = [open_image(image) for image in images]
         if len(self.images) != len(prompt.input_embeddings):
             raise PromptError(f"{len(self.images)} images for {len(prompt.input_embeddings)} items: give one per item")
         self.grids = [self._grid(number) for number in range(len(self.images))]
         if any(image.width != image.height for image in self.images) and _crops(tower.processor):
-            raise PromptError("this model's processor crops images that are not square, so a row's part of the image is not known: crop them first")
+            raise PromptError(
+                "this model's processor crops images that are not square, so a row's part of the image is not known: crop them first"
+            )
         self._covers = [self._cover(image, cover) for image in self.images]
         self._check_rows()
 
@@ -133,10 +141,14 @@ class CoveredImages:
         return grid[-2], grid[-1]
 
     def _check_rows(self) -> None:
-        for number, (found, item) in enumerate(zip(self.tower.features(self.images), self.prompt.input_embeddings, strict=True)):
+        for number, (found, item) in enumerate(
+            zip(self.tower.features(self.images), self.prompt.input_embeddings, strict=True)
+        ):
             given = item.float()
             if found.rows.shape != item.shape or (found.rows.float() - given).norm() > 0.02 * given.norm():
-                raise PromptError(f"images[{number}] does not give the rows of item {number}: pass the images that the prompt was built from")
+                raise PromptError(
+                    f"images[{number}] does not give the rows of item {number}: pass the images that the prompt was built from"
+                )
 
     @staticmethod
     def _cover(image: Image.Image, cover: str) -> Image.Image:

@@ -34,7 +34,9 @@ _WEIGHTS: Any = {"float32": "f32", "bfloat16": "bf16"}
 _WORKER = Path(__file__).with_name("cpu_worker.py")
 
 
-def run(model_name: str, dtype: str, rounds: int, path: Path | None = None, folder: Path | None = None) -> dict[str, Any]:
+def run(
+    model_name: str, dtype: str, rounds: int, path: Path | None = None, folder: Path | None = None
+) -> dict[str, Any]:
     """Time all jobs on all engines, print a table, and return all figures; write them to `path` if it is given.
 
     Args:
@@ -107,7 +109,7 @@ class _Worker:
     """The process of one engine."""
 
     def __init__(self, kind: str, command: list[str]) -> None:
-        self.kind = kind
+        self.kind, self.command = kind, " ".join(command)
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -128,7 +130,9 @@ class _Worker:
         for line in self._process.stdout:
             if line.startswith(start):
                 return line[len(start) :]
-        raise ModelError(f"the worker of {self.kind} ended with status {self._process.wait()}: run its command to see why: {self._process.args}")
+        raise ModelError(
+            f"the worker of {self.kind} ended with status {self._process.wait()}: run its command to see why: {self.command}"
+        )
 
     def close(self) -> None:
         """End the process."""
@@ -145,5 +149,7 @@ def _line(job: str, sizes: dict[str, int], seconds: dict[str, list[float]]) -> s
     for kind, values in seconds.items():
         middle, spread = median(values), f"{min(values):.2f} to {max(values):.2f} s"
         rate = sizes["requests"] * sizes["new"] / middle
-        cells.append(f"{kind} {middle:.2f} s ({spread})" if sizes["new"] == 1 else f"{kind} {rate:.0f} tokens/s ({spread})")
+        cells.append(
+            f"{kind} {middle:.2f} s ({spread})" if sizes["new"] == 1 else f"{kind} {rate:.0f} tokens/s ({spread})"
+        )
     return f"{job}: " + "; ".join(cells)

@@ -67,9 +67,9 @@ def numba_engine(model_name: str, dtype: str, threads: int, *_: str) -> tuple[Ru
 def transformers(model_name: str, dtype: str, threads: int, *_: str) -> tuple[Run, int, int]:
     """Transformers' `generate` on the whole batch; prompts are equally long, so nothing is padded."""
     import torch
+    from transformers import AutoModelForCausalLM
 
     import workbench  # noqa: F401  # before Transformers: it makes torchvision importable beside a CPU build of torch
-    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
     network: Any = AutoModelForCausalLM.from_pretrained(model_name, dtype=getattr(torch, dtype)).eval()
@@ -177,7 +177,12 @@ def llama_cpp(model_name: str, dtype: str, threads: int, gguf: str, table_path: 
     return run, vocab, hidden
 
 
-ENGINES = {"numba": numba_engine, "transformers": transformers, "vllm": vllm, "llama-cpp": llama_cpp}
+ENGINES: dict[str, Callable[..., tuple[Run, int, int]]] = {
+    "numba": numba_engine,
+    "transformers": transformers,
+    "vllm": vllm,
+    "llama-cpp": llama_cpp,
+}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,11 +64,15 @@ def attention_rows(
         if not 0 <= layer < config.layers:
             raise ValueError(f"layer {layer}: the model has layers 0 to {config.layers - 1}")
     if not layers or not positions or not all(-length <= position < length for position in positions):
-        raise ValueError(f"layers {list(layers)}, positions {list(positions)}: give positions in the prompt of {length} tokens")
+        raise ValueError(
+            f"layers {list(layers)}, positions {list(positions)}: give positions in the prompt of {length} tokens"
+        )
     queries = [position % length for position in positions]
     needed = 8 * len(layers) * len(queries) * config.heads * length
     if needed > psutil.virtual_memory().available // 2:
-        raise TraceError(f"the weights take {needed / 1e9:.1f} GB, more than half of the free memory: choose fewer layers or positions")
+        raise TraceError(
+            f"the weights take {needed / 1e9:.1f} GB, more than half of the free memory: choose fewer layers or positions"
+        )
     request = Request(prompt)
     request.pages = list(range(-(-length // engine._page_size)))
     pages = decoder.new_pages(len(request.pages), engine._page_size)
@@ -82,10 +87,8 @@ def attention_rows(
             if len(entering) == len(wanted):
                 raise _Reached
 
-    try:
+    with contextlib.suppress(_Reached):
         decoder.run_layers(inputs, pages, tap)
-    except _Reached:
-        pass
     return {layer: _attend(decoder, layer, entering[layer], inputs, queries) for layer in layers}
 
 
