@@ -67,7 +67,7 @@ def test_installed_package_reads_cards_and_checks_engines(python, tmp_path):
 
 def test_lab_copies_the_notebooks_and_their_data(python, tmp_path):
     run([python.parent / "workbench", "lab", "bench", "--no-open"], tmp_path)
-    assert len(list((tmp_path / "bench" / "notebooks").glob("*.ipynb"))) == 11
+    assert len(list((tmp_path / "bench" / "notebooks").glob("*.ipynb"))) == 12
     assert (tmp_path / "bench" / "data" / "images" / "blue_7.png").is_file()
     assert (tmp_path / "bench" / "data" / "bench" / "h100.json").is_file()
 

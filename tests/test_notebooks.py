@@ -23,5 +23,5 @@ def test_stored_notebook_is_clean_and_has_no_errors(path):
     assert not [output for output in outputs if VIEW in output.get("data", {})]
 
 
-def test_notebooks_are_numbered_00_to_10():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(11)]
+def test_notebooks_are_numbered_00_to_11():
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(12)]

@@ -21,6 +21,8 @@ from .plans import PagedPlan
 class Linear:
     """`x @ weight.T + bias`, with the weights packed once into the kernel's layout.
 
+    Weights that bfloat16 represents exactly, as those of most checkpoints, are kept in it; results have the same bits as in float32.
+
     Args:
         weight: `[outputs, inputs]`, converted to float32.
         bias: `[outputs]` or None.
@@ -41,7 +43,10 @@ class Linear:
     @property
     def weight(self) -> torch.Tensor:
         """A copy of the weight, `[outputs, inputs]`."""
-        flat = torch.from_numpy(self.panels).transpose(1, 2).flatten(0, 1)
+        panels = self.panels
+        if panels.dtype == np.uint16:
+            panels = (panels.astype(np.uint32) << 16).view(np.float32)
+        flat = torch.from_numpy(panels).transpose(1, 2).flatten(0, 1)
         return flat[: self.outputs].contiguous()
 
     @weight.setter
@@ -199,7 +204,8 @@ def _addresses(
     width = shapes[0][1]
     norms = [address(x, width) for x in (layer.attention_norm, layer.after_attention, layer.mlp_norm, layer.after_mlp)]
     biases = [address(linear.bias, linear.outputs) for linear in linears]
-    return [*norms, *(linear.address for linear in linears), *biases, address(layer.head_norms, 2, head_dim)]
+    bf16 = [int(linear.panels.dtype == np.uint16) for linear in linears]
+    return [*norms, *(linear.address for linear in linears), *biases, address(layer.head_norms, 2, head_dim), *bf16]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -178,3 +178,32 @@ def test_the_digest_of_the_kernels_is_current():
     assert layer.KERNELS_DIGEST == layer.SOURCES_DIGEST, (
         f"attention.py, ops.py or simd.py changed: set KERNELS_DIGEST in cpu/layer.py to {layer.SOURCES_DIGEST!r}"
     )
+
+
+@pytest.mark.parametrize("outputs", [70, 4 * COLUMNS])
+@pytest.mark.parametrize("inputs", [64, 200])
+def test_weights_kept_in_bfloat16_give_the_bits_of_float32(inputs, outputs):
+    torch.manual_seed(outputs)
+    weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(300, inputs)
+    small, large = Linear(weight), Linear(torch.cat([weight.float(), torch.full((1, inputs), 0.1)]))
+    assert small.panels.dtype == np.uint16
+    assert large.panels.dtype == np.float32
+    assert torch.equal(small.weight, weight.float())
+    for rows in (1, 2, 3, 7, 8, 9, 47, 48, 49, 57, 256, 300):
+        assert torch.equal(small(x[:rows]), large(x[:rows])[:, :outputs]), rows
+    small.weight = weight.float() + 0.1
+    assert small.panels.dtype == np.float32
+
+
+@pytest.mark.parametrize("lengths", [[(1, 40)], [(130, 0), (1, 64), (33, 31)]], ids=str)
+def test_whole_layers_take_both_kinds_of_weights(lengths):
+    torch.manual_seed(4)
+    layers, (hidden, settings, pages, plan) = some_layers(**EVERYTHING), some_batch(lengths, **EVERYTHING)
+    for layer, names in zip(layers, [("qkv", "down"), ("output",), ("gate_up", "output", "qkv", "down")], strict=True):
+        for name in names:
+            linear = getattr(layer, name)
+            linear.weight = linear.weight.bfloat16()
+    wanted = one_by_one(hidden, layers, settings, pages, plan)
+    assert all(
+        torch.equal(*pair) for pair in zip(decoder_layers(hidden, layers, settings, pages, plan), wanted, strict=True)
+    )

@@ -69,7 +69,7 @@ def test_each_part_of_an_answer_rests_on_its_own_image(cards):
     paths = [IMAGES / "blue_7.png", IMAGES / "green_5.png"]
     prompt = build_prompt(model, QUESTIONS["order"].text, paths, tower=tower)
     first, second = (
-        workbench.attribute(engine, prompt, target, images=paths, tower=tower, baseline="blur", max_runs=30)
+        workbench.attribute(engine, prompt, target, images=paths, tower=tower, baseline="blur", max_runs=40)
         for target in ("7", "5")
     )
     assert (first.text.strip(), second.text.strip()) == ("7", "5")

@@ -42,17 +42,20 @@ def numba_engine(model_name: str, dtype: str, threads: int, *_: str) -> tuple[Ru
 
     import torch
 
-    import workbench
+    from workbench.engines import open_engine
+    from workbench.engines.types import GenerationConfig
+    from workbench.models import load_model
+    from workbench.prompt import Prompt
 
-    model = workbench.load_model(model_name)
-    engine = workbench.open_engine("numba", model, dtype=dtype, enable_prefix_caching=False, max_batch_size=64)
+    model = load_model(model_name)
+    engine = open_engine("numba", model, dtype=dtype, enable_prefix_caching=False, max_batch_size=64)
 
     def run(batch: list[Request], new: int) -> list[int]:
-        config = workbench.GenerationConfig(max_new_tokens=new, ignore_eos=True)
+        config = GenerationConfig(max_new_tokens=new, ignore_eos=True)
 
         async def one(ids: list[int], rows: np.ndarray, pair: tuple[int, int]) -> int:
             made = 0
-            async for output in engine.async_stream(workbench.Prompt(ids, [torch.from_numpy(rows)], [pair]), config):
+            async for output in engine.async_stream(Prompt(ids, [torch.from_numpy(rows)], [pair]), config):
                 made = output.num_token
             return made
 
@@ -67,11 +70,12 @@ def numba_engine(model_name: str, dtype: str, threads: int, *_: str) -> tuple[Ru
 def transformers(model_name: str, dtype: str, threads: int, *_: str) -> tuple[Run, int, int]:
     """Transformers' `generate` on the whole batch; prompts are equally long, so nothing is padded."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    import workbench  # noqa: F401  # before Transformers: it makes torchvision importable beside a CPU build of torch
+    import workbench.models  # noqa: F401  # before Transformers: it makes torchvision importable beside a CPU build of torch
 
     torch.set_num_threads(threads)
+    from transformers import AutoModelForCausalLM
+
     network: Any = AutoModelForCausalLM.from_pretrained(model_name, dtype=getattr(torch, dtype)).eval()
     table = network.get_input_embeddings()
 

@@ -231,17 +231,32 @@ def plan_tasks(cu_seqlens_q: np.ndarray, seq_lens: np.ndarray, group: int, kv_he
 
 
 def pack_weights(weight: torch.Tensor) -> np.ndarray:
-    """Pack `weight` `[outputs, inputs]` into panels `[outputs / COLUMNS, inputs, COLUMNS]`, padded with zeros."""
+    """Pack `weight` `[outputs, inputs]` into panels `[outputs / COLUMNS, inputs, COLUMNS]`, padded with zeros.
+
+    The panels are float32, or bfloat16 (as uint16) if that represents every weight exactly: products have the same bits, and a decode
+    step reads half as much.
+    """
     outputs, inputs = weight.shape
-    count = -(-outputs // COLUMNS)
-    panels = _weight_memory.take(count * inputs * COLUMNS).reshape(count, inputs, COLUMNS)
-    full = outputs // COLUMNS
-    rows = weight.detach().float()
-    panels[:full] = rows[: full * COLUMNS].view(full, COLUMNS, inputs).transpose(1, 2).numpy()
+    count, full = -(-outputs // COLUMNS), outputs // COLUMNS
+    rows = weight.detach().float().contiguous()
+    size = count * inputs * COLUMNS
+    if _fits_bfloat16(rows):
+        panels: np.ndarray = _weight_memory.take(-(-size // 2)).view(np.uint16)[:size].reshape(count, inputs, COLUMNS)
+        values = (rows.view(torch.int32) >> 16).to(torch.int16).numpy().view(np.uint16)
+    else:
+        panels = _weight_memory.take(size).reshape(count, inputs, COLUMNS)
+        values = rows.numpy()
+    panels[:full] = values[: full * COLUMNS].reshape(full, COLUMNS, inputs).transpose(0, 2, 1)
     if full < count:
-        panels[full] = 0.0
-        panels[full, :, : outputs - full * COLUMNS] = rows[full * COLUMNS :].T.numpy()
+        panels[full] = 0
+        panels[full, :, : outputs - full * COLUMNS] = values[full * COLUMNS :].T
     return panels
+
+
+def _fits_bfloat16(rows: torch.Tensor) -> bool:
+    """Whether bfloat16 represents all of the float32 numbers exactly."""
+    bits = rows.view(torch.int32)
+    return all(not (part & 0xFFFF).any() for part in bits.split(4096))  # most weights that do not fit differ at once
 
 
 def linear(x: torch.Tensor, panels: np.ndarray, outputs: int) -> torch.Tensor:

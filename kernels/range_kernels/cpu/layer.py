@@ -14,16 +14,16 @@ from pathlib import Path
 from numba import carray, njit, prange
 
 from . import attention, ops
-from .simd import COLUMNS, DIGEST, atomic_add, atomic_load, atomic_replace, floats_at, let_others_run, spin
+from .simd import COLUMNS, DIGEST, atomic_add, atomic_load, atomic_replace, floats_at, halves_at, let_others_run, spin
 
 # Numba's cache of this file contains the code of these files too (`attention.py` says more).
-KERNELS_DIGEST = "993030e0d6e04bb9"
+KERNELS_DIGEST = "30ccb763c15cd628"
 _SOURCES = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("attention", "ops"))
 SOURCES_DIGEST = hashlib.sha256(_SOURCES + DIGEST.encode()).hexdigest()[:16]
 CACHE = KERNELS_DIGEST == SOURCES_DIGEST
 
-# Columns of the table of addresses: a layer's norms, linear layers and biases, and its head norms.
-NORMS, LINEARS, BIASES, HEAD_NORMS, FIELDS = 0, 4, 8, 12, 13
+# Columns of the table: addresses of a layer's norms, linear layers, biases and head norms, and whether each linear layer is in bfloat16.
+NORMS, LINEARS, BIASES, HEAD_NORMS, BF16, FIELDS = 0, 4, 8, 12, 13, 17
 # Fields of `state`: how many threads have arrived, in all, and how many are there at all (negative once one has given up).
 ARRIVED, STARTED, STATE = 0, 8, 16  # on two cache lines
 _SPINS = 2000  # a fraction of a millisecond; then the core is offered to others each time
@@ -71,11 +71,6 @@ def _matrix(address, rows, columns):
 
 
 @njit(cache=CACHE)
-def _panels(address, outputs, inputs):
-    return carray(floats_at(address), (outputs // COLUMNS, inputs, COLUMNS))
-
-
-@njit(cache=CACHE)
 def _bias(out, bias):
     if len(bias):
         for row in range(len(out)):
@@ -91,12 +86,24 @@ def _add(total, added):
 
 
 @njit(cache=CACHE)
-def _linear(x, rows, panels, out, share, threads):
-    """This thread's share of `ops.linear` of the first `rows` rows of `x`, which has whole blocks of rows."""
+def _share_of_linear(x, rows, panels, out, share, threads):
     tasks = ops.linear_tasks(rows, panels)
     rest = x[rows // ops.ROWS * ops.ROWS :]
     for task in range(tasks * share // threads, tasks * (share + 1) // threads):
         ops.linear_task(task, x, rows, rest, panels, out)
+
+
+@njit(cache=CACHE)
+def _linear(x, rows, weights, number, out, share, threads):
+    """This thread's share of `ops.linear` of the first `rows` rows of `x`, which has whole blocks of rows.
+
+    `number`: of the linear layer in a row `weights` of the table.
+    """
+    shape = (out.shape[1] // COLUMNS, x.shape[1], COLUMNS)
+    if weights[BF16 + number]:
+        _share_of_linear(x, rows, carray(halves_at(weights[LINEARS + number]), shape), out, share, threads)
+    else:
+        _share_of_linear(x, rows, carray(floats_at(weights[LINEARS + number]), shape), out, share, threads)
 
 
 @njit(cache=CACHE)
@@ -133,7 +140,7 @@ def _run_share(
         passed += threads
         atomic_add(barrier, 1)
         _wait(barrier, passed)
-        _linear(normed, tokens, _panels(at[LINEARS], stacked, hidden), flat_qkv, share, threads)
+        _linear(normed, tokens, at, 0, flat_qkv, share, threads)
         passed += threads
         atomic_add(barrier, 1)
         _wait(barrier, passed)
@@ -156,7 +163,7 @@ def _run_share(
         passed += threads
         atomic_add(barrier, 1)
         _wait(barrier, passed)
-        _linear(flat_seen, tokens, _panels(at[LINEARS + 1], hidden, heads), added, share, threads)
+        _linear(flat_seen, tokens, at, 1, added, share, threads)
         passed += threads
         atomic_add(barrier, 1)
         _wait(barrier, passed)
@@ -169,7 +176,7 @@ def _run_share(
         passed += threads
         atomic_add(barrier, 1)
         _wait(barrier, passed)
-        _linear(normed, tokens, _panels(at[LINEARS + 2], 2 * intermediate, hidden), both, share, threads)
+        _linear(normed, tokens, at, 2, both, share, threads)
         passed += threads
         atomic_add(barrier, 1)
         _wait(barrier, passed)
@@ -178,7 +185,7 @@ def _run_share(
         passed += threads
         atomic_add(barrier, 1)
         _wait(barrier, passed)
-        _linear(product, tokens, _panels(at[LINEARS + 3], hidden, intermediate), added, share, threads)
+        _linear(product, tokens, at, 3, added, share, threads)
         passed += threads
         atomic_add(barrier, 1)
         _wait(barrier, passed)
@@ -199,7 +206,8 @@ def decoder_layers(
         threads: how many run it; state: zeros, int64 `[STATE]`. Where `state[STARTED]` is negative afterwards, nothing was run, because
             the threads did not run at the same time.
         weights: int64 `[layers, FIELDS]`, addresses of float32 numbers: norms `[hidden]` before and after attention, before and after the
-            MLP; panels as in `ops.linear` and biases `[outputs]` of QKV, output, gate and up, down; head norms `[2, head_dim]`. 0: none.
+            MLP; panels as in `ops.linear` and biases `[outputs]` of QKV, output, gate and up, down; head norms `[2, head_dim]`. 0: none. Then
+            whether the panels are bfloat16.
         rotations: `[ropes, 2, tokens, pairs]`, cosines and sines; interleaved: bool `[ropes]`; rope_of: `[layers]`, -1: no rotation.
         key_starts: int32 `[windows, tokens]`; window_of: `[layers]`.
         keys, values: pages of all layers; slots, key_stop, seq_lens, block_table, tasks: as in `attention.attend`.

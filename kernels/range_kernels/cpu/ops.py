@@ -17,21 +17,26 @@ from .simd import (
     DIGEST,
     ROWS,
     block_product,
+    block_product_bf16,
     block_product_sum,
+    block_product_sum_bf16,
     row_gate_gelu_tanh,
     row_gate_silu,
     row_product,
+    row_product_bf16,
     row_product_sum,
+    row_product_sum_bf16,
+    widen_bf16,
 )  # fmt: skip
 
-SIMD_DIGEST = "13fa9f0186a55dc7"  # as in attention.py
+SIMD_DIGEST = "d7b6e8ca65cdb89c"  # as in attention.py
 CACHE = DIGEST == SIMD_DIGEST
 DEPTH = 64  # terms per partial sum; the sum of partial sums has a few times less rounding error than one long sum
 TOKENS = 256  # rows per task: together with one panel of weights they fit in the L2 cache
 LANES = 16
-FEW = (
-    2  # up to this many rows are computed one at a time, with half as many instructions per weight as in a padded block
-)
+# Up to FEW rows are computed one at a time, with half as many instructions per weight as in a padded block; for WIDENED rows or more a
+# panel in bfloat16 is converted to float32 once, instead of in every tile.
+FEW, WIDENED = 2, 48
 
 
 @njit(inline="always")
@@ -44,12 +49,30 @@ def _long_product(x, weights, target, stride, inputs):
 
 
 @njit(inline="always")
+def _long_product_bf16(x, weights, target, stride, inputs):
+    """`_long_product` of weights in bfloat16."""
+    block_product_bf16(x, inputs, weights, COLUMNS, target, stride, min(DEPTH, inputs))
+    for start in range(DEPTH, inputs, DEPTH):
+        depth, skipped = min(DEPTH, inputs - start), np.uintp(2 * start * COLUMNS)
+        block_product_sum_bf16(x + np.uintp(start * 4), inputs, weights + skipped, COLUMNS, target, stride, depth)
+
+
+@njit(inline="always")
 def _long_row(x, weights, target, inputs):
     """`_long_product` of one row."""
     row_product(x, inputs, weights, COLUMNS, target, COLUMNS, min(DEPTH, inputs))
     for start in range(DEPTH, inputs, DEPTH):
         begin, depth = np.uintp(start * 4), min(DEPTH, inputs - start)
         row_product_sum(x + begin, inputs, weights + begin * np.uintp(COLUMNS), COLUMNS, target, COLUMNS, depth)
+
+
+@njit(inline="always")
+def _long_row_bf16(x, weights, target, inputs):
+    """`_long_row` of weights in bfloat16."""
+    row_product_bf16(x, inputs, weights, COLUMNS, target, COLUMNS, min(DEPTH, inputs))
+    for start in range(DEPTH, inputs, DEPTH):
+        depth, skipped = min(DEPTH, inputs - start), np.uintp(2 * start * COLUMNS)
+        row_product_sum_bf16(x + np.uintp(start * 4), inputs, weights + skipped, COLUMNS, target, COLUMNS, depth)
 
 
 @njit
@@ -62,24 +85,44 @@ def linear_tasks(rows, panels):
 def linear_task(task, x, rows, rest, panels, out):
     """Compute one panel of outputs for up to TOKENS of the first `rows` rows of `x`.
 
-    `rest` are the rows after the last whole block of ROWS, ROWS of them if there are more than FEW.
+    `rest` are the rows after the last whole block of ROWS, ROWS of them if there are more than FEW. Panels of uint16 are bfloat16.
     """
-    inputs = x.shape[1]
+    inputs, bf16 = x.shape[1], panels.itemsize == 2
     whole = rows // ROWS * ROWS
     panel, first = task % len(panels), task // len(panels) * TOKENS
-    weights = panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * 4)
-    for row in range(first, min(first + TOKENS, whole), ROWS):
-        target = out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4)
-        _long_product(x.ctypes.data + np.uintp(row * inputs * 4), weights, target, out.shape[1], inputs)
+    last = min(first + TOKENS, whole)
+    weights = panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * panels.itemsize)
+    wide = np.empty(inputs * COLUMNS + 16 if bf16 and last - first >= WIDENED else 0, np.float32)
+    if len(wide):
+        place = wide.ctypes.data + np.uintp(-wide.ctypes.data % 64)
+        widen_bf16(weights, place, inputs * COLUMNS)
+        for row in range(first, last, ROWS):
+            target = out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4)
+            _long_product(x.ctypes.data + np.uintp(row * inputs * 4), place, target, out.shape[1], inputs)
+    else:
+        for row in range(first, last, ROWS):
+            target = out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4)
+            source = x.ctypes.data + np.uintp(row * inputs * 4)
+            if bf16:
+                _long_product_bf16(source, weights, target, out.shape[1], inputs)
+            else:
+                _long_product(source, weights, target, out.shape[1], inputs)
     if first + TOKENS < rows:
         return
     if rows - whole <= FEW:
         for row in range(whole, rows):
             target = out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4)
-            _long_row(x.ctypes.data + np.uintp(row * inputs * 4), weights, target, inputs)
+            source = x.ctypes.data + np.uintp(row * inputs * 4)
+            if bf16:
+                _long_row_bf16(source, weights, target, inputs)
+            else:
+                _long_row(source, weights, target, inputs)
     else:
         block = np.empty((ROWS, COLUMNS), np.float32)
-        _long_product(rest.ctypes.data, weights, block.ctypes.data, COLUMNS, inputs)
+        if bf16:
+            _long_product_bf16(rest.ctypes.data, weights, block.ctypes.data, COLUMNS, inputs)
+        else:
+            _long_product(rest.ctypes.data, weights, block.ctypes.data, COLUMNS, inputs)
         out[whole:rows, panel * COLUMNS : (panel + 1) * COLUMNS] = block[: rows - whole]
 
 

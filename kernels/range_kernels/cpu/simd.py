@@ -5,7 +5,8 @@ memory. `block_product` and `block_product_sum` keep a tile of C in registers:
 
     C[ROWS, COLUMNS] = or +=  A[ROWS, depth] @ B[depth, COLUMNS]
 
-`row_product` and `row_product_sum` are the same for one row of A, with the same bits. All operands are float32 addresses with a row stride in elements; B is read COLUMNS at a time, so callers pack B into panels
+`row_product` and `row_product_sum` are the same for one row of A, and those with `_bf16` take B in bfloat16, which float32 represents
+exactly; all with the same bits. All other operands are float32 addresses with a row stride in elements; B is read COLUMNS at a time, so callers pack B into panels
 of COLUMNS columns (stride COLUMNS), which keeps a panel in the L1 cache. `row_maximum` and `row_exp2` are the two
 passes of a softmax row; LLVM's own vectoriser would use half the register width and not vectorise a maximum that may see NaN.
 """
@@ -23,7 +24,7 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 def _tile() -> tuple[int, int]:
@@ -46,6 +47,16 @@ def _broadcast(builder, value):
     undefined = ir.Constant(_VECTOR, ir.Undefined)
     lane0 = builder.insert_element(undefined, value, _I32(0))
     return builder.shuffle_vector(lane0, undefined, ir.Constant(ir.VectorType(_I32, WIDTH), [0] * WIDTH))
+
+
+@intrinsic
+def halves_at(typing_context, address):
+    """A pointer to the 16-bit integers at `address`, for `numba.carray`."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.PointerType(_I16))
+
+    return types.CPointer(types.uint16)(types.intp), codegen
 
 
 @intrinsic
@@ -137,8 +148,8 @@ def prefetch(builder, place):
     builder.call(function, [builder.bitcast(place, byte), _I32(0), _I32(3), _I32(1)])
 
 
-def _make_product(rows: int, add: bool):
-    """The product of `rows` rows is added to C, once it is summed up, or C is only written."""
+def _make_product(rows: int, add: bool, bf16: bool = False):
+    """The product of `rows` rows is added to C, once it is summed up, or C is only written; B is float32, or bfloat16."""
 
     @intrinsic
     def product(typing_context, a, stride_a, b, stride_b, c, stride_c, depth):
@@ -153,6 +164,20 @@ def _make_product(rows: int, add: bool):
                 value = builder.load(builder.bitcast(builder.gep(base, [element]), vector))
                 value.align = 4
                 return value
+
+            def load_b(element):
+                if not bf16:
+                    return load_vector(b, element)
+                place = builder.gep(builder.bitcast(b, ir.PointerType(_I16)), [element])
+                value = builder.load(builder.bitcast(place, ir.PointerType(ir.VectorType(_I16, WIDTH))))
+                value.align = 2
+                integers = ir.VectorType(_I32, WIDTH)
+                wide = builder.shl(builder.zext(value, integers), ir.Constant(integers, [16] * WIDTH))
+                return builder.bitcast(wide, _VECTOR)
+
+            def prefetch_b(element):
+                kind = ir.PointerType(_I16 if bf16 else _F32)
+                prefetch(builder, builder.gep(builder.bitcast(b, kind), [element]))
 
             def tile_element(row, part):
                 return builder.add(builder.mul(stride_c, _I64(row)), _I64(part * WIDTH))
@@ -171,9 +196,10 @@ def _make_product(rows: int, add: bool):
             for phi, value in zip(sums, start, strict=True):
                 phi.add_incoming(value, before)
             b_row = builder.mul(step, stride_b)
-            b_parts = [load_vector(b, builder.add(b_row, _I64(part * WIDTH))) for part in range(2)]
-            prefetch(builder, builder.gep(b, [builder.add(b_row, _I64(AHEAD * COLUMNS))]))
-            prefetch(builder, builder.gep(b, [builder.add(b_row, _I64(AHEAD * COLUMNS + WIDTH))]))
+            b_parts = [load_b(builder.add(b_row, _I64(part * WIDTH))) for part in range(2)]
+            prefetch_b(builder.add(b_row, _I64(AHEAD * COLUMNS)))
+            if not bf16:  # a row of B is two cache lines
+                prefetch_b(builder.add(b_row, _I64(AHEAD * COLUMNS + WIDTH)))
             new = []
             for row in range(rows):
                 element = builder.add(builder.mul(stride_a, _I64(row)), step)
@@ -209,6 +235,29 @@ block_product = _make_product(ROWS, add=False)
 block_product_sum = _make_product(ROWS, add=True)  # a long sum of shorter sums has less rounding error
 row_product = _make_product(1, add=False)
 row_product_sum = _make_product(1, add=True)
+block_product_bf16 = _make_product(ROWS, add=False, bf16=True)
+block_product_sum_bf16 = _make_product(ROWS, add=True, bf16=True)
+row_product_bf16 = _make_product(1, add=False, bf16=True)
+row_product_sum_bf16 = _make_product(1, add=True, bf16=True)
+
+
+@intrinsic
+def widen_bf16(typing_context, source, target, count):
+    """Convert `count` numbers (a multiple of WIDTH) from bfloat16 at address `source` to float32 at `target`."""
+
+    def codegen(context, builder, signature, args):
+        halves, integers = ir.VectorType(_I16, WIDTH), ir.VectorType(_I32, WIDTH)
+        source, target = (
+            builder.inttoptr(at, ir.PointerType(kind)) for at, kind in zip(args[:2], (_I16, _I32), strict=True)
+        )
+        with cgutils.for_range_slice(builder, _I64(0), args[2], _I64(WIDTH)) as (element, _):
+            value = builder.load(builder.bitcast(builder.gep(source, [element]), ir.PointerType(halves)))
+            value.align = 2
+            wide = builder.shl(builder.zext(value, integers), ir.Constant(integers, [16] * WIDTH))
+            builder.store(wide, builder.bitcast(builder.gep(target, [element]), ir.PointerType(integers))).align = 4
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.uintp, types.intp), codegen
 
 
 def _each_pair_of_vectors(builder, address, count, start, body):
