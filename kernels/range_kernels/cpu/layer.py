@@ -31,14 +31,17 @@ _PATIENCE = 200_000  # offers, at least a tenth of a second: a thread that has n
 
 
 @njit(cache=CACHE)
-def _wait(place, least):
+def _barrier(place, wanted):
+    """Count this thread's arrival at `place`, wait until `wanted` have been counted, and return that number."""
+    atomic_add(place, 1)
     spins = 0
-    while atomic_load(place) < least:
+    while atomic_load(place) < wanted:
         spins += 1
         if spins < _SPINS:
             spin()
         else:
             let_others_run()
+    return wanted
 
 
 @njit(cache=CACHE)
@@ -137,13 +140,9 @@ def _run_share(
         if layer:
             _add(total[a:b], added[a:b])
         ops.rms_norm_few(total[a:b], _vector(at[NORMS], hidden), epsilon, normed[a:b])
-        passed += threads
-        atomic_add(barrier, 1)
-        _wait(barrier, passed)
+        passed = _barrier(barrier, passed + threads)
         _linear(normed, tokens, at, 0, flat_qkv, share, threads)
-        passed += threads
-        atomic_add(barrier, 1)
-        _wait(barrier, passed)
+        passed = _barrier(barrier, passed + threads)
         _bias(flat_qkv[a:b], _vector(at[BIASES], stacked))
         head_norms = _matrix(at[HEAD_NORMS], 2, head_dim)
         if len(head_norms):
@@ -153,42 +152,28 @@ def _run_share(
             cosine, sine = rotations[rope, 0, a:b], rotations[rope, 1, a:b]
             ops.rotate_few(new[:, :rotated], cosine, sine, interleaved[rope], new[:, :rotated])
         attention.write_few(keys[layer], values[layer], slots[a:b], new[:, q_heads:rotated], new[:, rotated:])
-        passed += threads
-        atomic_add(barrier, 1)
-        _wait(barrier, passed)
+        passed = _barrier(barrier, passed + threads)
         attention.attend_small(
             qkv[:, :q_heads], keys[layer], values[layer], seen, key_starts[window_of[layer]], key_stop, seq_lens, block_table,
             tasks[first_task:last_task], scale, softcap,
         )  # fmt: skip
-        passed += threads
-        atomic_add(barrier, 1)
-        _wait(barrier, passed)
+        passed = _barrier(barrier, passed + threads)
         _linear(flat_seen, tokens, at, 1, added, share, threads)
-        passed += threads
-        atomic_add(barrier, 1)
-        _wait(barrier, passed)
+        passed = _barrier(barrier, passed + threads)
         _bias(added[a:b], _vector(at[BIASES + 1], hidden))
         after = _vector(at[NORMS + 1], hidden)
         if len(after):
             ops.rms_norm_few(added[a:b], after, epsilon, added[a:b])
         _add(total[a:b], added[a:b])
         ops.rms_norm_few(total[a:b], _vector(at[NORMS + 2], hidden), epsilon, normed[a:b])
-        passed += threads
-        atomic_add(barrier, 1)
-        _wait(barrier, passed)
+        passed = _barrier(barrier, passed + threads)
         _linear(normed, tokens, at, 2, both, share, threads)
-        passed += threads
-        atomic_add(barrier, 1)
-        _wait(barrier, passed)
+        passed = _barrier(barrier, passed + threads)
         _bias(both[a:b], _vector(at[BIASES + 2], 2 * intermediate))
         ops.gate_few(both[a:b], gelu, product[a:b])
-        passed += threads
-        atomic_add(barrier, 1)
-        _wait(barrier, passed)
+        passed = _barrier(barrier, passed + threads)
         _linear(product, tokens, at, 3, added, share, threads)
-        passed += threads
-        atomic_add(barrier, 1)
-        _wait(barrier, passed)
+        passed = _barrier(barrier, passed + threads)
         _bias(added[a:b], _vector(at[BIASES + 3], hidden))
         after = _vector(at[NORMS + 3], hidden)
         if len(after):
