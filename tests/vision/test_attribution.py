@@ -46,7 +46,7 @@ def rows_of(card):
 
 
 def test_the_answer_about_a_digit_rests_on_its_card(cards):
-    """Over held-out cards: at least 90 % of what "which digit" takes from the image is on the card, and never all of it elsewhere."""
+    """Over held-out cards: at least 90 % of what "which digit" takes from the image is on the card."""
     model, tower, engine = cards
     generator = np.random.default_rng(11)
     shares = []

@@ -107,7 +107,9 @@ class Attribution:
         state = "" if self.complete else ", stopped early"
         lines = [
             f"{self.text!r}: log odds {self.odds:.2f}; replaced by {self.baseline}; {self.runs} runs{state}",
-            f"noise {self.noise:.3f} nats: changes below {2 * self.noise:.3f} say nothing",
+            "the noise was not measured: raise max_runs"
+            if np.isnan(self.noise)
+            else f"noise {self.noise:.3f} nats: changes below {2 * self.noise:.3f} say nothing",
         ]
         for number, change in enumerate(self.items):
             best = np.argsort(-np.nan_to_num(self._rows[number], nan=-np.inf))[:5]
