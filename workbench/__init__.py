@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .models import Model, load_model
     from .prompt import Finding, MultimodalPrompt, Prompt, Span
     from .recording import Recording, record
-    from .trace import Trace
+    from .trace import Patch, Trace
     from .version import __version__
     from .vision import build_multimodal, build_prompt, load_vision_tower
 
@@ -47,6 +47,7 @@ _MODULES = {
     "Model": "models",
     "ModelError": "errors",
     "MultimodalPrompt": "prompt",
+    "Patch": "trace",
     "Prompt": "prompt",
     "PromptError": "errors",
     "Recording": "recording",
@@ -85,6 +86,7 @@ __all__ = [
     "Model",
     "ModelError",
     "MultimodalPrompt",
+    "Patch",
     "Prompt",
     "PromptError",
     "Recording",

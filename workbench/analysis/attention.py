@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..engines.attention_weights import AttentionRows
 from ..engines.base import Engine
-from ..engines.numba_engine.attention_rows import AttentionRows, attention_rows
+from ..engines.numba_engine.attention_rows import attention_rows
 from ..engines.numba_engine.engine import NumbaEngine
+from ..engines.transformers.attention_weights import reference_attention
+from ..engines.transformers.reference import TransformersReference
 from ..errors import ModelError
 from ..prompt import Prompt
 
@@ -53,12 +56,14 @@ def attention_of(engine: Engine, prompt: Prompt, layers: Sequence[int], position
 
     Raises:
         ModelError: an engine that does not expose its queries and keys.
-        ValueError, TraceError, EmbeddingRangeError, PromptError: as in `attention_rows`.
+        ValueError, TraceError, EmbeddingRangeError, PromptError: as in `attention_rows` and `reference_attention`.
     """
-    if not isinstance(engine, NumbaEngine):
-        raise ModelError(f"{engine.capabilities.name} does not expose queries and keys: open 'numba'")
     groups, members = key_groups(prompt)
-    return Attention(prompt, groups, members, attention_rows(engine, prompt, layers, positions))
+    if isinstance(engine, NumbaEngine):
+        return Attention(prompt, groups, members, attention_rows(engine, prompt, layers, positions))
+    if isinstance(engine, TransformersReference):
+        return Attention(prompt, groups, members, reference_attention(engine, prompt, layers, positions))
+    raise ModelError(f"{engine.capabilities.name} does not expose queries and keys: open 'numba' or 'transformers'")
 
 
 def key_groups(prompt: Prompt) -> tuple[tuple[str, ...], np.ndarray]:

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from ..engines.base import Engine
+from ..engines.cancellation import Cancellable
 from ..engines.types import GenerationConfig
 from ..errors import ModelError, PromptError
 from ..progress import Progress
@@ -24,17 +24,12 @@ from ..prompt import MultimodalPrompt, Prompt
 from ..schema import shortened
 from ..vision.images import ImageLike
 from ..vision.tower import VisionTower, load_vision_tower
+from .answers import answer_text, answer_tokens, continued
 from .replacements import CoveredImages, Part, ReplacedRows, Replacement
 
 _COARSE = 12  # blocks per item before any is divided
 _AT_ONCE = 8  # requests given to the engine at the same time
 _SHARE = 0.05  # a block that changes less than this share of the largest change is not divided
-
-
-class Cancelled(Protocol):
-    """A `threading.Event` or a `Cancellation`."""
-
-    def is_set(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -132,7 +127,7 @@ def attribute(
     max_runs: int = 256,
     repeats: int = 8,
     progress: Progress | None = None,
-    cancelled: Cancelled | None = None,
+    cancelled: Cancellable | None = None,
 ) -> Attribution:
     """Measure what an answer takes from each embedding row of a prompt, or from each part of its images.
 
@@ -175,27 +170,13 @@ def attribute(
         replacement = CoveredImages(prompt, images, tower or load_vision_tower(engine.model), baseline)
     else:
         replacement = ReplacedRows(engine, prompt, baseline)
-    tokens = _tokens(engine, answer) if answer is not None else _generated(engine, prompt)
+    tokens = answer_tokens(engine, answer) if answer is not None else _generated(engine, prompt)
     if not tokens:
         raise ValueError("the answer has no tokens: pass answer= with at least one")
     first, last = _find(engine, tokens, target)
     work = _Work(engine, prompt, replacement, tokens, first, last, max_runs, progress, cancelled)
     work.run(repeats)
     return work.result()
-
-
-def _tokens(engine: Engine, text: str | Sequence[int]) -> list[int]:
-    if isinstance(text, str):
-        return engine.model.tokenizer.encode(text, add_special_tokens=False)
-    return [int(token) for token in text]
-
-
-def _text(engine: Engine, tokens: Sequence[int]) -> str:
-    """The tokens as text; their ids for a model without a tokenizer."""
-    try:
-        return engine.model.tokenizer.decode(list(tokens))
-    except ModelError:
-        return " ".join(map(str, tokens))
 
 
 def _generated(engine: Engine, prompt: Prompt) -> list[int]:
@@ -209,7 +190,7 @@ def _find(engine: Engine, tokens: Sequence[int], target: str | Sequence[int] | N
     if isinstance(target, str):
         for size in range(1, len(tokens) + 1):
             for start in range(len(tokens) - size + 1):
-                if target and target in _text(engine, tokens[start : start + size]):
+                if target and target in answer_text(engine, tokens[start : start + size]):
                     return start, start + size
     else:
         wanted = [int(token) for token in target]
@@ -217,7 +198,7 @@ def _find(engine: Engine, tokens: Sequence[int], target: str | Sequence[int] | N
             if wanted and list(tokens[start : start + len(wanted)]) == wanted:
                 return start, start + len(wanted)
     raise ValueError(
-        f"target={shortened(target)} is not in the answer {_text(engine, tokens)!r} (tokens {list(tokens)}): choose a part of it, or pass "
+        f"target={shortened(target)} is not in the answer {answer_text(engine, tokens)!r} (tokens {list(tokens)}): choose a part of it, or pass "
         "answer= to measure another answer"
     )
 
@@ -235,7 +216,7 @@ class _Work:
         last: int,
         max_runs: int,
         progress: Progress | None,
-        cancelled: Cancelled | None,
+        cancelled: Cancellable | None,
     ) -> None:
         self.engine, self.prompt, self.replacement = engine, prompt, replacement
         self.tokens, self.first, self.last = list(tokens), first, last
@@ -284,7 +265,7 @@ class _Work:
             rows[block.item][list(block.rows)] = block.change / len(block.rows)
         items = (*self.items, *[float("nan")] * (len(rows) - len(self.items)))
         target = tuple(self.tokens[self.first : self.last])
-        text = _text(self.engine, target)
+        text = answer_text(self.engine, target)
         return Attribution(
             self.prompt, target, text, self.odds, self.logprob, items, tuple(self.blocks), self.noise, self.replacement.name, self.runs,
             self.complete, tuple(rows),
@@ -348,7 +329,7 @@ class _Work:
         odds = logprob = 0.0
         config = GenerationConfig(max_new_tokens=1, ignore_eos=True, output_logits="generation")
         for place in range(self.first, self.last):
-            output = self.engine.generate(_continued(prompt, self.tokens[:place]), config)
+            output = self.engine.generate(continued(prompt, self.tokens[:place]), config)
             if output.logits is None:
                 raise ModelError(
                     f"{self.engine.capabilities.name} does not return logits, which attribute needs: use another engine"
@@ -362,14 +343,3 @@ class _Work:
                 f"the log odds of the target are {odds}: the engine's logits are not finite; workbench.check_engine says where"
             )
         return odds, logprob
-
-
-def _continued(prompt: Prompt, tokens: Sequence[int]) -> Prompt:
-    """The prompt with answer tokens after it."""
-    if not tokens:
-        return prompt
-    positions = prompt.position_ids
-    if positions is not None:
-        after = positions.max() + 1 + torch.arange(len(tokens))
-        positions = torch.cat([positions, after.expand(*positions.shape[:-1], -1)], dim=-1)
-    return prompt.replace(input_ids=[*prompt.input_ids, *tokens], position_ids=positions)

@@ -61,7 +61,7 @@ def logit_attribution(engine: Engine, prompt: Prompt, token: int, other: int) ->
     """Attribute the difference of two logits of the last token to the parts of the model and to the prompt's ranges.
 
     Raises:
-        ModelError: an engine that does not expose its weights, a model that caps its logits, or a prompt with deepstack features.
+        ModelError: an engine that does not expose its weights, a model that caps its logits, or a prompt whose last token gets deepstack features.
         ValueError: token ids outside the vocabulary.
         EmbeddingRangeError, PromptError: as in `Engine.check`.
     """
@@ -71,8 +71,11 @@ def logit_attribution(engine: Engine, prompt: Prompt, token: int, other: int) ->
     config = decoder.config
     if config.final_softcap:
         raise ModelError("this model caps its logits (final_logit_softcapping), so they are not a sum over its parts")
-    if prompt.deepstack:
-        raise ModelError("prompts with deepstack features are not attributed: what they add is not one of the parts")
+    last = len(prompt) - 1
+    if prompt.deepstack and any(start <= last < stop for start, stop in prompt.embedding_ranges):
+        raise ModelError(
+            "the last token gets deepstack features, which are not one of the parts: put text after the last range"
+        )
     if not (0 <= token < config.vocab and 0 <= other < config.vocab):
         raise ValueError(f"tokens {token} and {other}: ids are 0 to {config.vocab - 1}")
     layers = range(config.layers)
@@ -107,6 +110,7 @@ def _by_group(
     every = attention_rows(engine, prompt, range(config.layers), [-1])
     for number, rows in every.items():
         layer = decoder.layers[number]
+        assert rows.values is not None
         along = direction
         weight, bias = layer.output.weight.double().cpu(), layer.output.bias
         if layer.after_attention is not None:  # a norm with its scale fixed, as for the final one

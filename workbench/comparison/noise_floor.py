@@ -248,6 +248,11 @@ def check_comparable(reference: Run, other: Run, name: str) -> None:
     `name` is the name of `other` in the message.
     """
     mine, theirs = reference.provenance, other.provenance
+    for run, which in ((mine, "reference"), (theirs, name)):
+        if run.get("patches"):
+            raise TraceError(
+                f"the {which} was run with patches ({run['patches'][0]}), so it is not a run of this prompt: trace it without"
+            )
     if mine["dtype"] != "float64":
         raise TraceError(f"the reference is a {mine['dtype']} trace: record it with dtype='float64'")
     for key, shown, what in (("model_digest", "model", "models"), ("prompt", "prompt", "prompts")):

@@ -7,6 +7,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from ..prompt.checks import largest
 from ..schema import shortened
 from ..trace import Trace, TracePlan
 from ..trace.files import TraceWriter
+from ..trace.patch import Patch, Patches, check_patches
 from ..trace.positions import choose_positions
 from ..trace.provenance import provenance_of
 from ..trace.taps import select_taps
@@ -147,6 +149,16 @@ class Engine(ABC):
             positions: int64 `[positions]`, the prompt positions whose states are passed on.
             sink: gets states `[positions, width]` in the engine's dtype; an exception that it raises stops the run.
         """
+
+    def run_patched(
+        self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink, patches: Patches
+    ) -> None:
+        """`run_trace` with the states of `patches` in the place of the run's own; the taps pass on the patched states.
+
+        Raises:
+            ModelError: this engine cannot replace states.
+        """
+        raise ModelError(f"{self.capabilities.name} does not take patches: open 'numba' or 'transformers'")
 
     def logit_lens(self, states: torch.Tensor, *, normed: bool = False) -> torch.Tensor:
         """The logit lens: apply the final norm and the head to states `[n, hidden]` of any layer; return logits `[n, vocab]`.
@@ -352,6 +364,7 @@ class Engine(ABC):
         taps: Iterable[str] = TAPS,
         positions: slice | Sequence[int] = slice(None),
         *,
+        patches: Sequence[Patch] = (),
         path: str | Path | None = None,
         max_bytes: int | None = None,
         progress: Progress | None = None,
@@ -362,6 +375,8 @@ class Engine(ABC):
             taps: names or patterns; `*` matches one part of a name, so `layers.*` is the residual stream after every
                 layer and `layers.*.*` are the outputs that attention and MLP add to it.
             positions: the prompt positions to keep, as a slice or as indices; negative ones count from the end.
+            patches: states that take the place of the run's own at a tap and some positions; what is computed after them follows from
+                them, and the trace has the patched states. Such a trace is not compared with others (`compare` refuses it).
             path: write the states to this file during the run instead of keeping them in memory; the returned trace reads from it.
             max_bytes: limit of the states' total size; default: half of the free memory (with `path`, half of the free disk space).
             progress: called after each tap with the fraction of taps done; an exception that it raises stops the run.
@@ -369,9 +384,11 @@ class Engine(ABC):
         Raises:
             EmbeddingRangeError, PromptError, ModelError: see `check`.
             ValueError: a tap this engine does not have, or a position outside the prompt.
-            TraceError: the states exceed `max_bytes`, or the file cannot be written.
+            TraceError: the states exceed `max_bytes`, the file cannot be written, or a patch does not fit (`trace.patch.check_patches`).
         """
         self.check(prompt)
+        width = self.model.text_config.hidden_size
+        checked = check_patches(patches, self.capabilities.taps, len(prompt), width, self.dtype) if patches else None
         plan = self.plan_trace(prompt, taps, positions)
         if max_bytes is not None:
             plan.check_room(max_bytes, "into max_bytes", "")
@@ -384,16 +401,20 @@ class Engine(ABC):
             words=path is not None,
         )  # fmt: skip
         chosen = list(plan.shapes)
+        run = self.run_trace
+        if checked is not None:
+            provenance["patches"] = checked.described()
+            run = partial(self.run_patched, patches=checked)
         if path is not None:
             with TraceWriter(path, plan.shapes, plan.dtype, plan.positions, provenance) as writer:
-                self.run_trace(prompt, chosen, plan.positions, counted(writer.write, progress, len(chosen)))
+                run(prompt, chosen, plan.positions, counted(writer.write, progress, len(chosen)))
             return Trace.load(path)
         states: dict[str, torch.Tensor] = {}
 
         def keep(tap: str, state: torch.Tensor) -> None:
             states[tap] = state.cpu()
 
-        self.run_trace(prompt, chosen, plan.positions, counted(keep, progress, len(chosen)))
+        run(prompt, chosen, plan.positions, counted(keep, progress, len(chosen)))
         return Trace({tap: states[tap] for tap in chosen}, plan.positions, provenance)
 
 

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Protocol
+
+
+class Cancellable(Protocol):
+    """What says that work should end: a `threading.Event` or a `Cancellation`."""
+
+    def is_set(self) -> bool: ...
 
 
 class Cancellation:

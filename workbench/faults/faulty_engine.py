@@ -10,6 +10,7 @@ from ..engines.base import Engine, Sink
 from ..engines.cancellation import Cancellation
 from ..engines.types import Capabilities, EngineOutput, GenerationConfig
 from ..prompt import Prompt
+from ..trace.patch import Patches
 
 
 class FaultyEngine(Engine):
@@ -38,3 +39,8 @@ class FaultyEngine(Engine):
 
     def run_trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink) -> None:
         self.engine.run_trace(self.change(prompt), taps, positions, sink)
+
+    def run_patched(
+        self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink, patches: Patches
+    ) -> None:
+        self.engine.run_patched(self.change(prompt), taps, positions, sink, patches)

@@ -67,7 +67,7 @@ def check_provenance(record: Any, path: object) -> dict[str, Any]:
         raise TraceError(f"{path}: ranges in its provenance have ends beyond any prompt")
     if not isinstance(record["versions"], dict):
         raise TraceError(f"{path}: versions in its provenance is not a JSON object")
-    for name in ("modalities", "words"):
+    for name in ("modalities", "words", "patches"):
         values = record.get(name, [])
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise TraceError(f"{path}: {name} in its provenance is not a list of strings")

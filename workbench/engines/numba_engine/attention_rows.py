@@ -4,37 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import psutil
 import torch
 
-from ...errors import TraceError
 from ...prompt import Prompt
+from ..attention_weights import AttentionRows, check_attention
 from .batch import Batch, DecoderInputs
 from .decoder import Decoder
 from .engine import NumbaEngine
 from .model_runner import Chunk
 from .ops import Rotation
 from .request import Request
-
-
-@dataclass(frozen=True)
-class AttentionRows:
-    """Attention of some queries in one layer.
-
-    Attributes:
-        layer: number of the layer; positions: the queries' positions in the prompt.
-        weights: float64 `[queries, q_heads, keys]`, exactly 0 for keys that a query does not see.
-        visible: bool `[queries, keys]`.
-        values: float64 `[keys, kv_heads, head_dim]`.
-    """
-
-    layer: int
-    positions: tuple[int, ...]
-    weights: torch.Tensor
-    visible: torch.Tensor
-    values: torch.Tensor
 
 
 class _Reached(Exception):
@@ -60,19 +40,8 @@ def attention_rows(
     engine.check(prompt)
     decoder, length = engine.decoder, len(prompt)
     config = decoder.config
-    for layer in layers:
-        if not 0 <= layer < config.layers:
-            raise ValueError(f"layer {layer}: the model has layers 0 to {config.layers - 1}")
-    if not layers or not positions or not all(-length <= position < length for position in positions):
-        raise ValueError(
-            f"layers {list(layers)}, positions {list(positions)}: give positions in the prompt of {length} tokens"
-        )
-    queries = [position % length for position in positions]
-    needed = 8 * len(layers) * len(queries) * config.heads * length
-    if needed > psutil.virtual_memory().available // 2:
-        raise TraceError(
-            f"the weights take {needed / 1e9:.1f} GB, more than half of the free memory: choose fewer layers or positions"
-        )
+    needed = 8 * len(layers) * len(positions) * config.heads * length
+    queries = check_attention(layers, positions, length, config.layers, needed)
     request = Request(prompt)
     request.pages = list(range(-(-length // engine._page_size)))
     pages = decoder.new_pages(len(request.pages), engine._page_size)

@@ -25,8 +25,9 @@ from .batch import DecoderInputs
 from .ops import KVCache, Linear, Rotation, Sum, operations
 from .weights import TensorReader
 
-Tap = Callable[[str, torch.Tensor], None]
-"""Called as `tap(name, state)` with each named hidden state, `[tokens, width]`; names as in `trace.taps`."""
+Tap = Callable[[str, torch.Tensor], torch.Tensor | None]
+"""Called as `tap(name, state)` with each named hidden state, `[tokens, width]`; names as in `trace.taps`. It may return the state to go
+on with, except after the final norm."""
 
 
 @dataclass
@@ -118,23 +119,23 @@ class Decoder:
         hidden, epsilon, ops = inputs.hidden, self.config.epsilon, self.ops
         pending: torch.Tensor | None = None  # what the layer before adds; added with the next norm, in one kernel
         if tap:
-            tap("embed", hidden)
+            hidden = _tapped(tap, "embed", hidden)
         for number, layer in enumerate(self.layers):
             entered = ops.add(hidden, pending, layer.attention_norm, epsilon)
             added = self._attention(number, layer, entered, inputs, pages)
-            between = ops.add(entered.total, added, layer.mlp_norm, epsilon)
             if tap:
-                tap(f"layers.{number}.attention", added)
+                added = _tapped(tap, f"layers.{number}.attention", added)
+            between = ops.add(entered.total, added, layer.mlp_norm, epsilon)
             pending = layer.down.of_gate(between.into(layer.gate_up), self.config.gelu)
             if layer.after_mlp is not None:
                 pending = self._normalise(pending, layer.after_mlp)
             hidden = between.total
             if tap:
-                tap(f"layers.{number}.mlp", pending)
+                pending = _tapped(tap, f"layers.{number}.mlp", pending)
             if tap or inputs.deepstack:
                 hidden, pending = hidden + pending, None
             if tap:
-                tap(f"layers.{number}", hidden)
+                hidden = _tapped(tap, f"layers.{number}", hidden)
             for rows, levels in inputs.deepstack:
                 if number < len(levels):
                     hidden = hidden.clone()  # do not modify the tensor passed to the tap
@@ -207,6 +208,12 @@ class Decoder:
 
     def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self.ops.norm(x, weight, self.config.epsilon)
+
+
+def _tapped(tap: Tap, name: str, state: torch.Tensor) -> torch.Tensor:
+    """Call the tap; return the state to go on with."""
+    changed = tap(name, state)
+    return state if changed is None else changed
 
 
 def _cache_of(number: int, plan: PagedPlan | CUDAGraphPlan, pages: KVPages) -> KVCache | None:

@@ -19,6 +19,7 @@ from ...models.sizes import check_sizes
 from ...prompt import Prompt
 from ...prompt.packing import plan_batch
 from ...schema import shortened
+from ...trace.patch import Patches
 from ...trace.taps import decoder_taps
 from ..base import Engine, Sink
 from ..cancellation import Cancellation
@@ -256,15 +257,27 @@ class NumbaEngine(Engine):
         return self.decoder.logits(states if normed else self.decoder.normalise(states))
 
     def run_trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink) -> None:
+        self._trace(prompt, taps, positions, sink, Patches({}))
+
+    def _trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink, patches: Patches) -> None:
         wanted, rows = set(taps), positions.to(self.device)
 
-        def tap(name: str, state: torch.Tensor) -> None:
+        def tap(name: str, state: torch.Tensor) -> torch.Tensor:
+            state = patches.apply(name, state)
             if name in wanted:
                 sink(name, state[rows])
+            return state
 
         hidden = self.runner.run_alone([Request(prompt)], [[(0, 0, len(prompt))]], self._page_size, tap)[0]
         if "logits" in wanted:
             sink("logits", self.decoder.logits(hidden[rows]))
+
+    def run_patched(
+        self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink, patches: Patches
+    ) -> None:
+        if "run_batch" in vars(self.runner):
+            raise ModelError("an engine with a fault in its batches takes no patches: open it again without the fault")
+        self._trace(prompt, taps, positions, sink, patches)
 
     def prefill_packed(self, prompts: Sequence[Prompt], max_tokens: int = 2048) -> list[torch.Tensor]:
         """Run several prompts packed end to end, without padding, as planned by `plan_batch(prompts, max_tokens)`.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import ModelError
+from ...trace.patch import Patches
 from ..base import Sink
 from .layer_progress import LayerProgress
 from .network import Network, first, with_states
@@ -31,6 +32,7 @@ def layer_hooks(
     layer_done: Callable[[int, torch.Tensor], None],
     given: Given,
     progress: LayerProgress,
+    patches: Patches,
 ) -> Iterator[None]:
     """Hook the layers for the duration of a pass. In float64 what a layer adds is compared with the sum of its two parts.
 
@@ -40,6 +42,7 @@ def layer_hooks(
         layer_done: called with each layer's number and its output.
         given: returns for `embed` and for layers the states that take the place of the run's own after those were passed on, or None.
         progress: is told what layers get and return; layers that it skips are not hooked.
+        patches: put into the run's own states before they are passed on.
 
     Raises:
         ModelError: in the pass: a layer is not the sum of its input and its parts.
@@ -50,7 +53,7 @@ def layer_hooks(
 
     def parts_wanted(number: int) -> bool:
         taps = (f"layers.{number}.attention", f"layers.{number}.mlp")
-        return structure.parts[number] is not None and not wanted.isdisjoint(taps)
+        return structure.parts[number] is not None and not (wanted | set(patches.by_tap)).isdisjoint(taps)
 
     def enter(number: int) -> Any:
         def look(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -58,9 +61,11 @@ def layer_hooks(
             changed = None
             progress.see_input(args, kwargs)
             if number == 0:
+                own, state = state, patches.apply("embed", state)
                 pass_on("embed", state)
                 if (other := given("embed")) is not None:
                     state = other[None]
+                if state is not own:
                     changed = ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
             if exact and parts_wanted(number):
                 sums[number] = state.clone()  # a layer may add to its input in place
@@ -69,12 +74,16 @@ def layer_hooks(
         return look
 
     def add(number: int, name: str, factor: float) -> Any:
-        def look(module: nn.Module, args: tuple, output: Any) -> None:
-            state = first(output)
-            state = state if factor == 1.0 else state * factor
+        def look(module: nn.Module, args: tuple, output: Any) -> Any:
+            own = first(output)
+            added = own if factor == 1.0 else own * factor
+            state = patches.apply(f"layers.{number}.{name}", added)
             pass_on(f"layers.{number}.{name}", state)
             if exact:
                 sums[number] = sums[number] + state.reshape(sums[number].shape)
+            if state is added:
+                return None
+            return with_states(output, state if factor == 1.0 else state / factor)
 
         return look
 
@@ -83,9 +92,11 @@ def layer_hooks(
             state, total = first(output), sums.pop(number, None)
             if total is not None:
                 _check_sum(network, number, total, state)
+            own, state = state, patches.apply(f"layers.{number}", state)
             layer_done(number, state)
-            other = given(f"layers.{number}")
-            changed = None if other is None else with_states(output, other[None])
+            if (other := given(f"layers.{number}")) is not None:
+                state = other[None]
+            changed = None if state is own else with_states(output, state)
             progress.see_output(number, output if changed is None else changed)
             return changed
 

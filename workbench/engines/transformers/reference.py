@@ -21,6 +21,7 @@ from ...models.options import parse_device, parse_dtype
 from ...progress import Progress, Stopped, part
 from ...prompt import Prompt
 from ...trace import Trace
+from ...trace.patch import Patches
 from ...trace.taps import decoder_taps
 from ..base import Engine, Sink
 from ..cancellation import Cancellation
@@ -38,6 +39,7 @@ from .streamed_weights import Arrive, StreamedWeights
 from .structure import examine, plain_tokens
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+_NO_PATCHES = Patches({})
 
 
 class TransformersReference(Engine):
@@ -141,6 +143,17 @@ class TransformersReference(Engine):
         return self._net.decoder
 
     @property
+    def decoder_layers(self) -> Sequence[Any]:
+        """The decoder's layers.
+
+        Raises:
+            ModelError: its layers are not one list of modules.
+        """
+        if self._net.layers is None:
+            raise ModelError(f"the layers of {type(self.network).__name__} are not one list of modules")
+        return list(self._net.layers)
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of weights that stay in memory between runs; 0 if they are streamed from the checkpoint."""
         return 0 if self._weights is not None else sum(each.nbytes for each in self.network.parameters())
@@ -231,6 +244,11 @@ class TransformersReference(Engine):
     def run_trace(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink) -> None:
         self._run(prompt, taps, positions, sink)
 
+    def run_patched(
+        self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink, patches: Patches
+    ) -> None:
+        self._run(prompt, taps, positions, sink, patches=patches)
+
     def run_seed(self, prompt: Prompt, taps: list[str], positions: torch.Tensor, seed: int, sink: Sink) -> None:
         """`run_trace` of one run of `noise_floor`."""
         with self._jittering(seed):
@@ -270,7 +288,13 @@ class TransformersReference(Engine):
 
     @torch.no_grad()
     def _run(
-        self, prompt: Prompt, taps: list[str], positions: torch.Tensor, sink: Sink, given: Given = lambda tap: None
+        self,
+        prompt: Prompt,
+        taps: list[str],
+        positions: torch.Tensor,
+        sink: Sink,
+        given: Given = lambda tap: None,
+        patches: Patches = _NO_PATCHES,
     ) -> None:
         """Run the prompt; `given` states take the place of those of the run, after the run's own were passed on."""
         rows, wanted = positions.to(self.device), set(taps)
@@ -288,7 +312,7 @@ class TransformersReference(Engine):
             self._net.final_norm()  # not inside the pass: it runs one of its own
         watched = contextlib.nullcontext() if self._watch is None else self._watch.hooks(self._net)
         progress = self._progress or LayerProgress()
-        hooks = layer_hooks(self._net, self._structure, wanted, pass_on, layer_done, given, progress)
+        hooks = layer_hooks(self._net, self._structure, wanted, pass_on, layer_done, given, progress, patches)
         with self._lock, hooks, watched:
             out = self.forward(prompt, keep=rows if "logits" in wanted else None, hidden=given("norm"))
         pass_on("norm", out.hidden)
