@@ -118,7 +118,7 @@ class Attribution:
 def attribute(
     engine: Engine,
     prompt: Prompt,
-    target: str | Sequence[int] | None = None,
+    target: str | Sequence[int] | slice | None = None,
     *,
     answer: str | Sequence[int] | None = None,
     baseline: str | torch.Tensor | Sequence[torch.Tensor] = "mean",
@@ -137,7 +137,7 @@ def attribute(
     Args:
         engine: any engine that returns logits.
         prompt: with at least one item.
-        target: the part of the answer to measure, as text or token ids; default: all of it.
+        target: the part of the answer to measure, as text, token ids or a slice of its tokens; default: all of it.
         answer: the answer, as text or token ids; default: what the engine generates, at most 12 tokens.
         baseline: what rows are replaced by: "mean", the mean row of the item; "placeholder", the placeholder token's embedding; a row
             `[hidden]`; or one tensor `[rows_i, hidden]` per item. With images: "mean", their mean colour, or "blur".
@@ -183,11 +183,15 @@ def _generated(engine: Engine, prompt: Prompt) -> list[int]:
     return engine.generate(prompt, GenerationConfig(max_new_tokens=12)).token_ids
 
 
-def _find(engine: Engine, tokens: Sequence[int], target: str | Sequence[int] | None) -> tuple[int, int]:
+def _find(engine: Engine, tokens: Sequence[int], target: str | Sequence[int] | slice | None) -> tuple[int, int]:
     """The half-open range of the answer's tokens that the target is: the shortest that contains its text."""
     if target is None:
         return 0, len(tokens)
-    if isinstance(target, str):
+    if isinstance(target, slice):
+        start, stop, step = target.indices(len(tokens))
+        if step == 1 and start < stop:
+            return start, stop
+    elif isinstance(target, str):
         for size in range(1, len(tokens) + 1):
             for start in range(len(tokens) - size + 1):
                 if target and target in answer_text(engine, tokens[start : start + size]):

@@ -44,6 +44,8 @@ METRICS: Mapping[str, Metric] = {
     "cosine": Metric("cosine with the run without embeddings", "linear", 0.0, 1.0, "viridis", worst="lowest"),
     "norm": Metric("2-norm of the state", "log", None, None, "cividis"),
     "error": Metric("error against the reference, in noise floors", "log", 1 / 64, 64.0, "RdYlBu_r", " noise floors"),
+    "read": Metric("attention of the answer's token, mean over heads", "log", 1e-4, 1.0, "magma_r"),
+    "rests": Metric("nats that the answer loses without a row", "linear", None, None, "RdBu_r"),
     "lens": Metric("logit lens: probability of the likeliest token", "linear", 0.0, 1.0, "GnBu", worst="lowest"),
 }
 

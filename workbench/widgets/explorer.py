@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ipywidgets as w
+import numpy as np
 from PIL import Image
 
 from ..analysis.state_maps import METRICS, StateMaps, state_maps
 from ..comparison import Comparison
-from ..comparison.check import check_with_traces, shared_taps
-from ..comparison.memory_plan import plan_memory
+from ..comparison.check import shared_taps
 from ..comparison.reference_cache import reference_engine
 from ..engines.base import TAPS, Engine
 from ..engines.freed_memory import return_freed_memory
@@ -29,32 +28,35 @@ from ..prompt import Prompt
 from ..trace import Trace
 from . import components
 from .answers import Answers
-from .comparison_view import ComparisonView, NextTokens
+from .comparison_view import ComparisonView
 from .hidden_state_map import HiddenStateMap
 from .injection_menu import AS_BUILT, InjectionMenu
+from .judging import judge, shared_rows
 from .key_guard import KeyGuard
 from .panel import Panel
 from .patch_view import PatchView
 from .range_editor import RangeEditor
-from .view import close_widgets, snapshot_seconds
+from .tap_map import TapMap
+from .view import close_widgets, palette, snapshot_seconds
+from .why_panel import WhyPanel
 
 NO_FAULT = "none"
 _PROMPT_FAULTS = tuple(fault.name for fault in faults_of("prompt") if fault.any_prompt)
-_JUDGE_BYTES = 2 << 30
-"""States that a verdict may keep in memory; beyond that it leaves taps out, and says so."""
 _QUICK = 500
 """Tokens of a prompt whose map is there almost at once."""
+_LATER = {name: METRICS[name].title for name in ("lens", "error")}
+"""Metrics of the menu that are computed when they are needed."""
 _PAUSE_SECONDS = 0.35  # without a change, before answers are generated
 
 
 class Explorer(Panel):
     """Linked views of one prompt. After a range is dragged, lint is updated at once; then, in a worker thread, the map,
-    the answers of engine and reference, and the verdict.
+    the answers of engine and reference, what the answer rests on ("Why", if it is unfolded), and the verdict.
 
     A new change stops the work for earlier ranges. Errors are shown in the view, not raised.
 
     Attributes:
-        editor, patches, map, verdict: the views, for use from code.
+        editor, patches, map, verdict, tap_map, why: the views, for use from code.
         view: the widget that contains all of them.
 
     Args:
@@ -126,6 +128,10 @@ class Explorer(Panel):
         self.patches = PatchView(prompt, images, width=236 if len(images) < 2 else 180)
         self.map = HiddenStateMap(height=330)
         self.verdict = ComparisonView()
+        self.tap_map = TapMap(engine, prompt)
+        self.why = WhyPanel(self._why_changed)
+        self._part = ""  # of the layers that the map shows: ".attention", ".mlp", or the whole layer
+        self._plain_part = ""  # the part that `_plain` has
         self.question = components.text("Question", question, "520px")
         self.back = w.Button(description="Reset ranges", tooltip="back to where they were built", icon="undo")
         self.judge = w.Checkbox(
@@ -136,16 +142,18 @@ class Explorer(Panel):
         row = {"flex_flow": "row wrap", "align_items": "center"}
         side = w.Box([self.patches], layout={"flex": "0 0 auto", "max_width": "250px", "overflow": "auto"})
         self._optional = (self.question, side)  # not part of every view
-        middle = w.Box([self.map], layout={"flex": "1 1 560px", "min_width": "420px"})
+        middle = w.Box([self.map], layout={"flex": "1 1 540px", "min_width": "420px"})
+        column = w.Box([self.tap_map], layout={"flex": "0 0 auto", "width": "190px"})
         middle.children[0].layout.width = "100%"
         folded = w.Accordion([self.verdict.view], titles=("Comparison with the reference",), selected_index=0)
+        self.why_fold = w.Accordion([self.why.view], titles=("Why this answer",), selected_index=None)
         self.view = w.VBox(
             [
                 w.HBox([*controls, self.back, self.judge, self.progress, self.doing], layout=row),
                 w.HBox([*self.injection.controls, self.fault], layout=row),
                 self.editor,
-                w.HBox([side, middle] if images else [middle], layout={"flex_flow": "row wrap", "grid_gap": "14px"}),
-                self.status, self.words, folded, KeyGuard(),
+                w.HBox([*([side] if images else []), middle, column], layout={"flex_flow": "row wrap", "grid_gap": "14px"}),
+                self.status, self.words, self.why_fold, folded, KeyGuard(),
             ],
             layout={"max_width": components.WIDTH},
         )  # fmt: skip
@@ -159,6 +167,8 @@ class Explorer(Panel):
         self.injection.observe(self._injection_changed)
         self.back.on_click(lambda button: self._go_home())
         self.map.observe(self._map_changed, ["row", "metric", "scale"])
+        self.tap_map.observe(self._tap_chosen, "tap")
+        self.why_fold.observe(self._why_changed, "selected_index")
         self._changed()
 
     @property
@@ -192,6 +202,7 @@ class Explorer(Panel):
             self._on_close()
             self._on_close = None
         close_widgets(*self._links, *self._optional)
+        self.why.close()
         super().close()
         # A notebook keeps the explorer itself in its output history.
         self._plain = self._maps_plain = self._maps = self._incremental = self.map.maps = self.verdict.map.maps = None
@@ -256,6 +267,8 @@ class Explorer(Panel):
     def _run(self, prompt: Prompt) -> Trace:
         """Run the engine; of the Numba engine only the tokens from the first change on."""
         progress = self._progress(f"computing {len(prompt)} tokens")
+        if self._part:
+            return self.engine.trace(prompt, [f"layers.*{self._part}"], progress=progress)
         if self._incremental is not None:
             return self._incremental.trace(prompt, progress)
         return self.engine.trace(prompt, self._taps, progress=progress)
@@ -268,13 +281,16 @@ class Explorer(Panel):
         elif self._verdict_state:
             self.verdict.say("plain", "not compared at these ranges yet; the last comparison is shown below")
         self.patches.show(prompt)
+        self.tap_map.show(prompt)
         self.map.spans = [list(pair) for pair in prompt.embedding_ranges]
         # After a run that was stopped, the states in memory are not those of the map, even if its ranges are back.
         self.map.stale = self._map_state != "" and (self._map_state != state or self._overwritten)
         bare = prompt.without_embeddings
-        if self._plain is None or self._plain.provenance["prompt"] != bare.digest:
-            states = [tap for tap in self._taps if tap != "logits"] or self._taps
+        part = self._part
+        if self._plain is None or self._plain.provenance["prompt"] != bare.digest or self._plain_part != part:
+            states = [f"layers.*{part}"] if part else [tap for tap in self._taps if tap != "logits"] or self._taps
             self._plain = self.engine.trace(bare, states, progress=self._progress("computing without embeddings"))
+            self._plain_part = part
         yield
         change = self._change()
         self.faulty_engine.check(prompt)
@@ -287,7 +303,10 @@ class Explorer(Panel):
         except BaseException:
             self._maps_plain = None
             raise
-        incremental, self._maps_plain = self._incremental, None  # until the maps are those of the new states
+        incremental, self._maps_plain = (
+            None if part else self._incremental,
+            None,
+        )  # until the maps are those of the new states
         if incremental is not None:
             same = len(prompt) - incremental.computed
         self._hide_progress()
@@ -296,7 +315,10 @@ class Explorer(Panel):
             return
         self._maps, self._overwritten, self.map.stale = maps, False, False
         self._maps_plain = self._plain
-        self.map.show(maps, {"lens": METRICS["lens"].title, "error": METRICS["error"].title})
+        if self.tap_map.tap in maps.taps:
+            self.map.row = list(maps.taps).index(self.tap_map.tap)
+        self._add_reads(maps)
+        self.map.show(maps, _LATER)
         self._colour()
         self._map_state = state
         self.status.value = self._describe(maps, home)
@@ -308,7 +330,52 @@ class Explorer(Panel):
         self._jobs.pause(_PAUSE_SECONDS)  # during a drag, the next map matters more than this one's answers
         yield
         yield from self._stream_answers(prompt, home)
+        yield from self._explain(prompt, maps, state, follow=False)
         if self.judge.value:
+            yield from self._compare(prompt, maps, state)
+
+    def _explain(self, prompt: Prompt, maps: StateMaps, state: str, *, follow: bool) -> Iterator[None]:
+        """Bring the "Why" panel up to date, if it is unfolded, and colour the other views by it; with `follow` the map, too."""
+        if self.why_fold.selected_index is None:
+            return
+        change = self._change()
+        asked = prompt if change is None else change(prompt)
+        yield from self.why.explain(self.engine, asked, state, self.new_tokens, self._progress)
+        self._hide_progress()
+        before = "read" in maps.values
+        if self._add_reads(maps) or before:
+            self.map.show(maps, _LATER)
+            if follow and "read" in maps.values:
+                self.map.metric = "read"
+        self._colour()
+
+    def _add_reads(self, maps: StateMaps) -> bool:
+        """Add the pinned token's attention to the maps, or remove that of another token; return whether there is one."""
+        reads = self.why.reads()
+        maps.values.pop("read", None)
+        if reads is None or reads.shape[1] != len(maps.tokens):
+            return False
+        rows = [tap.split(".") for tap in maps.taps]
+        none = np.full(reads.shape[1], np.nan, np.float32)
+        maps.values["read"] = np.stack([reads[int(row[1])] if row[0] == "layers" else none for row in rows])
+        return True
+
+    def _why_changed(self, change: object = None) -> None:
+        """Another token was pinned, another colour chosen, or the panel unfolded."""
+        if self._map_state == self._state_or_empty() and self._maps is not None:
+            self._jobs.submit(self._draw_why)
+        else:
+            self._changed()
+
+    def _draw_why(self) -> Iterator[None]:
+        """The rest of `_draw` for ranges that have not changed."""
+        prompt, state, maps = self.prompt, self._state(), self._maps
+        if maps is None or self._map_state != state:
+            yield from self._draw()
+            return
+        yield from self._stream_answers(prompt, self.injection.apply(self._home))
+        yield from self._explain(prompt, maps, state, follow=True)
+        if self.judge.value and self._verdict_state != state:
             yield from self._compare(prompt, maps, state)
 
     def _describe(self, maps: StateMaps, home: Prompt) -> str:
@@ -339,28 +406,12 @@ class Explorer(Panel):
         self.words.value = self._answers.html(engines, prompt, home, self.new_tokens)
 
     def _compare(self, prompt: Prompt, maps: StateMaps, state: str) -> Iterator[None]:
-        """Compare the engine with the reference, which runs in float64 and four times in the engine's dtype."""
-        plan = plan_memory(self.faulty_engine, prompt, _JUDGE_BYTES)
-        cost = f" ({plan.nbytes / 1e9:.1f} GB of states)" if plan.nbytes > _JUDGE_BYTES else ""
-        self.verdict.say("plain", f"comparing with Transformers …{cost}")
-        comparison, expected, run = check_with_traces(
-            self.faulty_engine, prompt, progress=self._progress("reference"), taps=plan.taps
-        )
-        yield
-        names = {"Transformers, float64": expected, f"{self.engine.capabilities.name}, {comparison.dtype}": run}
-        self.verdict.show(comparison, prompt, maps.tokens, NextTokens.of_traces(self.engine.model, names))
         findings = sum(each["severity"] != "info" for each in self.editor.findings)
-        if findings and not comparison.failed:
-            self.verdict.add_note(
-                f"The engine computes this prompt right; lint has {findings} finding{'s' * (findings > 1)} about the prompt itself."
-            )
-        if plan.left_out:
-            self.verdict.add_note(
-                f"Not compared: {_families(plan.left_out)}, which would take {plan.whole / 1e9:.1f} GB in all; "
-                "workbench.check_engine(engine, prompt) compares every tap."
-            )
+        yield from judge(self.verdict, self.faulty_engine, prompt, maps.tokens, findings, self._progress("reference"))
         self._verdict_state = state
-        maps.add_error(comparison)
+        comparison = self.verdict.comparison
+        if comparison is not None and shared_rows(comparison, maps.taps):
+            maps.add_error(comparison)
         if self.map.metric == "error":
             self.map.refresh()
             self._colour()
@@ -380,9 +431,21 @@ class Explorer(Panel):
         self.map.refresh()
         self._colour()
 
+    def _tap_chosen(self, change: Any) -> None:
+        """Show the chosen tap's row; the map of attention or MLP outputs is computed first if it shows others."""
+        tap, maps = self.tap_map.tap, self._maps
+        part = f".{tap.rsplit('.', 1)[1]}" if tap.endswith((".attention", ".mlp")) else ""
+        if part != self._part:
+            self._part = part
+            self._changed()
+        elif maps is not None and tap in maps.taps:
+            self.map.row = list(maps.taps).index(tap)
+
     def _map_changed(self, change: Any) -> None:
         """Colour the patches after another layer, metric or scale was selected; compute a missing logit lens."""
         maps = self._maps
+        if maps is not None and 0 <= self.map.row < len(maps.taps) and change["name"] == "row":
+            self.tap_map.tap = maps.taps[self.map.row]
         if (
             maps is not None
             and change["name"] == "metric"
@@ -404,10 +467,17 @@ class Explorer(Panel):
             maps, metric, row = self._maps, self.map.metric, self.map.row
             if maps is None:
                 return
+            row = row if 0 <= row < len(maps.taps) else len(maps.taps) - 1
+            why = self.why.token_colours(maps.taps[row]) if self.why_fold.selected_index is not None else None
+            if why is not None and len(why.values) == len(maps.tokens):
+                kind = METRICS[why.metric]
+                self.patches.colour(why.values, why.metric, why.bounds, why.caption)
+                self.editor.shade(why.values, why.bounds, palette(kind.palette), kind.scale == "log")
+                return
+            self.editor.shades = b""
             if metric not in maps.values:
                 self.patches.clear()
                 return
-            row = row if 0 <= row < len(maps.taps) else len(maps.taps) - 1
             caption = f"coloured by {metric} at {maps.taps[row]}"
             self.patches.colour(maps.values[metric][row], metric, maps.bounds(metric), caption, self.map.scale)
 
@@ -420,12 +490,9 @@ class Explorer(Panel):
             self.map.stale, self.map.maps = False, None
             self.patches.clear()
             self.words.value = ""
+            self.why.forget("these ranges do not run")
+            self.editor.shades = b""
             if self._verdict_state:
                 self.verdict.say("plain", "these ranges do not run; the last comparison is shown below")
             self._map_state = ""
         self._mapped.set()
-
-
-def _families(taps: Sequence[str]) -> str:
-    """Names of taps in short: those that differ only in the layer once, as `layers.*.mlp`."""
-    return ", ".join(dict.fromkeys(re.sub(r"\.\d+", ".*", tap) for tap in taps))

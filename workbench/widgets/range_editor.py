@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import traitlets
 
 from ..errors import ModelError
@@ -52,6 +53,7 @@ class RangeEditor(View):
     findings = traitlets.List(traitlets.Dict()).tag(sync=True)
     hovered = traitlets.Int(-1).tag(sync=True)
     height = traitlets.Int(280).tag(sync=True)
+    shades = traitlets.Bytes(b"").tag(sync=True)
 
     def __init__(
         self,
@@ -110,6 +112,24 @@ class RangeEditor(View):
 
     def snapshot(self) -> Figure:
         return token_strip(self.tokens[:_MAX_DRAWN], self.prompt.embedding_ranges)
+
+    def shade(self, values: np.ndarray, bounds: tuple[float, float], colours: bytes, logarithmic: bool) -> None:
+        """Underline each token in the colour of its number, `values` `[tokens]`; tokens whose number is NaN are left as they are.
+
+        Args:
+            bounds: ends of the colour scale.
+            colours: 256 RGB colours, from `view.palette`.
+        """
+        low, high = bounds
+        numbers = np.asarray(values, np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.log(numbers / low) / np.log(high / low) if logarithmic else (numbers - low) / (high - low)
+        pixels = np.zeros((len(numbers), 4), np.uint8)
+        drawn = np.isfinite(share) & np.isfinite(numbers)
+        table = np.frombuffer(colours, np.uint8).reshape(-1, 3)
+        pixels[drawn, :3] = table[(share[drawn].clip(0.0, 1.0) * 255).round().astype(int)]
+        pixels[drawn, 3] = 255
+        self.shades = pixels.tobytes()
 
     def refresh(self) -> None:
         """Run lint again. Call it after a change of what `items` returns, which the editor cannot notice."""

@@ -358,6 +358,7 @@ function render({ model, el }) {
   model.on("change:labels", draw);
   model.on("change:findings", drawFindings);
   model.on("change:hovered", tokens.hover);
+  model.on("change:shades", tokens.reshade);
   const size = new ResizeObserver(again);
   size.observe(strip);
   again();
@@ -370,6 +371,7 @@ function render({ model, el }) {
     model.off("change:labels", draw);
     model.off("change:findings", drawFindings);
     model.off("change:hovered", tokens.hover);
+    model.off("change:shades", tokens.reshade);
   };
 }
 

@@ -85,6 +85,7 @@ function tokenLines(model, strip) {
       node.dataset.token = index;
       if (index === model.get("hovered")) node.classList.add("wb-hovered");
       node.style.cssText = `left:${layout.left[index]}px;width:${layout.wide[index]}px`;
+      shade(node, index);
       row.append(node);
     }
     drawn.set(line, row);
@@ -115,6 +116,17 @@ function tokenLines(model, strip) {
     return [low, x > layout.left[low] + layout.wide[low] / 2];
   }
 
+  // Underline a token in its colour: four bytes of `shades`, red, green, blue and whether there is one.
+  function shade(node, index) {
+    const shades = model.get("shades"), at = 4 * index;
+    const known = shades && shades.byteLength >= at + 4 && shades.getUint8(at + 3);
+    node.style.boxShadow = known ? `inset 0 -5px 0 rgb(${shades.getUint8(at)} ${shades.getUint8(at + 1)} ${shades.getUint8(at + 2)})` : "";
+  }
+
+  function reshade() {
+    for (const node of rows.querySelectorAll(".wb-token")) shade(node, Number(node.dataset.token));
+  }
+
   function hover() {
     rows.querySelector(".wb-hovered")?.classList.remove("wb-hovered");
     rows.querySelector(`[data-token="${model.get("hovered")}"]`)?.classList.add("wb-hovered");
@@ -122,5 +134,5 @@ function tokenLines(model, strip) {
 
   const lineOf = (token) => layout.line[token];
 
-  return { inner, measure, draw, pieces, tokenAt, hover, lineOf };
+  return { inner, measure, draw, pieces, tokenAt, hover, lineOf, reshade };
 }
