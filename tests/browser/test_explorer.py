@@ -162,6 +162,60 @@ def test_large_map_repaints_and_explorer_works_without_images(page, lab, capsys)
     assert_no_errors(page)
 
 
+def test_why_panel_colours_the_views_and_the_tap_map_chooses_rows(page, lab):
+    explorer = open_explorer(page, lab)
+    settle(page, explorer)
+    explorer.locator("text=Why this answer").click()
+    token = explorer.locator(".wb-answer-token").first
+    token.wait_for(timeout=30 * SECOND)
+    assert explorer.locator(".wb-answer-token").count() == 7
+    # Pointing at a token shows its layers; Enter pins it, and its attention colours images, tokens and map.
+    token.hover()
+    explorer.locator(".wb-answer .wb-read").locator('text="blue" was said').wait_for(timeout=10 * SECOND)
+    assert explorer.locator(".wb-lens tbody tr").count() == 32
+    token.focus()
+    token.press("ArrowRight")
+    token.press("Enter")  # the focus has moved to the second token, and this presses the first again
+    assert token.get_attribute("aria-pressed") == "true"
+    read(explorer, ".wb-patches").locator("text=attention of 'blue'").wait_for(timeout=20 * SECOND)
+    underlined = "span => [...document.querySelectorAll('.wb-token')].some(t => t.style.boxShadow)"
+    page.wait_for_function(underlined, timeout=10 * SECOND)
+    assert explorer.locator(".wb-map select").first.input_value() == "read"
+    page.screenshot(path=ARTIFACTS / "explorer_why.png")
+    explorer.locator(".wb-answer").scroll_into_view_if_needed()
+    page.screenshot(path=ARTIFACTS / "explorer_answer.png")
+    # Ablation.
+    explorer.locator("button", has_text="what it rests on").click()
+    explorer.locator("text=changes below").wait_for(timeout=60 * SECOND)
+    read(explorer, ".wb-patches").locator("text=nats that 'blue' loses").wait_for(timeout=20 * SECOND)
+    page.screenshot(path=ARTIFACTS / "explorer_rests.png")
+    # The map of attention outputs, chosen by keyboard in the tap map.
+    layer = explorer.locator("[data-tap='layers.29']")
+    explorer.locator(".wb-tap[aria-checked='true']").focus()
+    page.keyboard.press("ArrowDown")
+    page.wait_for_function("() => document.activeElement.dataset.tap === 'layers.29'", timeout=5 * SECOND)
+    layer.press("ArrowLeft")
+    page.wait_for_function("() => document.activeElement.dataset.tap === 'layers.29.mlp'", timeout=5 * SECOND)
+    page.keyboard.press("ArrowLeft")
+    read(explorer).scroll_into_view_if_needed()
+    cells = explorer.locator(".wb-map .wb-above").first
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        hold_mouse_over(page, cells, 0.5, 0.1)
+        hold_mouse_over(page, cells, 0.55, 0.07)
+        page.wait_for_timeout(300)
+        if ".attention" in read(explorer).inner_text():
+            break
+    assert ".attention" in read(explorer).inner_text()
+    page.screenshot(path=ARTIFACTS / "explorer_taps.png")
+    assert_no_errors(page)
+    assert serious(page, ".workbench-explorer") == []
+    go_dark(page)
+    page.wait_for_timeout(500)
+    assert serious(page, ".workbench-explorer") == []
+    page.screenshot(path=ARTIFACTS / "explorer_why_dark.png")
+
+
 def test_axe_finds_no_serious_violation_in_light_or_dark_theme(page, lab):
     """Roles, names and contrast, for screen readers and users with low vision."""
     explorer = open_explorer(page, lab)

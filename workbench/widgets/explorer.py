@@ -434,7 +434,7 @@ class Explorer(Panel):
     def _tap_chosen(self, change: Any) -> None:
         """Show the chosen tap's row; the map of attention or MLP outputs is computed first if it shows others."""
         tap, maps = self.tap_map.tap, self._maps
-        part = f".{tap.rsplit('.', 1)[1]}" if tap.endswith((".attention", ".mlp")) else ""
+        part = _part_of(tap)
         if part != self._part:
             self._part = part
             self._changed()
@@ -445,7 +445,9 @@ class Explorer(Panel):
         """Colour the patches after another layer, metric or scale was selected; compute a missing logit lens."""
         maps = self._maps
         if maps is not None and 0 <= self.map.row < len(maps.taps) and change["name"] == "row":
-            self.tap_map.tap = maps.taps[self.map.row]
+            tap = maps.taps[self.map.row]
+            if _part_of(tap) == self._part:  # else the map of another part has been chosen, and is being computed
+                self.tap_map.tap = tap
         if (
             maps is not None
             and change["name"] == "metric"
@@ -496,3 +498,8 @@ class Explorer(Panel):
                 self.verdict.say("plain", "these ranges do not run; the last comparison is shown below")
             self._map_state = ""
         self._mapped.set()
+
+
+def _part_of(tap: str) -> str:
+    """The part of a layer that a tap is: ".attention", ".mlp", or "" for a whole layer, `embed` and `norm`."""
+    return f".{tap.rsplit('.', 1)[1]}" if tap.endswith((".attention", ".mlp")) else ""

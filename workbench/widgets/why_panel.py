@@ -48,7 +48,7 @@ class WhyPanel(Composite):
     def __init__(self, changed: Callable[[], None]) -> None:
         self.strip = AnswerStrip()
         self.colour = w.ToggleButtons(
-            options=(MAP, READS, RESTS), value=MAP, description="Colour by", style={"button_width": "130px"},
+            options=(MAP, READS, RESTS), value=MAP, description="Colour by", style={"button_width": "130px", "description_width": "initial"}, layout={"margin": "8px 0"},
             tooltips=("the metric that the map shows", "attention of the pinned token, mean over heads", "replace rows, and measure the odds"),
         )  # fmt: skip
         self.found = w.HTML()

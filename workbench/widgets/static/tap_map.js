@@ -24,7 +24,8 @@ function render({ model, el }) {
       const [up, right] = MOVES[event.key];
       const row = rows.findIndex((taps) => taps.includes(tap)), column = rows[row].indexOf(tap);
       const next = rows[Math.min(Math.max(row - up, 0), rows.length - 1)];
-      choose(next[Math.min(Math.max((up ? Math.min(column, next.length - 1) : column) + right, 0), next.length - 1)], true);
+      const from = up && rows[row].length === 1 ? next.length - 1 : column; // from norm or embed to the stream of the layer beside it
+      choose(next[Math.min(Math.max(from + right, 0), next.length - 1)], true);
       event.preventDefault();
       event.stopPropagation();
     });
