@@ -1,4 +1,4 @@
-"""Speed of several engines on prompts with injected images: time to first token, and decoding rate.
+"""Speed of several engines on prompts with injected images: time to first token, and decoding rate, greedy and sampled.
 
 Run it with `python -m workbench.benchmarks serving --engines turbomind transformers numba --device cuda --model PATH`.
 """
@@ -28,6 +28,7 @@ PROMPTS = ((1024, 1), (4096, 4))
 ROWS = 576
 BATCHES = (1, 16, 64)
 NEW_TOKENS = 64
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.95}
 
 
 def spliced_prompt(model: Model, tokens: int, images: int, seed: int = 0) -> Prompt:
@@ -83,15 +84,18 @@ def _measure(engine: Engine, model: Model, rounds: int) -> dict[str, Any]:
         prompts = [spliced_prompt(model, *PROMPTS[0], seed=seed) for seed in range(batch)]
         together: Callable[..., None]
         together = _generate_batch if isinstance(engine, TransformersReference) else _generate_together
-        try:
-            together(engine, prompts, 4 + NEW_TOKENS)  # engines that capture graphs have them then
-            rates = []
-            for _ in range(max(rounds, 3)):
-                few, many = (_seconds(together, engine, prompts, tokens) for tokens in (4, 4 + NEW_TOKENS))
-                rates.append(batch * NEW_TOKENS / (many - few))
-            figures[f"decode, {batch} at once"] = median(rates)
-        except torch.cuda.OutOfMemoryError:
-            figures[f"decode, {batch} at once"] = None
+        for name, sampling in (("decode", {}), ("sampled", SAMPLING)):
+            try:
+                together(engine, prompts, 4 + NEW_TOKENS, sampling)  # engines that capture graphs have them then
+                rates = []
+                for _ in range(max(rounds, 3)):
+                    few, many = (
+                        _seconds(together, engine, prompts, tokens, sampling) for tokens in (4, 4 + NEW_TOKENS)
+                    )
+                    rates.append(batch * NEW_TOKENS / (many - few))
+                figures[f"{name}, {batch} at once"] = median(rates)
+            except torch.cuda.OutOfMemoryError:
+                figures[f"{name}, {batch} at once"] = None
     return figures
 
 
@@ -108,8 +112,8 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _generate_together(engine: Engine, prompts: Sequence[Prompt], tokens: int) -> None:
-    config = GenerationConfig(max_new_tokens=tokens, ignore_eos=True)
+def _generate_together(engine: Engine, prompts: Sequence[Prompt], tokens: int, sampling: dict[str, Any]) -> None:
+    config = GenerationConfig(max_new_tokens=tokens, ignore_eos=True, **sampling)
     with ThreadPoolExecutor(len(prompts)) as pool:
         outputs = list(pool.map(lambda prompt: engine.generate(prompt, config), prompts))
     counts = [len(output.token_ids) for output in outputs]
@@ -118,7 +122,7 @@ def _generate_together(engine: Engine, prompts: Sequence[Prompt], tokens: int) -
 
 
 @torch.no_grad()
-def _generate_batch(engine: Any, prompts: Sequence[Prompt], tokens: int) -> None:
+def _generate_batch(engine: Any, prompts: Sequence[Prompt], tokens: int, sampling: dict[str, Any]) -> None:
     """Run Transformers' `generate` on all prompts as one batch. They have equal lengths, so no padding is needed."""
     states = torch.stack([engine.splice(prompt) for prompt in prompts])
     engine.network.generate(
@@ -126,7 +130,7 @@ def _generate_batch(engine: Any, prompts: Sequence[Prompt], tokens: int) -> None
         attention_mask=torch.ones(states.shape[:2], dtype=torch.long, device=states.device),
         max_new_tokens=tokens,
         min_new_tokens=tokens,
-        do_sample=False,
+        **(sampling or {"do_sample": False}),
         pad_token_id=0,
     )
 

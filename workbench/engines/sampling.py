@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Generator, Sequence
 from typing import Protocol
 
@@ -9,11 +10,12 @@ import torch
 
 from ..errors import ModelError
 from ..prompt import Prompt
+from .sampling_rows import RowSettings, sample_rows, uniform
 from .types import EngineOutput, GenerationConfig, ResponseType
 
 
 class Sampler:
-    """Chooses the tokens of one request; its random numbers depend only on the request's seed, not on other requests.
+    """Chooses the tokens of one request; its random numbers depend only on the request's seed, not on other requests or the device.
 
     Args:
         prompt_ids: tokens of the prompt, to which the repetition penalty applies.
@@ -24,11 +26,8 @@ class Sampler:
         self.config = config
         self.stops = stops
         self.seen = set(prompt_ids)
-        self.generator = torch.Generator()
-        if config.random_seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(config.random_seed)
+        self.seed = secrets.randbits(63) if config.random_seed is None else config.random_seed
+        self._seen_on_device: torch.Tensor | None = None
 
     def next(self, logits: torch.Tensor, num_generated: int) -> tuple[int, dict[int, float] | None]:
         """Choose the next token from `logits` `[vocab]`, float32 on the CPU, after `num_generated` new tokens.
@@ -44,9 +43,8 @@ class Sampler:
         if torch.isnan(logits[token]):  # argmax treats NaN as the largest
             raise nan_in_logits(num_generated)
         adjusted = self._adjust(logits, num_generated)
-        if config.do_sample and config.temperature > 1e-5:
-            probabilities, ids = self._candidates(adjusted)
-            token = int(ids[torch.multinomial(probabilities, 1, generator=self.generator)])
+        if self.samples:
+            token = int(sample_rows(adjusted[None], [self.settings(num_generated)]))
         elif adjusted is not logits:
             token = _argmax(adjusted)
         logits = adjusted
@@ -59,12 +57,59 @@ class Sampler:
         report[token] = float(logprobs[token])
         return token, report
 
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random; else the likeliest is taken."""
+        return self.config.do_sample and self.config.temperature > 1e-5
+
+    def settings(self, num_generated: int) -> RowSettings:
+        """What `sample_rows` needs to choose the token after `num_generated` new ones."""
+        config = self.config
+        return RowSettings(
+            config.temperature, config.top_k, config.top_p, config.min_p, uniform(self.seed, num_generated)
+        )
+
+    def changes_logits(self, num_generated: int) -> bool:
+        """Whether a penalty, a ban or the minimum length changes the logits after `num_generated` new tokens."""
+        config = self.config
+        too_early = num_generated < (config.min_new_tokens or 0) and bool(self.stops)
+        return config.repetition_penalty != 1.0 or bool(config.bad_token_ids) or too_early
+
+    def adjust_on_device(self, logits: torch.Tensor, num_generated: int) -> torch.Tensor:
+        """`_adjust` for logits `[vocab]` on a GPU, where the tokens seen so far are kept as a mask; `see_on_device` adds to it."""
+        config = self.config
+        logits = logits.clone()
+        if config.repetition_penalty != 1.0:
+            if self._seen_on_device is None:
+                known = [token for token in self.seen if 0 <= token < len(logits)]
+                mask = torch.zeros(len(logits), dtype=torch.bool)
+                mask[known] = True
+                self._seen_on_device = mask.to(logits.device)
+            penalty = config.repetition_penalty
+            changed = torch.where(logits > 0, logits / penalty, logits * penalty)
+            logits = torch.where(self._seen_on_device, changed, logits)
+        banned = [*(config.bad_token_ids or ())]
+        if num_generated < (config.min_new_tokens or 0):
+            banned += self.stops
+        if banned:
+            logits[torch.tensor(banned).to(logits.device)] = -torch.inf
+        return logits
+
+    def see_on_device(self, token: torch.Tensor) -> None:
+        """Take note of a token, int64 `[1]` on the GPU, that was chosen there."""
+        if self._seen_on_device is not None:
+            self._seen_on_device[token] = True
+
+    def forget_device(self) -> None:
+        """Drop what is known on the device, after a step there was dropped whose token may be chosen again."""
+        self._seen_on_device = None
+
     def _adjust(self, logits: torch.Tensor, num_generated: int) -> torch.Tensor:
         """Apply the repetition penalty (Keskar et al. 2019, arXiv:1909.05858), banned tokens and the minimum length."""
         config = self.config
-        too_early = num_generated < (config.min_new_tokens or 0) and bool(self.stops)
-        if config.repetition_penalty == 1.0 and not config.bad_token_ids and not too_early:
+        if not self.changes_logits(num_generated):
             return logits
+        too_early = num_generated < (config.min_new_tokens or 0) and bool(self.stops)
         logits = logits.clone()
         if config.repetition_penalty != 1.0:
             seen = torch.tensor([token for token in self.seen if 0 <= token < len(logits)], dtype=torch.long)
@@ -75,21 +120,6 @@ class Sampler:
         if too_early:
             logits[list(self.stops)] = -torch.inf
         return logits
-
-    def _candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return probabilities and ids of the candidates, most likely first.
-
-        Temperature, then top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751) and min-p, in that order.
-        """
-        config = self.config
-        count = config.top_k if 0 < config.top_k < len(logits) else len(logits)
-        ordered, ids = (logits / config.temperature).topk(count)
-        probabilities = ordered.softmax(dim=-1)
-        if config.top_p < 1.0:  # the token that crosses top_p stays
-            probabilities[probabilities.cumsum(dim=-1) - probabilities > config.top_p] = 0.0
-        if config.min_p > 0.0:
-            probabilities[probabilities < config.min_p * probabilities[0]] = 0.0
-        return probabilities, ids
 
 
 def nan_in_logits(num_generated: int) -> ModelError:
@@ -137,7 +167,7 @@ class GenerationState:
         ]  # placeholders do not count for the repetition penalty
         self.config, self.stops = config, stops
         self.num_generated, self.token, self.finished = 0, -1, False
-        self._sampler = Sampler(config, text_ids, stops)
+        self.sampler = Sampler(config, text_ids, stops)
 
     @property
     def wants_all_states(self) -> bool:
@@ -146,19 +176,16 @@ class GenerationState:
 
     @property
     def needs_logits(self) -> bool:
-        """Whether more than the likeliest token is needed: to sample, to change or report logits, or to return states."""
+        """Whether the host needs more than the chosen token: to report log probabilities, or to return logits or states."""
         config = self.config
-        early = self.num_generated < (config.min_new_tokens or 0) and bool(self.stops)
-        sampled = config.do_sample and config.temperature > 1e-5
         reported = config.logprobs is not None or config.output_logits or config.output_last_hidden_state
-        changed = config.repetition_penalty != 1.0 or bool(config.bad_token_ids) or early
-        return bool(sampled or reported or changed or config.max_new_tokens == 0)
+        return bool(reported or config.max_new_tokens == 0)
 
     def next_token(self, token: int) -> EngineOutput:
         """`next_output` for a request that does not need logits.
 
         Args:
-            token: the likeliest one; -1 if the logits contain NaN.
+            token: the one that was chosen on the device; -1 if the logits contain NaN.
 
         Raises:
             ModelError: the logits contain NaN.
@@ -166,6 +193,7 @@ class GenerationState:
         if token < 0:
             raise nan_in_logits(self.num_generated)
         self.token = token
+        self.sampler.seen.add(token)
         return self._output(None)
 
     def next_output(self, logits: torch.Tensor, hidden: torch.Tensor) -> EngineOutput:
@@ -181,7 +209,7 @@ class GenerationState:
         if config.max_new_tokens == 0:
             self.finished = True
             return EngineOutput(ResponseType.FINISH, [], 0, None, *states)
-        self.token, logprobs = self._sampler.next(logits[-1].float().cpu(), self.num_generated)
+        self.token, logprobs = self.sampler.next(logits[-1].float().cpu(), self.num_generated)
         return self._output(logprobs, *states)
 
     def _output(self, logprobs: dict[int, float] | None, *states: torch.Tensor | None) -> EngineOutput:

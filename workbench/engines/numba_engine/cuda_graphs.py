@@ -8,6 +8,7 @@ A step's tokens also stay on the GPU, so that the next step can be launched befo
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,8 @@ from range_kernels import CUDAGraphPlan, KVPages
 
 from .decode_step import DecodeStep, StepInputs
 from .decoder import Decoder
+
+Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class DecodeResult:
@@ -33,7 +36,7 @@ class DecodeResult:
         self._tokens, self._done, self.logits, self.hidden = tokens, done, logits, hidden
 
     def tokens(self) -> list[int]:
-        """Wait for the step, and return the likeliest token of each request; -1 if its logits contain NaN."""
+        """Wait for the step, and return the chosen token of each request; -1 if its logits contain NaN."""
         self._done.synchronize()
         return self._tokens.tolist()
 
@@ -77,8 +80,12 @@ class CUDAGraphRunner:
         """Whether decode steps over `pages` can be captured as CUDA graphs: only if they run on the tensor-core decode kernel."""
         return CUDAGraphPlan.supported(pages, decoder.config.heads, decoder.config.scale)
 
-    def launch(self, decoder: Decoder, step: DecodeStep) -> DecodeResult | None:
+    def launch(self, decoder: Decoder, step: DecodeStep, choose: Choose | None = None) -> DecodeResult | None:
         """Launch a step, without waiting for it. At most one step may be under way whose tokens were not read.
+
+        Args:
+            choose: called as `choose(logits, likeliest)` after the graph, chooses other tokens than the likeliest; it may not wait for
+                the GPU.
 
         Returns None if capturing failed, after a warning: the caller must run the step eagerly.
         """
@@ -94,7 +101,12 @@ class CUDAGraphRunner:
         captured.graph.replay()
         count, done = len(step.ids), torch.cuda.Event()
         tokens = torch.empty(count, dtype=torch.int64, pin_memory=True)  # PyTorch caches pinned memory
-        tokens.copy_(captured.tokens[:count], non_blocking=True)
+        next_tokens = captured.tokens[:count]
+        if choose is not None:
+            next_tokens = choose(captured.logits[:count], next_tokens)
+            assert self._chosen is not None
+            self._chosen[:count] = next_tokens.clamp(min=0)  # NaN: the step that takes the token is dropped
+        tokens.copy_(next_tokens, non_blocking=True)
         done.record()
         return DecodeResult(tokens, done, captured.logits[:count], captured.hidden[:count])
 

@@ -181,6 +181,9 @@ class Loop:
         if self._under_way is not None:
             with suppress(Exception):
                 self._under_way[1].tokens()
+            for chunk in self._under_way[0]:
+                if chunk.request.generation is not None:
+                    chunk.request.generation.sampler.forget_device()
             self._under_way = None
 
     def _finish_launched(self, chunks: list[ScheduledChunk], launched: DecodeResult, began: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from .decode_step import DecodeStep
 from .decoder import Decoder, Tap
 from .request import Request
 from .rope import Rope, choose_axes
+from .token_choice import choose_tokens, chooses_likeliest
 
 _MAX_PINNED = 64 << 20  # bytes of pinned memory for one copy
 
@@ -32,7 +34,7 @@ class StepResult(NamedTuple):
     """What a step computed for one chunk.
 
     Attributes:
-        token: the likeliest next token, chosen on the GPU; -1 if the logits contain NaN. None if it must be chosen from `logits`.
+        token: the next token, chosen on the GPU; -1 if the logits contain NaN. None if it must be chosen from `logits`.
         logits: `[rows, vocab]` of the chunk's last token, or of all its tokens if the request wants the states of its prompt; float32 on
             the CPU. None if `token` is enough.
         hidden: `[rows, hidden]` after the final norm.
@@ -70,7 +72,7 @@ class ModelRunner:
     def launch(
         self, chunks: Sequence[Chunk], pages: KVPages, after: Sequence[int] | None = None
     ) -> DecodeResult | None:
-        """Launch a decode step of requests that need no more than their likeliest tokens, without waiting for it.
+        """Launch a decode step of requests that need no more than their next tokens, without waiting for it.
 
         Args:
             after: for each chunk the row of the step before, whose tokens are not known yet, that chooses its token.
@@ -93,7 +95,12 @@ class ModelRunner:
         step = DecodeStep.of(chunks, pages.page_size, after)
         if step is None or (after is not None and not graphs.ready(self.decoder, step)):
             return None
-        decoded = graphs.launch(self.decoder, step)
+        # Of a token that is computed again, after a preemption, the next one is known.
+        ends = [after is not None or chunk.stop == len(chunk.request) for chunk in chunks]
+        states = [chunk.request.generation if end else None for chunk, end in zip(chunks, ends, strict=True)]
+        ahead = 0 if after is None else 1
+        choose = None if chooses_likeliest(states, ahead) else partial(choose_tokens, states=states, ahead=ahead)
+        decoded = graphs.launch(self.decoder, step, choose)
         if decoded is None:
             self.graphs = None  # capturing failed, and a warning was issued
         return decoded
@@ -111,10 +118,12 @@ class ModelRunner:
         if self.decoder.device.type != "cuda":
             parts = zip(logits.split(sizes), needed.split(sizes), strict=True)
             return [StepResult(None, *part) for part in parts]
-        last = np.cumsum(sizes) - 1
-        best = logits[last.tolist()].max(dim=1)
-        tokens = torch.where(best.values.isnan(), -1, best.indices).tolist()
-        return self._results(chunks, tokens, logits, needed, sizes)
+        last = logits[(np.cumsum(sizes) - 1).tolist()]
+        best = last.max(dim=1)
+        likeliest = torch.where(best.values.isnan(), -1, best.indices)
+        # Of a chunk that does not end its prompt the token is dropped, so nothing is chosen.
+        states = [chunk.request.generation if chunk.stop == len(chunk.request) else None for chunk in chunks]
+        return self._results(chunks, choose_tokens(last, likeliest, states).tolist(), logits, needed, sizes)
 
     def _results(
         self,
