@@ -82,8 +82,8 @@ def _measure(engine: Any, model: Model) -> Iterator[tuple[str, float]]:
     yield "first token, ms", 1e3 * median(_seconds(engine.generate, prompt, one) for _ in range(5))
     for batch in BATCHES:
         prompts = [spliced_prompt(model, tokens, images, seed=seed) for seed in range(batch)]
-        _generate_together(engine, prompts, 4 + NEW_TOKENS)  # captures
-        few, many = (_seconds(_generate_together, engine, prompts, count) for count in (4, 4 + NEW_TOKENS))
+        _generate_together(engine, prompts, 4 + NEW_TOKENS, {})  # captures
+        few, many = (_seconds(_generate_together, engine, prompts, count, {}) for count in (4, 4 + NEW_TOKENS))
         yield f"decode at {batch}, tokens/s", batch * NEW_TOKENS / (many - few)
 
 
