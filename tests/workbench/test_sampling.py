@@ -9,7 +9,7 @@ from tests.workbench.small_architectures import save
 from tests.workbench.test_architectures import prompt_for
 from workbench.engines.numba_engine.token_choice import choose_tokens
 from workbench.engines.sampling import GenerationState, Sampler
-from workbench.engines.sampling_rows import RowSettings, sample_rows, uniform
+from workbench.engines.sampling_rows import RowSettings, _likeliest, sample_rows, uniform
 
 VOCAB = 3000
 _needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -57,6 +57,18 @@ def test_rows_are_chosen_as_by_hand():
     wanted = [by_hand(row, each) for row, each in zip(logits, settings, strict=True)]
     # float32 softmax may put the boundary of a candidate elsewhere than float64 does, rarely
     assert sum(a != b for a, b in zip(found, wanted, strict=True)) <= 1
+
+
+@pytest.mark.parametrize("count", [64, 1024])
+@pytest.mark.parametrize("vocab", [40001, 49152])
+def test_the_largest_of_a_large_vocabulary_come_in_a_fixed_order(count, vocab):
+    """Many equal logits, infinities and both zeros; against a stable sort."""
+    x = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)).mul(4).round().div(4)
+    x[0, 77], x[1, 5:9], x[2] = torch.inf, -torch.inf, x[2] * 0.0
+    values, ids = _likeliest(x, count)
+    order = torch.sort(x, dim=1, descending=True, stable=True).indices[:, :count]
+    assert torch.equal(ids, order)
+    assert torch.equal(values, x.gather(1, order))
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it():

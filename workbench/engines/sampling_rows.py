@@ -15,6 +15,10 @@ _WIDTHS = (64, 1024)
 """Numbers of candidates that are looked at together: a row is always computed at one width, whatever rows are beside it."""
 
 
+_CHUNKS = {64: 128, 1024: 16}  # logits in a chunk, by the number of candidates
+_MOST = (1 << 31) - 1
+
+
 class RowSettings(NamedTuple):
     """Settings of one row: as in `GenerationConfig`, and a random number in [0, 1)."""
 
@@ -38,7 +42,7 @@ def uniform(seed: int, index: int) -> float:
 
 
 def sample_rows(logits: torch.Tensor, settings: Sequence[RowSettings]) -> torch.Tensor:
-    """Choose a token for each row of `logits` `[rows, vocab]`, which contain no NaN; return int64 `[rows]` on their device.
+    """Choose a token for each row of `logits` `[rows, vocab]`, return int64 `[rows]` on their device; any id for a row with NaN.
 
     The host does not wait for the device.
     """
@@ -87,14 +91,36 @@ def _sample(logits: torch.Tensor, numbers: torch.Tensor, width: int) -> torch.Te
 
 
 def _likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest logits of each row and their ids, largest first, of equal ones the lowest id first.
+    """The `count` largest logits of each row, float32, and their ids, largest first, of equal ones the lowest id first.
 
-    Keys of 64 bits, the logit's bits above the id, make every key different: the order of equal logits depends on no algorithm.
+    A large vocabulary is cut into chunks: the `count` largest are in the `count` chunks with the largest maxima, so only those are
+    ordered.
     """
-    vocab = logits.shape[1]
-    bits = logits.contiguous().view(torch.int32)
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # integers in the order of the floats
-    keys = (ordered << 32) | torch.arange(vocab - 1, -1, -1, device=logits.device)
-    best = keys.topk(count, dim=1).values if count < vocab else keys.sort(dim=1, descending=True).values
-    ids = vocab - 1 - (best & 0xFFFFFFFF)
-    return logits.gather(1, ids), ids
+    rows, vocab = logits.shape
+    logits = logits + 0.0  # -0.0 becomes 0.0: they are equal, but their bits are not
+    size = _CHUNKS.get(count)
+    if size is None or vocab < 2 * count * size:
+        ids = torch.arange(vocab, device=logits.device).expand(rows, -1)
+        return _ordered(logits, ids, count)
+    padded = torch.nn.functional.pad(logits, (0, -vocab % size), value=-torch.inf)
+    chunks = padded.view(rows, -1, size)
+    maxima = chunks.amax(dim=-1)
+    numbers = torch.arange(maxima.shape[1], device=logits.device).expand(rows, -1)
+    _, best = _ordered(maxima, numbers, count)
+    candidates = chunks.gather(1, best[:, :, None].expand(-1, -1, size)).flatten(1)
+    ids = (best[:, :, None] * size + torch.arange(size, device=logits.device)).flatten(1)
+    return _ordered(candidates, ids, count)
+
+
+def _ordered(values: torch.Tensor, ids: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest values of each row and their ids below 2**31, largest first, of equal ones the lowest id first.
+
+    Keys of 64 bits, the value's bits above the id, make every key different: the order of equal values depends on no algorithm.
+    """
+    bits = values.contiguous().view(torch.int32)
+    high = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()  # integers in the order of the floats
+    keys = (high << 32) | (_MOST - ids)
+    best = keys.topk(count, dim=1).values if count < keys.shape[1] else keys.sort(dim=1, descending=True).values
+    high = best >> 32
+    found = (high ^ ((high >> 31) & 0x7FFFFFFF)).int().view(torch.float32)
+    return found, _MOST - (best & 0xFFFFFFFF)

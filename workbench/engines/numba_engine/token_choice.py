@@ -32,34 +32,38 @@ def choose_tokens(
     rows = [(row, state) for row, state in enumerate(states) if state is not None and _otherwise(state, ahead)]
     if not rows:
         return likeliest
-    changed = []
-    for row, state in rows:
-        own = logits[row].float()
-        generated = state.num_generated + ahead
-        changed.append(
-            state.sampler.adjust_on_device(own, generated) if state.sampler.changes_logits(generated) else own
-        )
-    adjusted = torch.stack(changed)
-    chosen = adjusted.argmax(dim=1)
+    everyone = len(rows) == len(states)
+    at = None if everyone else _numbers([row for row, _ in rows], logits.device)
+    adjusted = (logits if at is None else logits[at]).float()
+    generated = [state.num_generated + ahead for _, state in rows]
+    changing = [number for number, (_, state) in enumerate(rows) if state.sampler.changes_logits(generated[number])]
+    if changing and adjusted.data_ptr() == logits.data_ptr():
+        adjusted = adjusted.clone()
+    for number in changing:
+        adjusted[number] = rows[number][1].sampler.adjust_on_device(adjusted[number], generated[number])
     sampled = [number for number, (_, state) in enumerate(rows) if state.sampler.samples]
-    if sampled:
-        settings = [rows[number][1].sampler.settings(rows[number][1].num_generated + ahead) for number in sampled]
-        finite = adjusted.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)  # their token is -1 in the end
-        if len(sampled) == len(rows):
-            chosen = sample_rows(finite, settings)
-        else:
-            at = torch.tensor(sampled).pin_memory().to(logits.device, non_blocking=True)
-            chosen[at] = sample_rows(finite[at], settings)
-    tokens = likeliest.clone()
-    if len(rows) == len(states):
+    settings = [rows[number][1].sampler.settings(generated[number]) for number in sampled]
+    if len(sampled) == len(rows):
+        chosen = sample_rows(adjusted, settings)
+    else:
+        chosen = adjusted.argmax(dim=1)
+        if sampled:
+            some = _numbers(sampled, logits.device)
+            chosen[some] = sample_rows(adjusted[some], settings)
+    if at is None:
         tokens = torch.where(likeliest < 0, -1, chosen)
     else:
-        at = torch.tensor([row for row, _ in rows]).pin_memory().to(logits.device, non_blocking=True)
+        tokens = likeliest.clone()
         tokens[at] = torch.where(likeliest[at] < 0, -1, chosen)
     for number, (_, state) in enumerate(rows):
         if state.config.repetition_penalty != 1.0:
             state.sampler.see_on_device(chosen[number : number + 1])
     return tokens
+
+
+def _numbers(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """Row numbers on the GPU, without a wait."""
+    return torch.tensor(numbers).pin_memory().to(device, non_blocking=True)
 
 
 def _otherwise(state: GenerationState | None, ahead: int) -> bool:
