@@ -226,3 +226,23 @@ def test_bad_runs_of_effects_are_refused(llama):
         patch_effects(engine, prompt, other, (3, 10**6))
     with pytest.raises(workbench.TraceError, match="all positions and logits"):
         patch_effects(engine, prompt, engine.trace(other, ["layers.0"]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_patches_and_attention_on_a_gpu(kind, llama):
+    engine, prompt = llama
+    with workbench.open_engine(kind, engine.model, device="cuda") as on_gpu:
+        plain = on_gpu.trace(prompt, ["layers.*", "layers.*.*", "logits"])
+        same = [workbench.Patch.of(plain, tap, range(len(prompt))) for tap in ("layers.0.attention", "layers.1")]
+        again = on_gpu.trace(prompt, ["layers.*", "logits"], patches=same)
+        for tap in again:
+            assert torch.equal(again[tap], plain[tap]), tap
+        found = patch_effects(on_gpu, prompt, other_rows(prompt), (3, 9))
+        expected = patch_effects(engine, prompt, other_rows(prompt), (3, 9))
+        assert np.abs(found.values - expected.values).max() < 1e-3
+        rows = attention_of(on_gpu, prompt, [1], [-1]).layers[1].weights
+        assert (rows - attention_of(engine, prompt, [1], [-1]).layers[1].weights).abs().max() < 1e-4
+        lens = answer_lens(on_gpu, prompt, max_tokens=3)
+        assert lens.words[-1] == list(lens.texts)
