@@ -11,6 +11,7 @@ from data.digit_cards.training.questions import QUESTIONS
 from tests.conftest import IMAGES
 from workbench import Prompt
 from workbench.errors import PromptError
+from workbench.widgets.why_panel import MAP, READS, RESTS
 
 pytestmark = pytest.mark.slow
 
@@ -171,3 +172,100 @@ def test_rows_without_an_image_are_shown_in_one_line(explorer):
     shown = workbench.explore(explorer.engine.model, prompt, engine=explorer.engine, judge=False)
     assert shown.wait()
     assert [item["lines"] for item in shown.patches.items] == [1]
+
+
+def go_home(explorer, judge=False):
+    explorer.judge.value = judge
+    explorer.fault.value = "none"
+    explorer._go_home()
+    assert explorer.wait()
+
+
+def test_why_panel_follows_pin_colour_ranges_and_faults(explorer):
+    go_home(explorer)
+    why, home = explorer.why, [list(pair) for pair in explorer.prompt.embedding_ranges]
+    assert why.lens is None  # folded: nothing is computed
+    explorer.why_fold.selected_index = 0
+    assert explorer.wait()
+    assert "".join(why.lens.texts) == explorer.answer() == "blue 7, green 5"
+
+    why.strip.pinned = 4
+    assert explorer.wait()
+    assert (why.colour.value, explorer.map.metric) == (READS, "read")
+    read = explorer._maps.values["read"]
+    assert read.shape == (len(explorer.map.taps), len(explorer.prompt))
+    assert np.isnan(read[0]).all()  # `embed` has no attention
+    first, second = (read[12:-1, start:stop].sum() for start, stop in home)
+    assert second > 1.5 * first  # "green" is on the second card
+    explorer.map.row = 25
+    assert explorer.wait()
+    assert np.array_equal(np.frombuffer(explorer.patches.values, np.float32), read[25])
+    assert len(explorer.editor.shades) == 4 * len(explorer.prompt)
+
+    why.colour.value = RESTS
+    assert explorer.wait()
+    direct = workbench.attribute(explorer.engine, explorer.prompt, [why.lens.tokens[4]], answer=why.lens.tokens[:5])
+    assert why.attribution.target == direct.target
+    assert why.attribution.items == pytest.approx(direct.items, abs=1e-4)
+    assert direct.items[1] > direct.items[0] + 5
+    shown = np.frombuffer(explorer.patches.values, np.float32)[slice(*home[1])]
+    assert np.nanargmax(shown) == np.argmax(direct.rows(1))
+    assert "' green'" in why.found.value or "&#x27; green&#x27;" in why.found.value
+    assert why.figure().axes
+
+    explorer.fault.value = "range +1"
+    assert explorer.wait()
+    assert "".join(why.lens.texts) == explorer.answer()
+    explorer.fault.value = "none"
+    explorer.editor.embedding_ranges = [[4, 53], home[1]]  # they overlap
+    assert explorer.wait()
+    assert why.strip.tokens == []
+    assert "do not run" in why.strip.message
+    assert explorer.editor.shades == b""
+    why.colour.value = MAP
+    go_home(explorer)
+    assert "".join(why.lens.texts) == "blue 7, green 5"
+    explorer.why_fold.selected_index = None
+    assert explorer.wait()
+
+
+def test_tap_map_chooses_what_the_map_shows(explorer):
+    go_home(explorer)
+    explorer.tap_map.tap = "layers.23.attention"
+    assert explorer.wait()
+    assert explorer.map.taps == [f"layers.{number}.attention" for number in range(30)]
+    assert explorer.map.row == 23
+    taps = ["layers.23.attention"]
+    injected, plain = (
+        explorer.engine.trace(prompt, taps)[taps[0]].double()
+        for prompt in (explorer.prompt, explorer.prompt.without_embeddings)
+    )
+    change = (injected - plain).norm(dim=1) / plain.norm(dim=1)
+    assert np.allclose(explorer._maps.values["change"][23], change.numpy(), rtol=1e-4)
+    explorer.editor.embedding_ranges = [[3, 52], [53, 102]]
+    assert explorer.wait()
+    assert explorer.map.taps[0] == "layers.0.attention"
+    explorer.map.row = 2
+    assert explorer.tap_map.tap == "layers.2.attention"
+    explorer.tap_map.tap = "layers.2"
+    assert explorer.wait()
+    assert (explorer.map.taps[0], explorer.map.row) == ("embed", 3)
+    go_home(explorer, judge=True)
+    assert explorer.comparison.verdict == "noise"
+    assert explorer.tap_map.figure().axes
+
+
+def test_why_panel_says_what_an_engine_lacks(explorer):
+    model = explorer.engine.model
+    width, vocab = model.text_config.hidden_size, model.text_config.vocab_size
+    engine = workbench.engine_from(
+        lambda prompt: {"embed": torch.zeros(len(prompt), width), "logits": torch.ones(len(prompt), vocab)}, model
+    )
+    other = workbench.explore(model, explorer.prompt, engine=engine, judge=False, new_tokens=2)
+    other.why_fold.selected_index = 0
+    assert other.wait()
+    assert "no tap 'layers.*'" in other.why.strip.message
+    with pytest.raises(RuntimeError, match="no tap"):
+        other.why.figure()
+    other.close()
+    engine.close()

@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from workbench.analysis.answer_lens import AnswerLens
+from workbench.analysis.patching import PatchEffects
 from workbench.plots import to_png, token_strip
+from workbench.plots.answer_lens import answer_lens_figure
 from workbench.plots.columns import tokens_per_column, worst_per_column
 from workbench.plots.engine_floors import floors_by_tap
 from workbench.plots.heat_map import hidden_state_map
 from workbench.plots.patches import PatchGrid, grids_figure
+from workbench.plots.patching import patching_figure
 from workbench.plots.style import FAILED as FAILED_COLOUR
+from workbench.plots.tap_map import tap_map_figure
 from workbench.plots.visible_text import drawable, escaped, fonts, label, width
 
 TAPS = [f"layers.{number}" for number in range(40)]
@@ -147,3 +152,44 @@ def test_engines_side_by_side_show_which_one_leaves_the_band():
     assert list(lines["b, float32"].get_xdata()) == [31, 32]
     assert min(lines["a, bfloat16"].get_ydata()) > 0  # an exact tap is drawn on the logarithmic scale, too
     assert floors_by_tap({}, 8.0).axes
+
+
+def test_a_grid_of_patches_shows_what_was_run():
+    values = np.array([[0.0, 2.0], [np.nan, 1.0]])
+    effects = PatchEffects(
+        (1, 2), ("a", "b$"), ("layers.0", "layers.1"), ("image 0", "text"), ((0,), (1,)), 0.0, 2.0, values, False
+    )
+    figure = patching_figure(effects)
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0%", "100%", "50%"]
+    assert "cancelled" in axes.get_title()
+    pixels(figure)  # names are escaped
+    deep = PatchEffects(
+        (1, 2),
+        ("a", "b"),
+        tuple(f"layers.{n}" for n in range(80)),
+        ("text",),
+        ((0,),),
+        0.0,
+        1.0,
+        np.zeros((80, 1)),
+        True,
+    )
+    assert len(patching_figure(deep).axes[0].get_yticklabels()) == 40
+
+
+def test_the_diagram_of_a_deep_model_leaves_the_middle_out():
+    layers = [{"number": n, "taps": [f"layers.{n}.attention", f"layers.{n}"], "about": ""} for n in range(40)]
+    figure = tap_map_figure(layers, ["embed", "norm"], ["image $0 [3, 52)"], "layers.39")
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert {"layers.0", "layers.39", "..."} <= set(texts)
+    assert "layers.20" not in texts
+    assert (pixels(figure) == (0x19, 0x76, 0xD2)).all(axis=-1).any()  # the chosen tap is filled
+
+
+def test_the_lens_of_an_answer_is_drawn_with_the_last_words_in_bold():
+    words = [["x", "y"], ["blue", "7"]]
+    chances = np.array([[0.1, 0.2], [0.9, 0.8]])
+    lens = AnswerLens((1, 2), ("blue", "7"), ("embed", "norm"), words, chances, chances, ("sinks", "text"), None, None)
+    texts = answer_lens_figure(lens).axes[0].texts
+    assert {text.get_text() for text in texts if text.get_weight() == "bold"} == {"blue", "7"}

@@ -62,7 +62,8 @@ class PatchEffects:
             f"{'patched at':20}" + "".join(f"{name[:13]:>14}" for name in self.groups),
         ]
         lines += [
-            f"{tap:20}" + "".join(f"{round(share, 2) + 0.0:14.0%}" if np.isfinite(share) else f"{'-':>14}" for share in row)
+            f"{tap:20}"
+            + "".join(f"{round(share, 2) + 0.0:14.0%}" if np.isfinite(share) else f"{'-':>14}" for share in row)
             for tap, row in zip(self.taps, shares, strict=True)
         ]
         return "\n".join(lines if self.complete else [*lines, "cancelled before all patches were run"])
