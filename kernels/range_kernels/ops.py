@@ -254,10 +254,11 @@ def add_rms_norm(
 
 
 def gate(both: torch.Tensor, gelu: bool = False) -> torch.Tensor:
-    """`activation(both[:, :n]) * both[:, n:]` for `both` `[rows, 2 n]`; SiLU, or tanh-approximated GELU if `gelu`.
+    """`activation(both[:, :n]) * both[:, n:]`, `[rows, n]`, for `both` `[rows, 2 n]`; SiLU, or tanh-approximated GELU if `gelu`.
 
     Raises:
-        ValueError: an odd width; a device or dtype without a kernel; on a GPU `n` is not a multiple of 8, or rows are not aligned.
+        ValueError: an odd width; a device or dtype without a kernel; on a GPU `n` is not a multiple of 8, or rows do not begin at a
+            multiple of 16 bytes.
     """
     _check("both", both, 2)
     if both.shape[1] % 2:

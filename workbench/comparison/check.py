@@ -104,7 +104,8 @@ def shared_taps(engine: Engine, patterns: Sequence[str]) -> list[str]:
 def states_bytes(
     engine: Engine, prompt: Prompt, taps: Sequence[str], positions: slice | Sequence[int] = slice(None)
 ) -> int:
-    """Bytes of the states of a verdict: the engine's, the reference's in float64, and one run of the noise floor."""
+    """How many bytes the states of a verdict take: the engine's, the float64 reference's, and those of one run of the noise floor, of
+    which only the largest errors are kept."""
     size = engine.plan_trace(prompt, taps, positions).nbytes
     return 2 * size + size // engine.dtype.itemsize * 8
 

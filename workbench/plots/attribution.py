@@ -20,10 +20,10 @@ _LINE = 64  # cells in a line of an item without a grid
 
 
 def attribution_figure(attribution: Attribution, images: Sequence[Image.Image] = ()) -> Figure:
-    """Draw the change per row, red where the answer loses and blue where it gains; rows below the noise are left uncoloured.
+    """Draw the change per row in nats, red where the answer loses and blue where it gains; changes below twice the noise are uncoloured.
 
     Args:
-        images: the images of the items, drawn below their grids.
+        images: one per item, in order, drawn behind its grid; fewer, or none, leave grids empty.
     """
     values = [
         np.where(attribution.significant(number), attribution.rows(number), np.nan)

@@ -23,7 +23,7 @@ class PatchGrid:
     Attributes:
         title: text above the grid.
         lines, columns: size of the grid; patches are in row-major order.
-        image: drawn below the grid; None draws the grid alone, for items without an image.
+        image: drawn behind the grid; None draws the grid alone, for items without an image.
         values: a number per patch, `[lines, columns]`; a patch with NaN is not coloured, and None colours none.
     """
 

@@ -139,10 +139,10 @@ class VisionTower:
 
     @cached_property
     def own_processor(self) -> OwnProcessor:
-        """The model's combined processor, which lays out whole prompts.
+        """The model's own processor of text, images, videos and sounds, which lays out whole prompts.
 
         Raises:
-            ModelError: it cannot be read, or the checkpoint is not on this machine.
+            ModelError: the processor cannot be read, or the checkpoint is not on this machine.
         """
         if isinstance(self.processor, OwnProcessor):
             return self.processor

@@ -110,9 +110,9 @@ def make_gate(dtype: str, gelu: bool) -> Callable[..., None]:
 
 @cache
 def make_rotate(dtype: str, weight_dtype: str, interleaved: bool, norms: bool) -> Callable[..., None]:
-    """The kernel of `rotate_heads`: one warp per token and head; with `norms`, heads are normed first.
+    """Return the kernel of `rotate_heads`: one warp per token and head. With `norms`, each head goes through an RMSNorm first.
 
-    Keys are also written to the KV cache, and values copied there, if there is one.
+    If it is called with a KV cache, rotated keys and unchanged values are also written there.
     """
     size, weight_size = uint64(SIZES[dtype]), uint64(SIZES[weight_dtype])
     load, store, load_weight, rounded = load_one[dtype], store_one[dtype], load_one[weight_dtype], round_to[dtype]

@@ -48,7 +48,8 @@ def _can_run(dtype: torch.dtype, head_dim: int, device: int, smem: int) -> bool:
 
 @dataclass(frozen=True)
 class Shape:
-    """Queries per block and pipeline stages: with two, the next key and value tile is loaded while one is used, else after it."""
+    """How many queries a block has (`rows`), and how many pipeline stages (`stages`): with 2, the next tile of keys and values is loaded
+    while one is used; with 1, after it."""
 
     rows: int
     stages: int

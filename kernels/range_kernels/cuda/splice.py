@@ -172,9 +172,9 @@ class DevicePlan:
 
 
 def prepare(clipped: Clipped, table: torch.Tensor) -> tuple[DevicePlan, bool]:
-    """Return a plan, and whether `launch` with it is one kernel launch: if table and items are aligned to 16 bytes.
+    """Return a plan, and True if `launch` needs only one kernel: table and items are aligned to 16 bytes, and it is a real GPU.
 
-    The kernels are then compiled here, and the current stream is waited for, so that the plan can be used on every
+    If True, the kernels are compiled here, and the current stream is waited for, so that the plan can be used on every
     stream.
     """
     plan = DevicePlan(clipped, table)

@@ -30,7 +30,7 @@ def rows_of(head_dim: int) -> int:
 
 
 def padded(head_dim: int) -> int:
-    """Channels of a row in shared memory: whole blocks of 64, the swizzle's width."""
+    """`head_dim` rounded up to a multiple of 64, the width of the swizzle: the channels of a row in shared memory."""
     return -(-head_dim // 64) * 64
 
 

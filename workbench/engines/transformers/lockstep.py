@@ -29,13 +29,16 @@ class Lockstep:
         self._ended = False
 
     def run(self, passes: Sequence[Callable[[Callable[[str], None]], Any]]) -> list[Any]:
-        """Run the passes and return their results; in each round they take turns in the order given.
+        """Run the passes, each in a thread of its own, and return their results in the order given.
+
+        Before a unit, such as one layer's weights, all wait until every pass that needs it has asked for it; then they run one at a
+        time, in the order given.
 
         Args:
             passes: each is called in its own thread with a function that it must call with a unit's name before it needs that unit.
 
         Raises:
-            What the first failing pass raises; the others are ended.
+            The exception of the first pass that fails; the others are stopped.
         """
         self._passes = [_Pass(self, work) for work in passes]
         try:

@@ -193,7 +193,7 @@ class Worker:
             asked.keep(first, own)
 
     def states_of(self, answer: dict[str, Any], number: str) -> dict[str, torch.Tensor]:
-        """The rows that belong to an answer's new tokens, for requests that asked for states or logits."""
+        """What request `number` asked for of an answer's new tokens: `last_hidden_state` and `logits`, `[tokens, width]`; {} if nothing."""
         asked = self.asked.get(number)
         if asked is None or not answer["token_ids"]:
             return {}

@@ -121,7 +121,7 @@ class Changes:
             self.drop("deepstack features cannot be passed", deepstack=())
 
     def causal(self) -> None:
-        """Drop spans, for a target that does not support bidirectional ones."""
+        """Remove every span, for a target whose attention is causal, and note it if one was bidirectional."""
         if self.prompt.bidirectional_ranges:
             self.notes.append("attention is causal everywhere: bidirectional spans are not supported")
         if self.prompt.spans:
