@@ -21,6 +21,8 @@ and in any batch. Fast-math is off for this reason: two compilations of this fun
 from __future__ import annotations
 
 import math
+from types import FunctionType
+from typing import Any
 
 import numpy as np
 from numba import njit, prange
@@ -205,7 +207,18 @@ def _attend(q, keys, values, out, key_start, key_stop, seq_lens, block_table, ta
                 out[query, head, channel] = sums[i, channel] * inverse
 
 
-write = njit(parallel=True, cache=CACHE)(_write)
-write_few = njit(cache=CACHE)(_write)
-attend = njit(parallel=True, cache=CACHE)(_attend)
-attend_small = njit(cache=CACHE)(_attend)
+def _renamed(function: Any, name: str) -> Any:
+    """The same function with another name.
+
+    Numba's disk cache tells functions apart by name and line, not by options: a parallel and a sequential compilation of one function
+    overwrite each other there, and whichever comes first is loaded for both.
+    """
+    copy = FunctionType(function.__code__, function.__globals__, name)
+    copy.__qualname__, copy.__module__ = name, function.__module__
+    return copy
+
+
+write = njit(parallel=True, cache=CACHE)(_renamed(_write, "write"))
+write_few = njit(cache=CACHE)(_renamed(_write, "write_few"))
+attend = njit(parallel=True, cache=CACHE)(_renamed(_attend, "attend"))
+attend_small = njit(cache=CACHE)(_renamed(_attend, "attend_small"))

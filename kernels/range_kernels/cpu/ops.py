@@ -94,11 +94,13 @@ def linear_task(task, x, rows, rest, panels, out):
     weights = panels.ctypes.data + np.uintp(panel * inputs * COLUMNS * panels.itemsize)
     wide = np.empty(inputs * COLUMNS + 16 if bf16 and last - first >= WIDENED else 0, np.float32)
     if len(wide):
-        place = wide.ctypes.data + np.uintp(-wide.ctypes.data % 64)
-        widen_bf16(weights, place, inputs * COLUMNS)
+        # Numba frees an array after its last use, of which it does not take an address for one: `wide` is used inside the loop.
+        skipped = np.uintp(-wide.ctypes.data % 64)
+        widen_bf16(weights, wide.ctypes.data + skipped, inputs * COLUMNS)
         for row in range(first, last, ROWS):
             target = out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4)
-            _long_product(x.ctypes.data + np.uintp(row * inputs * 4), place, target, out.shape[1], inputs)
+            source = x.ctypes.data + np.uintp(row * inputs * 4)
+            _long_product(source, wide.ctypes.data + skipped, target, out.shape[1], inputs)
     else:
         for row in range(first, last, ROWS):
             target = out.ctypes.data + np.uintp((row * out.shape[1] + panel * COLUMNS) * 4)

@@ -9,8 +9,7 @@ It runs a `Batch`: tokens of any number of requests, packed end to end, whose ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,27 +21,12 @@ from ...models import Model
 from ...models.quantization import quantization_settings
 from .architectures import read_decoder_config
 from .batch import DecoderInputs
-from .ops import KVCache, Linear, Rotation, Sum, operations
+from .ops import KVCache, Layer, Rotation, Sum, operations
 from .weights import TensorReader
 
 Tap = Callable[[str, torch.Tensor], torch.Tensor | None]
 """Called as `tap(name, state)` with each named hidden state, `[tokens, width]`; names as in `trace.taps`. It may return the state to go
 on with, except after the final norm."""
-
-
-@dataclass
-class Layer:
-    """Weights of one layer; query, key and value projections are stacked, and so are gate and up."""
-
-    attention_norm: torch.Tensor  # [hidden]
-    qkv: Linear  # hidden -> (q_heads + 2 kv_heads) * head_dim
-    head_norms: torch.Tensor | None  # [2, head_dim], of queries and keys
-    output: Linear  # q_heads * head_dim -> hidden
-    after_attention: torch.Tensor | None  # [hidden]
-    mlp_norm: torch.Tensor
-    gate_up: Linear  # hidden -> 2 * intermediate
-    down: Linear  # intermediate -> hidden
-    after_mlp: torch.Tensor | None
 
 
 class Decoder:
@@ -106,13 +90,11 @@ class Decoder:
         All inputs are on the device, so a decode step on tensor cores does not synchronise with the host and can be captured as a
         CUDA graph. `tap(name, state)` is called with every named hidden state; it must copy what it keeps.
         """
-        if (
-            tap is None
-            and not inputs.deepstack
-            and self.whole_layers
-            and self.ops.runs_whole(self.layers, inputs.rotations.values())
-        ):
-            normed = self._run_whole_layers(inputs, pages)
+        whole = None
+        if tap is None and not inputs.deepstack and self.whole_layers:
+            whole = self.ops.whole_layers(self.layers, inputs.rotations.values(), len(inputs.hidden))
+        if whole is not None:
+            normed = self._run_whole_layers(whole, inputs, pages)
             if normed is not None:
                 return normed
             self.whole_layers = False  # this process has fewer threads than Numba believes
@@ -145,8 +127,8 @@ class Decoder:
             tap("norm", hidden)
         return hidden
 
-    def _run_whole_layers(self, inputs: DecoderInputs, pages: KVPages) -> torch.Tensor | None:
-        """`run_layers` in one native call, with the same bits; None if `decoder_layers` cannot run here."""
+    def _run_whole_layers(self, layers: Sequence[Layer], inputs: DecoderInputs, pages: KVPages) -> torch.Tensor | None:
+        """`run_layers` in one native call, in float32 with the same bits; None if `decoder_layers` cannot run here."""
         config, plan = self.config, inputs.plan
         assert isinstance(plan, PagedPlan)  # a CUDAGraphPlan is on a GPU
         ropes, windows = list(inputs.rotations), list(inputs.key_starts)
@@ -158,8 +140,10 @@ class Decoder:
             window_of=[windows.index(window) for window in config.windows],
             key_stop=inputs.key_stop,
         )  # fmt: skip
-        done = decoder_layers(inputs.hidden, self.layers, settings, pages, plan)
-        return None if done is None else self.ops.add(*done, self.norm, config.epsilon).normed()
+        done = decoder_layers(inputs.hidden.float(), layers, settings, pages, plan)
+        if done is None:
+            return None
+        return self.ops.add(*done, self.norm.float(), config.epsilon).normed().to(self.dtype)
 
     def parts(self) -> list[object]:
         """All objects that `run_layers` uses besides its inputs (settings, layers, weights), so that a replaced one can be noticed."""

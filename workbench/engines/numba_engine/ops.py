@@ -7,12 +7,52 @@ are torch's, whose rounding may depend on how many rows run together, and the re
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from range_kernels import ops as kernels
+
+FEW_ROWS = 64
+"""Up to this many rows a step in bfloat16 on the CPU is a native call."""
+
+
+@dataclass
+class Layer:
+    """Weights of one layer; query, key and value projections are stacked, and so are gate and up."""
+
+    attention_norm: torch.Tensor  # [hidden]
+    qkv: Linear  # hidden -> (q_heads + 2 kv_heads) * head_dim
+    head_norms: torch.Tensor | None  # [2, head_dim], of queries and keys
+    output: Linear  # q_heads * head_dim -> hidden
+    after_attention: torch.Tensor | None  # [hidden]
+    mlp_norm: torch.Tensor
+    gate_up: Linear  # hidden -> 2 * intermediate
+    down: Linear  # intermediate -> hidden
+    after_mlp: torch.Tensor | None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All weights and biases."""
+        linears = (self.qkv, self.output, self.gate_up, self.down)
+        norms = (self.attention_norm, self.head_norms, self.after_attention, self.mlp_norm, self.after_mlp)
+        every = [*norms, *(each for linear in linears for each in (linear.weight, linear.bias))]
+        return [each for each in every if each is not None]
+
+    def native(self) -> Layer:
+        """The same layer in float32, with linear layers of `range_kernels`."""
+
+        def wide(norm: torch.Tensor | None) -> torch.Tensor | None:
+            return None if norm is None else norm.float()
+
+        def packed(linear: Linear) -> Linear:
+            return kernels.Linear(linear.weight, linear.bias)
+
+        return Layer(
+            self.attention_norm.float(), packed(self.qkv), wide(self.head_norms), packed(self.output), wide(self.after_attention),
+            self.mlp_norm.float(), packed(self.gate_up), packed(self.down), wide(self.after_mlp),
+        )  # fmt: skip
 
 
 class Linear(Protocol):
@@ -35,8 +75,10 @@ class Linear(Protocol):
 class Operations(Protocol):
     """The operations for one device and dtype."""
 
-    def runs_whole(self, layers: Iterable[Any], rotations: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
-        """Whether `range_kernels.ops.decoder_layers` can run these layers."""
+    def whole_layers(
+        self, layers: Sequence[Layer], rotations: Iterable[tuple[torch.Tensor, torch.Tensor]], rows: int
+    ) -> Sequence[Layer] | None:
+        """The layers as `range_kernels.ops.decoder_layers` runs them on this many rows; None if it cannot, or is slower."""
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear: ...
 
@@ -127,8 +169,10 @@ class _Plain:
     norm: Any
     rotate: Any
 
-    def runs_whole(self, layers: Iterable[Any], rotations: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
-        return False
+    def whole_layers(
+        self, layers: Sequence[Layer], rotations: Iterable[tuple[torch.Tensor, torch.Tensor]], rows: int
+    ) -> Sequence[Layer] | None:
+        return None
 
     def add(self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, epsilon: float) -> Sum:
         return _Separate(self, hidden if added is None else hidden + added, weight, epsilon)
@@ -157,10 +201,17 @@ class CpuOperations(_Plain):
     norm = staticmethod(kernels.rms_norm)
     rotate = staticmethod(kernels.rotate)
 
-    def runs_whole(self, layers: Iterable[Any], rotations: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
-        linears = (linear for layer in layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down))
-        same_pairs = len({cosine.shape[-1] for cosine, _ in rotations}) <= 1
-        return same_pairs and all(type(linear) is kernels.Linear and linear.whole_panels for linear in linears)
+    def whole_layers(
+        self, layers: Sequence[Layer], rotations: Iterable[tuple[torch.Tensor, torch.Tensor]], rows: int
+    ) -> Sequence[Layer] | None:
+        return layers if _can_run_whole(layers, rotations) else None
+
+
+def _can_run_whole(layers: Iterable[Layer], rotations: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    """Whether `range_kernels.ops.decoder_layers` can run these layers."""
+    linears = (linear for layer in layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down))
+    same_pairs = len({cosine.shape[-1] for cosine, _ in rotations}) <= 1
+    return same_pairs and all(type(linear) is kernels.Linear and linear.whole_panels for linear in linears)
 
 
 class TorchLinear:
@@ -200,6 +251,26 @@ class TorchOperations(_Plain):
         new = (first * cosine - second * sine, second * cosine + first * sine)
         joined = torch.stack(new, dim=-1).flatten(-2) if interleaved else torch.cat(new, dim=-1)
         return torch.cat((joined.to(x.dtype), rest), dim=-1)
+
+
+class CpuHalfOperations(TorchOperations):
+    """bfloat16 on the CPU: torch's operations, whose matrix products use the processor's own for bfloat16; a decode step of few rows, in
+    which every weight is read for little work, is one native call that computes in float32 with the same weights.
+    """
+
+    def __init__(self) -> None:
+        self._native: list[Layer] = []
+        self._made_from: list[tuple[int, int]] = []  # tensors and their versions
+
+    def whole_layers(
+        self, layers: Sequence[Layer], rotations: Iterable[tuple[torch.Tensor, torch.Tensor]], rows: int
+    ) -> Sequence[Layer] | None:
+        if rows > FEW_ROWS:
+            return None
+        now = [(id(tensor), tensor._version) for layer in layers for tensor in layer.tensors()]
+        if now != self._made_from:  # at first, and after weights were replaced or changed in place
+            self._native, self._made_from = [layer.native() for layer in layers], now
+        return self._native if _can_run_whole(self._native, rotations) else None
 
 
 class GpuLinear(TorchLinear):
@@ -256,4 +327,6 @@ def operations(dtype: torch.dtype, device: torch.device, widths: Sequence[int]) 
     """Return the operations for this dtype on this device; `widths`: of the rows that are normed or gated."""
     if device.type == "cuda":
         return GpuOperations() if not any(width % 8 for width in widths) else TorchOperations()
-    return CpuOperations() if dtype is torch.float32 else TorchOperations()
+    if dtype is torch.float32:
+        return CpuOperations()
+    return CpuHalfOperations() if dtype is torch.bfloat16 else TorchOperations()
