@@ -18,6 +18,18 @@ def names_in(node):
     return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
 
 
+def _end(function, made, use):
+    """The line up to which a use keeps an array alive: the end of the outermost loop around it in which the array is not made."""
+    loops = [
+        node
+        for node in ast.walk(function)
+        if isinstance(node, ast.For | ast.While)
+        and node.lineno <= use.lineno <= node.end_lineno
+        and not node.lineno <= made.lineno <= node.end_lineno
+    ]
+    return max([use.lineno, *(loop.end_lineno for loop in loops)])
+
+
 def outlived(tree):
     """Local arrays whose address is kept in a variable that is used after the array's own last use, when Numba has freed it."""
     found = []
@@ -38,10 +50,12 @@ def outlived(tree):
                 if takes or names_in(each.value) & derived:
                     derived |= set().union(*(names_in(target) for target in each.targets))
             uses = {
-                name: max(n.lineno for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == name)
+                name: max(
+                    _end(function, made, n) for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == name
+                )
                 for name in {array, *derived}
             }
-            found += [(function.name, array, name) for name in derived - {array} if uses[name] > uses[array]]
+            found += [(function.name, array, name) for name in sorted(derived - {array}) if uses[name] > uses[array]]
     return found
 
 
