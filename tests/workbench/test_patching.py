@@ -121,6 +121,14 @@ def test_effects_are_those_of_single_patches(llama):
     assert "layers.1.mlp" in str(effects)
 
 
+def test_ranges_of_the_same_label_are_groups_of_their_own(llama):
+    engine, prompt = llama
+    spans = [workbench.Span("image", label="sinks"), workbench.Span("image", label="sinks")]
+    effects = patch_effects(engine, prompt.replace(spans=spans), other_rows(prompt), (3, 9), layers=[0])
+    assert {"sinks 0", "sinks 1"} <= set(effects.groups)
+    assert sorted(position for group in effects.positions for position in group) == list(range(len(prompt)))
+
+
 def test_a_patch_of_every_token_moves_the_whole_answer(llama):
     engine, prompt = llama
     every = {"everything": range(len(prompt)), "nothing new": [0]}
@@ -177,9 +185,18 @@ def test_bad_patches_are_refused(llama):
         (workbench.Patch("layers.0", [0, 1], row), r"states \(1, \d+\) for 2 positions"),
         (workbench.Patch("layers.0", [0], row[:, :3]), r"give \[1, "),
         ("layers.0", "give workbench.Patch"),
+        (workbench.Patch("layers.0", [0], row.numpy()), "states are ndarray"),
+        (workbench.Patch("layers.0", [0], [[0.0]]), "states are list"),
     ):
         with pytest.raises(workbench.TraceError, match=message):
             engine.trace(prompt, ["logits"], patches=[patch])
+    with pytest.raises(workbench.TraceError, match="give a list"):
+        engine.trace(prompt, ["logits"], patches=workbench.Patch("embed", [3], row))
+    large, small = workbench.Patch("embed", [3], row + 1e6), workbench.Patch("embed", [4], row.half())
+    both = engine.trace(prompt, ["embed"], patches=[large, small])["embed"]
+    assert torch.equal(both[3:5], torch.cat([row + 1e6, row]))  # dtypes do not meet
+    with pytest.raises(ValueError, match="ids are 0 to"):
+        answer_lens(engine, prompt, [10**6])
     with pytest.raises(workbench.TraceError, match="patched twice"):
         engine.trace(prompt, ["logits"], patches=[workbench.Patch("embed", [3], row)] * 2)
     with pytest.raises(ValueError, match="leave the prompt"):
@@ -224,6 +241,8 @@ def test_bad_runs_of_effects_are_refused(llama):
         patch_effects(engine, prompt, other, (3, 9), layers=[77])
     with pytest.raises(ValueError, match="ids are 0 to"):
         patch_effects(engine, prompt, other, (3, 10**6))
+    with pytest.raises(ValueError, match="leave the prompt"):
+        patch_effects(engine, prompt, other, (3, 9), groups={"x": [1000]})
     with pytest.raises(workbench.TraceError, match="all positions and logits"):
         patch_effects(engine, prompt, engine.trace(other, ["layers.0"]))
 

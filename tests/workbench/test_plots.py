@@ -190,6 +190,9 @@ def test_the_diagram_of_a_deep_model_leaves_the_middle_out():
 def test_the_lens_of_an_answer_is_drawn_with_the_last_words_in_bold():
     words = [["x", "y"], ["blue", "7"]]
     chances = np.array([[0.1, 0.2], [0.9, 0.8]])
-    lens = AnswerLens((1, 2), ("blue", "7"), ("embed", "norm"), words, chances, chances, ("sinks", "text"), None, None)
+    likeliest = np.array([[5, 6], [1, 2]])
+    lens = AnswerLens(
+        (1, 2), ("blue", "7"), ("embed", "norm"), words, likeliest, chances, chances, ("sinks", "text"), None, None
+    )
     texts = answer_lens_figure(lens).axes[0].texts
     assert {text.get_text() for text in texts if text.get_weight() == "bold"} == {"blue", "7"}

@@ -1,5 +1,7 @@
 """Sampling: the same token for the same logits, settings and seed on any device and in any batch, with the right frequencies."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -160,7 +162,7 @@ def test_nan_in_one_row_is_reported_for_that_row():
 @_needs_gpu
 def test_sampled_streams_are_those_of_the_host_path(tmp_path):
     """Generation through CUDA graphs, steps launched ahead, against the same requests with log probabilities, which are chosen on the host."""
-    model = save("llama", tmp_path)
+    model = save("llama", tmp_path, head_dim=64)
     prompt = prompt_for("llama", model.text_config)
     settings = [
         {
@@ -173,15 +175,19 @@ def test_sampled_streams_are_those_of_the_host_path(tmp_path):
         }
         for seed, penalty in ((1, 1.0), (2, 1.4), (3, 1.1))
     ]
-    with workbench.open_engine("numba", model, device="cuda", dtype="float32") as engine:
+    with workbench.open_engine("numba", model, device="cuda", dtype="bfloat16") as engine:
         for given in settings:
             on_device = engine.generate(prompt, workbench.GenerationConfig(max_new_tokens=24, ignore_eos=True, **given))
             on_host = engine.generate(
                 prompt, workbench.GenerationConfig(max_new_tokens=24, ignore_eos=True, logprobs=0, **given)
             )
             assert on_device.token_ids == on_host.token_ids
-        greedy = engine.generate(prompt, workbench.GenerationConfig(max_new_tokens=24, ignore_eos=True))
-        assert len(greedy.token_ids) == 24
+        assert engine.runner.graphs is not None
+        assert engine.runner.graphs._graphs  # decode steps ran as graphs
+        configs = [workbench.GenerationConfig(max_new_tokens=24, ignore_eos=True, **given) for given in settings] * 2
+        with ThreadPoolExecutor(len(configs)) as pool:
+            together = [each.token_ids for each in pool.map(lambda config: engine.generate(prompt, config), configs)]
+        assert [len(each) for each in together] == [24] * 6
 
 
 def test_a_seed_gives_the_same_answer_again(tmp_path):

@@ -26,7 +26,8 @@ class AnswerLens:
     Attributes:
         tokens: ids of the answer; `texts`: their texts.
         taps: "embed", the layers and "norm", from the first up.
-        words: for each tap and answer token the text of the token that the lens makes likeliest, `[taps][tokens]`.
+        words: for each tap and answer token the text of the token that the lens makes likeliest, `[taps][tokens]`; `likeliest`: its id,
+            int64 `[taps, tokens]`.
         chances: its probability, float64 `[taps, tokens]`; `said`: the probability of the token that was generated.
         groups: the groups of the prompt's tokens, as in `Attention`; the answer's own tokens are in "text".
         reads: the share of each group in the attention, mean over heads, float64 `[layers, tokens, groups]`; None if the engine does not
@@ -38,6 +39,7 @@ class AnswerLens:
     texts: tuple[str, ...]
     taps: tuple[str, ...]
     words: list[list[str]]
+    likeliest: np.ndarray
     chances: np.ndarray
     said: np.ndarray
     groups: tuple[str, ...]
@@ -47,8 +49,8 @@ class AnswerLens:
     def decided(self, number: int) -> str:
         """The tap from which on every later tap makes the generated token the likeliest; "" if the last does not."""
         found = ""
-        for tap, row in zip(reversed(self.taps), reversed(self.words), strict=True):
-            if row[number] != self.texts[number]:
+        for tap, row in zip(reversed(self.taps), self.likeliest[::-1], strict=True):
+            if row[number] != self.tokens[number]:
                 break
             found = tap
         return found
@@ -84,7 +86,7 @@ def answer_lens(
 
     Raises:
         ModelError: the engine does not expose its head.
-        ValueError: the answer has no tokens.
+        ValueError: the answer has no tokens, or ids outside the vocabulary.
         EmbeddingRangeError, PromptError, TraceError: as in `Engine.trace` and `attention_of`.
     """
     if answer is None:
@@ -93,6 +95,9 @@ def answer_lens(
         tokens = answer_tokens(engine, answer)[:max_tokens]
     if not tokens:
         raise ValueError("the answer has no tokens: pass answer= with at least one")
+    vocab = engine.model.text_config.vocab_size
+    if not all(0 <= token < vocab for token in tokens):
+        raise ValueError(f"the answer's tokens are {tokens}: ids are 0 to {vocab - 1}")
     whole = continued(prompt, tokens[:-1])
     positions = list(range(len(prompt) - 1, len(whole)))
     trace = engine.trace(
@@ -100,11 +105,12 @@ def answer_lens(
     )
     taps = tuple(trace)
     wanted = torch.tensor(tokens)[:, None]
-    words, chances, said = [], [], []
+    words, likeliest, chances, said = [], [], [], []
     for tap in taps:
         chance = engine.logit_lens(trace[tap], normed=tap == "norm").double().cpu().softmax(dim=-1)
         best = chance.max(dim=-1)
         words.append(_texts(engine, best.indices.tolist()))
+        likeliest.append(best.indices.numpy())
         chances.append(best.values.numpy())
         said.append(chance.gather(1, wanted)[:, 0].numpy())
     groups = key_groups(whole)[0]
@@ -122,6 +128,7 @@ def answer_lens(
         tuple(_texts(engine, tokens)),
         taps,
         words,
+        np.stack(likeliest),
         np.stack(chances),
         np.stack(said),
         groups,

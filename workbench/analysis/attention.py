@@ -75,5 +75,9 @@ def key_groups(prompt: Prompt) -> tuple[tuple[str, ...], np.ndarray]:
     outside = ~inside.any(axis=0)
     sinks = outside & (np.arange(length) < SINKS)
     labels = [span.label for span in prompt.spans] or [""] * len(inside)
-    names = [label or f"range {number}" for number, label in enumerate(labels)]
+    taken = [*labels, "sinks", "text", "last token"]
+    names = [
+        (label if taken.count(label) == 1 else f"{label} {number}") if label else f"range {number}"
+        for number, label in enumerate(labels)
+    ]
     return ("sinks", *names, "text"), np.stack([sinks, *inside, outside & ~sinks])

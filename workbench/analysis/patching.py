@@ -21,6 +21,7 @@ from ..errors import PromptError, TraceError
 from ..progress import Progress
 from ..prompt import Prompt
 from ..trace import Patch, Trace
+from ..trace.positions import choose_positions
 from .answers import answer_text, continued
 from .attention import key_groups
 
@@ -91,7 +92,7 @@ def patch_effects(
             before them is given.
         part: what is patched: "layers", the residual stream after each layer, or what "attention" or "mlp" adds to it.
         layers: numbers of the layers; default: all.
-        groups: names and positions of the tokens that are patched together; default: the first tokens ("sinks"), each embedding range,
+        groups: names and positions in the prompt (negative ones count from its end) of the tokens that are patched together; default: the first tokens ("sinks"), each embedding range,
             the other text, and the last token.
         progress: called with the fraction of patches run.
         cancelled: if it is set, the run ends and returns what it has.
@@ -117,25 +118,34 @@ def patch_effects(
     if isinstance(source, Trace):
         if "logits" not in source or len(source.positions) != length:
             raise TraceError("the trace that states come from needs all positions and logits: trace them")
-        first, other = prompt, source
+        first, other, last = prompt, source, source
     else:
         shared = [] if tokens is not None else _shared_answer(engine, prompt, source)
         first = continued(prompt, shared)
-        other = engine.trace(continued(source, shared), [*taps, "logits"])
+        theirs = continued(source, shared)
+        other = engine.trace(theirs, taps)
+        last = engine.trace(theirs, ["logits"], [len(theirs) - 1])  # logits of every token could take gigabytes
     own = engine.trace(first, ["logits"], [len(first) - 1])["logits"][-1].double()
-    theirs = other["logits"][-1].double()
-    pair = (int(theirs.argmax()), int(own.argmax())) if tokens is None else (int(tokens[0]), int(tokens[1]))
+    wanted = last["logits"][-1].double()
+    pair = (int(wanted.argmax()), int(own.argmax())) if tokens is None else (int(tokens[0]), int(tokens[1]))
     if not all(0 <= token < len(own) for token in pair):
         raise ValueError(f"tokens {pair}: ids are 0 to {len(own) - 1}")
 
     def difference(logits: torch.Tensor) -> float:
         return float(logits[pair[0]] - logits[pair[1]])
 
-    if pair[0] == pair[1] or difference(own) == difference(theirs):
+    if pair[0] == pair[1] and tokens is None:
         raise ValueError(
             f"both runs are answered by {answer_text(engine, pair[:1])!r}, so nothing can move: choose runs with different answers, or tokens="
         )
-    named = _groups(first) if groups is None else {name: list(positions) for name, positions in groups.items()}
+    if difference(own) == difference(wanted):
+        raise ValueError(
+            f"the difference of the logits of tokens {pair} is {difference(own):+.3f} in both runs, so nothing can move: choose other "
+            "tokens, or another run"
+        )
+    named = _groups(first)
+    if groups is not None:
+        named = {name: choose_positions(list(at), len(prompt)).tolist() for name, at in groups.items()}
     values = np.full((len(taps), len(named)), np.nan)
     places = [(row, column) for row in reversed(range(len(taps))) for column in range(len(named))]
     complete = True
@@ -144,14 +154,14 @@ def patch_effects(
             complete = False
             break
         at = list(named.values())[column]
-        patch = Patch.of(other, taps[row], [position % len(first) for position in at])
+        patch = Patch.of(other, taps[row], at)
         run = engine.trace(first, ["logits"], [len(first) - 1], patches=[patch])
         values[row, column] = difference(run["logits"][-1].double())
         if progress:
             progress((number + 1) / len(places))
     words = (answer_text(engine, pair[:1]), answer_text(engine, pair[1:]))
     return PatchEffects(
-        pair, words, tuple(taps), tuple(named), tuple(tuple(at) for at in named.values()), difference(own), difference(theirs),
+        pair, words, tuple(taps), tuple(named), tuple(tuple(at) for at in named.values()), difference(own), difference(wanted),
         values, complete,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ModelError
 from ..prompt import Prompt
-from .sampling_rows import RowSettings, sample_rows, uniform
+from .sampling_rows import RowSettings, on_device, sample_rows, uniform
 from .types import EngineOutput, GenerationConfig, ResponseType
 
 
@@ -82,9 +82,11 @@ class Sampler:
         if config.repetition_penalty != 1.0:
             if self._seen_on_device is None:
                 known = [token for token in self.seen if 0 <= token < len(logits)]
-                mask = torch.zeros(len(logits), dtype=torch.bool)
-                mask[known] = True
-                self._seen_on_device = mask.to(logits.device)
+                # Not in a caller's inference mode: another thread writes to it outside of that.
+                with torch.inference_mode(False):
+                    mask = torch.zeros(len(logits), dtype=torch.bool)
+                    mask[known] = True
+                    self._seen_on_device = on_device(mask, logits.device)
             penalty = config.repetition_penalty
             changed = torch.where(logits > 0, logits / penalty, logits * penalty)
             logits = torch.where(self._seen_on_device, changed, logits)
@@ -92,7 +94,7 @@ class Sampler:
         if num_generated < (config.min_new_tokens or 0):
             banned += self.stops
         if banned:
-            logits[torch.tensor(banned).to(logits.device)] = -torch.inf
+            logits[on_device(torch.tensor(banned), logits.device)] = -torch.inf
         return logits
 
     def see_on_device(self, token: torch.Tensor) -> None:

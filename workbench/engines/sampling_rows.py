@@ -52,11 +52,11 @@ def sample_rows(logits: torch.Tensor, settings: Sequence[RowSettings]) -> torch.
         groups.setdefault(_width(each.top_k, vocab), []).append(row)
     tokens = torch.empty(len(settings), dtype=torch.int64, device=device)
     for width, rows in groups.items():
-        numbers = _on_device(torch.tensor([settings[row] for row in rows], dtype=torch.float64).T.contiguous(), device)
+        numbers = on_device(torch.tensor([settings[row] for row in rows], dtype=torch.float64).T.contiguous(), device)
         if len(rows) == len(settings):
             tokens = _sample(logits.float(), numbers, width)
         else:
-            at = _on_device(torch.tensor(rows), device)
+            at = on_device(torch.tensor(rows), device)
             tokens[at] = _sample(logits[at].float(), numbers, width)
     return tokens
 
@@ -66,7 +66,8 @@ def _width(top_k: int, vocab: int) -> int:
     return next((width for width in _WIDTHS if 0 < top_k <= width < vocab), vocab)
 
 
-def _on_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+def on_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device; the host does not wait for a GPU."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 

@@ -31,7 +31,7 @@ def answer_lens_figure(lens: AnswerLens) -> Figure:
             word = lens.words[row][number]
             axes.text(
                 number, line, drawable(label(repr(word)[1:-1], 12)), ha="center", va="center", fontsize=7, color=INK,
-                weight="bold" if word == lens.texts[number] else "normal",
+                weight="bold" if lens.likeliest[row, number] == lens.tokens[number] else "normal",
             )  # fmt: skip
     names = [drawable(label(repr(text), 14)) for text in lens.texts]
     axes.set_xticks(np.arange(count), names, fontsize=8)

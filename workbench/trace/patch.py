@@ -17,7 +17,8 @@ _PATCHED = re.compile(r"embed|layers\.\d+(\.attention|\.mlp)?")
 
 @dataclass(frozen=True)
 class Patch:
-    """States that a run puts in the place of its own.
+    """States that a run puts in the place of its own. Its own states put there change no bit, but for a part that Transformers' class
+    multiplies by a constant before it is added: there, within one rounding of the patched rows.
 
     Attributes:
         tap: `embed`, `layers.N`, `layers.N.attention` or `layers.N.mlp`; see `trace.taps`.
@@ -55,13 +56,18 @@ class Patches:
 
     by_tap: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
-    def apply(self, tap: str, state: torch.Tensor) -> torch.Tensor:
-        """The states `[..., tokens, width]` of a tap with the patches in them: a copy, or `state` itself if there are none."""
+    def apply(self, tap: str, state: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        """The states `[..., tokens, width]` of a tap with the patches in them: a copy, or `state` itself if there are none.
+
+        Args:
+            factor: by which `state` is multiplied to become the tap's; the patches are divided by it.
+        """
         if tap not in self.by_tap:
             return state
         positions, given = self.by_tap[tap]
         changed = state.clone(memory_format=torch.contiguous_format)
-        changed.view(-1, state.shape[-1])[positions.to(state.device)] = given.to(state)
+        rows = given.to(state)
+        changed.view(-1, state.shape[-1])[positions.to(state.device)] = rows if factor == 1.0 else rows / factor
         return changed
 
     def described(self) -> list[str]:
@@ -78,6 +84,8 @@ def check_patches(
         TraceError: a tap that cannot be patched, states of a wrong shape, which overflow in the dtype, or two patches of one state.
         ValueError: a position outside the prompt.
     """
+    if isinstance(patches, Patch):
+        raise TraceError("patches is one Patch: give a list of them")
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for number, patch in enumerate(patches):
         if not isinstance(patch, Patch):
@@ -90,6 +98,10 @@ def check_patches(
                 "layers.N.mlp of a layer that this engine has"
             )
         positions = choose_positions(patch.positions, length)
+        if not isinstance(patch.states, torch.Tensor):
+            raise TraceError(
+                f"patches[{number}], {patch.tap}: states are {type(patch.states).__name__}: give a tensor [{len(positions)}, {width}]"
+            )
         shape = tuple(patch.states.shape)
         if shape != (len(positions), width):
             raise TraceError(
@@ -102,9 +114,10 @@ def check_patches(
                 f"patches[{number}], {patch.tap}: its states overflow in {str(dtype).removeprefix('torch.')}: run the engine in a "
                 "wider dtype"
             )
+        states = states.to(dtype)
         before = found.get(patch.tap)
         if before is not None:
-            positions, states = torch.cat([before[0], positions]), torch.cat([before[1].to(states.dtype), states])
+            positions, states = torch.cat([before[0], positions]), torch.cat([before[1], states])
         if len(positions.unique()) < len(positions):
             raise TraceError(
                 f"patches[{number}], {patch.tap}: a position is patched twice: positions {positions.tolist()}"

@@ -33,6 +33,7 @@ class AnswerStrip(View):
     words: Any = traitlets.List().tag(sync=True)
     chances = traitlets.Bytes(b"").tag(sync=True)
     said = traitlets.Bytes(b"").tag(sync=True)
+    right = traitlets.Bytes(b"").tag(sync=True)
     groups = traitlets.List(traitlets.Unicode()).tag(sync=True)
     reads = traitlets.Bytes(b"").tag(sync=True)
     pinned = traitlets.Int(-1).tag(sync=True)
@@ -51,6 +52,7 @@ class AnswerStrip(View):
             self.tokens, self.taps = [escaped(text) for text in lens.texts], list(lens.taps)
             self.words = [[escaped(word) for word in row] for row in lens.words]
             self.chances, self.said = _bytes(lens.chances), _bytes(lens.said)
+            self.right = (lens.likeliest == np.asarray(lens.tokens)).astype(np.uint8).tobytes()
             self.groups = [escaped(name) for name in lens.groups]
             self.reads = b"" if lens.reads is None else _bytes(lens.reads)
             self.message = ""
@@ -62,7 +64,7 @@ class AnswerStrip(View):
         self.lens = None
         with self.hold_sync():
             self.tokens, self.taps, self.words, self.groups = [], [], [], []
-            self.chances = self.said = self.reads = b""
+            self.chances = self.said = self.right = self.reads = b""
             self.message = message
 
     def figure(self) -> Figure:

@@ -264,11 +264,11 @@ class Explorer(Panel):
         self.editor.prompt = self._home
         self._changed()  # needed if the ranges are unchanged, so that the editor reports no change
 
-    def _run(self, prompt: Prompt) -> Trace:
-        """Run the engine; of the Numba engine only the tokens from the first change on."""
+    def _run(self, prompt: Prompt, part: str) -> Trace:
+        """Run the engine for the map of a part of the layers; of the Numba engine only the tokens from the first change on."""
         progress = self._progress(f"computing {len(prompt)} tokens")
-        if self._part:
-            return self.engine.trace(prompt, [f"layers.*{self._part}"], progress=progress)
+        if part:
+            return self.engine.trace(prompt, [f"layers.*{part}"], progress=progress)
         if self._incremental is not None:
             return self._incremental.trace(prompt, progress)
         return self.engine.trace(prompt, self._taps, progress=progress)
@@ -297,7 +297,7 @@ class Explorer(Panel):
         known, same = self._maps if self._maps_plain is self._plain else None, 0
         self._overwritten = True
         try:
-            injected = self._run(prompt if change is None else change(prompt))
+            injected = self._run(prompt if change is None else change(prompt), part)
         except Stopped:
             raise  # the kept states are still those of the maps
         except BaseException:
@@ -317,7 +317,7 @@ class Explorer(Panel):
         self._maps_plain = self._plain
         if self.tap_map.tap in maps.taps:
             self.map.row = list(maps.taps).index(self.tap_map.tap)
-        self._add_reads(maps)
+        self._add_reads(maps, state)
         self.map.show(maps, _LATER)
         self._colour()
         self._map_state = state
@@ -336,28 +336,30 @@ class Explorer(Panel):
 
     def _explain(self, prompt: Prompt, maps: StateMaps, state: str, *, follow: bool) -> Iterator[None]:
         """Bring the "Why" panel up to date, if it is unfolded, and colour the other views by it; with `follow` the map, too."""
-        if self.why_fold.selected_index is None:
-            return
-        change = self._change()
-        asked = prompt if change is None else change(prompt)
-        yield from self.why.explain(self.engine, asked, state, self.new_tokens, self._progress)
-        self._hide_progress()
+        if self.why_fold.selected_index is not None:
+            change = self._change()
+            asked = prompt if change is None else change(prompt)
+            yield from self.why.explain(self.engine, asked, state, self.new_tokens, self._progress)
+            self._hide_progress()
         before = "read" in maps.values
-        if self._add_reads(maps) or before:
+        if self._add_reads(maps, state) or before:
             self.map.show(maps, _LATER)
             if follow and "read" in maps.values:
                 self.map.metric = "read"
         self._colour()
 
-    def _add_reads(self, maps: StateMaps) -> bool:
+    def _add_reads(self, maps: StateMaps, state: str) -> bool:
         """Add the pinned token's attention to the maps, or remove that of another token; return whether there is one."""
-        reads = self.why.reads()
-        maps.values.pop("read", None)
+        reads = self.why.reads(state) if self.why_fold.selected_index is not None else None
         if reads is None or reads.shape[1] != len(maps.tokens):
+            with self._colour_lock:
+                maps.values.pop("read", None)
             return False
         rows = [tap.split(".") for tap in maps.taps]
         none = np.full(reads.shape[1], np.nan, np.float32)
-        maps.values["read"] = np.stack([reads[int(row[1])] if row[0] == "layers" else none for row in rows])
+        read = np.stack([reads[int(row[1])] if row[0] == "layers" else none for row in rows])
+        with self._colour_lock:
+            maps.values["read"] = read
         return True
 
     def _why_changed(self, change: object = None) -> None:
@@ -470,7 +472,8 @@ class Explorer(Panel):
             if maps is None:
                 return
             row = row if 0 <= row < len(maps.taps) else len(maps.taps) - 1
-            why = self.why.token_colours(maps.taps[row]) if self.why_fold.selected_index is not None else None
+            unfolded = self.why_fold.selected_index is not None
+            why = self.why.token_colours(maps.taps[row], self._state_or_empty()) if unfolded else None
             if why is not None and len(why.values) == len(maps.tokens):
                 kind = METRICS[why.metric]
                 self.patches.colour(why.values, why.metric, why.bounds, why.caption)

@@ -129,10 +129,13 @@ class WhyPanel(Composite):
         self._say()
         yield
 
-    def token_colours(self, tap: str) -> TokenColours | None:
-        """The numbers that colour the tokens, at the layer of a tap; None for those of the map, or if they are not known yet."""
+    def token_colours(self, tap: str, of: str) -> TokenColours | None:
+        """The numbers that colour the tokens, at the layer of a tap; None for those of the map, or if they are not known yet.
+
+        `of`: what is shown, as in `explain`; nothing is known of anything else.
+        """
         lens, pinned, asked = self.strip.lens, self.strip.pinned, self._asked
-        if lens is None or asked is None or self.colour.value == MAP:
+        if lens is None or asked is None or self.colour.value == MAP or self._of != of:
             return None
         if self.colour.value == READS:
             if lens.attention is None or pinned < 0:
@@ -154,10 +157,15 @@ class WhyPanel(Composite):
         largest = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
         return TokenColours(values, "rests", (-largest, largest), f"nats that {found.text!r} loses without a row")
 
-    def reads(self) -> np.ndarray | None:
-        """The pinned token's attention, mean over heads, float32 `[layers, tokens]`; None if no token is pinned or it is not known."""
+    def reads(self, of: str) -> np.ndarray | None:
+        """The pinned token's attention, mean over heads, float32 `[layers, tokens]`; None if no token is pinned or it is not known.
+
+        `of`: as in `token_colours`.
+        """
         lens, pinned, asked = self.strip.lens, self.strip.pinned, self._asked
-        if lens is None or lens.attention is None or asked is None or pinned < 0 or self.colour.value != READS:
+        if lens is None or lens.attention is None or asked is None or pinned < 0:
+            return None
+        if self.colour.value != READS or self._of != of:
             return None
         return lens.attention[:, pinned, : len(asked)]
 

@@ -35,7 +35,7 @@ class Decoder:
     Attributes:
         table: `[vocab, hidden]`, token embeddings with the embedding scale already applied, as in hidden state 0.
         context: maximum number of tokens of a request.
-        whole_layers: whether a layer is one native call where the device has it and nobody taps it; the bits are the same.
+        whole_layers: whether the layers are one native call where the device has it and nobody taps them; in float32 the bits are the same.
 
     Raises:
         ModelError: an architecture or setting that this engine does not support, or tensors that do not fit the configuration.

@@ -255,20 +255,30 @@ class TorchOperations(_Plain):
 
 class CpuHalfOperations(TorchOperations):
     """bfloat16 on the CPU: torch's operations, whose matrix products use the processor's own for bfloat16; a decode step of few rows, in
-    which every weight is read for little work, is one native call that computes in float32 with the same weights.
+    which every weight is read for little work, is one native call that computes in float32 with the same weights, of which it keeps a
+    second copy. A trace, and so a verdict, runs torch's operations.
     """
 
     def __init__(self) -> None:
         self._native: list[Layer] = []
-        self._made_from: list[tuple[int, int]] = []  # tensors and their versions
+        self._made_from: list[tuple[torch.Tensor, int, int]] = []  # with version and address
 
     def whole_layers(
         self, layers: Sequence[Layer], rotations: Iterable[tuple[torch.Tensor, torch.Tensor]], rows: int
     ) -> Sequence[Layer] | None:
         if rows > FEW_ROWS:
             return None
-        now = [(id(tensor), tensor._version) for layer in layers for tensor in layer.tensors()]
-        if now != self._made_from:  # at first, and after weights were replaced or changed in place
+        # Of tensors made in inference mode torch keeps no version.
+        now = [
+            (tensor, 0 if tensor.is_inference() else tensor._version, tensor.data_ptr())
+            for layer in layers
+            for tensor in layer.tensors()
+        ]
+        before = self._made_from
+        same = len(now) == len(before) and all(
+            a[0] is b[0] and a[1:] == b[1:] for a, b in zip(now, before, strict=True)
+        )
+        if not same:  # at first, and after weights were replaced or changed in place
             self._native, self._made_from = [layer.native() for layer in layers], now
         return self._native if _can_run_whole(self._native, rotations) else None
 

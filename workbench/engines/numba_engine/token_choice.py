@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..sampling import GenerationState
-from ..sampling_rows import sample_rows
+from ..sampling_rows import on_device, sample_rows
 
 
 def chooses_likeliest(states: Sequence[GenerationState | None], ahead: int = 0) -> bool:
@@ -62,8 +62,8 @@ def choose_tokens(
 
 
 def _numbers(numbers: list[int], device: torch.device) -> torch.Tensor:
-    """Row numbers on the GPU, without a wait."""
-    return torch.tensor(numbers).pin_memory().to(device, non_blocking=True)
+    """Row numbers on the GPU."""
+    return on_device(torch.tensor(numbers), device)
 
 
 def _otherwise(state: GenerationState | None, ahead: int) -> bool:

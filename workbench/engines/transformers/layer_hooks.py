@@ -83,7 +83,8 @@ def layer_hooks(
                 sums[number] = sums[number] + state.reshape(sums[number].shape)
             if state is added:
                 return None
-            return with_states(output, state if factor == 1.0 else state / factor)
+            # Rows that are not patched keep their bits, whatever the factor.
+            return with_states(output, patches.apply(f"layers.{number}.{name}", own, factor))
 
         return look
 

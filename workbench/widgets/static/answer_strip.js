@@ -50,6 +50,7 @@ function render({ model, el }) {
       return node;
     });
     strip.onpointerleave = () => show(-1);
+    strip.onfocusout = (event) => { if (!strip.contains(event.relatedTarget)) show(-1); };
     chances = floats(model.get("chances"));
     likely = floats(model.get("said"));
     reads = floats(model.get("reads"));
@@ -74,14 +75,14 @@ function render({ model, el }) {
 
   // Show one token: that under the pointer or with the focus, else the pinned one, else the first.
   function show(index) {
-    shown = index;
-    const tokens = model.get("tokens"), taps = model.get("taps"), words = model.get("words");
+    shown = index < model.get("tokens").length ? index : -1;
+    const tokens = model.get("tokens"), taps = model.get("taps"), words = model.get("words"), right = model.get("right");
     scroll.hidden = legend.hidden = !tokens.length;
     if (!tokens.length) {
       said.textContent = model.get("message");
       return;
     }
-    const pinned = model.get("pinned"), token = index >= 0 ? index : pinned >= 0 ? pinned : 0;
+    const pinned = model.get("pinned"), token = shown >= 0 ? shown : pinned >= 0 ? pinned : 0;
     const count = tokens.length, groups = model.get("groups").length;
     const last = (taps.length - 1) * count + token;
     said.textContent = `${quoted(tokens[token])} was said with ${percent(likely[last])}${token === pinned ? ", pinned" : ""}`;
@@ -94,7 +95,7 @@ function render({ model, el }) {
     for (let row = taps.length - 1; row >= 0; row--) {
       const line = body.insertRow(), cell = row * count + token;
       piece("th", "", line, taps[row]).scope = "row";
-      const word = piece("td", words[row][token] === tokens[token] ? "wb-lens-said" : "", line, quoted(words[row][token]));
+      const word = piece("td", right && right.byteLength > cell && right.getUint8(cell) ? "wb-lens-said" : "", line, quoted(words[row][token]));
       word.style.backgroundColor = `color-mix(in srgb, #2b8cbe ${Math.round(chances[cell] * 45)}%, transparent)`;
       piece("td", "wb-number", line, percent(chances[cell]));
       piece("td", "wb-number", line, percent(likely[cell]));
