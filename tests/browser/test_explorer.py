@@ -118,7 +118,7 @@ def test_views_are_linked_and_a_moved_range_gives_a_new_map(page, lab, capsys):
     colours = explorer.locator(".wb-map select").first
     colours.select_option("lens")
     explorer.locator(".wb-map").first.locator("text=0 to 1").wait_for(timeout=60 * SECOND)  # limits of its colour scale
-    hold_mouse_over(page, cells, 1 - 12 / width, 0.06)
+    hold_mouse_over(page, cells, 1 - 9.5 / width, 0.06)
     read(explorer).locator('text=reads as "blue"').wait_for(timeout=60 * SECOND)
     page.screenshot(path=ARTIFACTS / "explorer_lens.png")
     settle(page, explorer)

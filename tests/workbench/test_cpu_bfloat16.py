@@ -44,7 +44,7 @@ def test_native_decode_steps_are_within_the_rounding_of_bfloat16(family, monkeyp
     monkeypatch.setattr(ops.CpuHalfOperations, "whole_layers", noted)
     with (
         workbench.open_engine("transformers", model, dtype="float64") as reference,
-        workbench.open_engine("numba", model, dtype="bfloat16") as native,
+        workbench.open_engine("numba", model, dtype="bfloat16", packed_decode=True) as native,
         workbench.open_engine("numba", model, dtype="bfloat16", eager_mode=True) as eager,
     ):
         exact, _ = decode_logits(reference, prompt)
@@ -59,7 +59,9 @@ def test_native_decode_steps_are_within_the_rounding_of_bfloat16(family, monkeyp
 
 def test_replaced_and_changed_weights_are_used_at_once(tmp_path):
     model, prompt = save("llama", tmp_path, **WIDE), small_prompt()
-    with workbench.open_engine("numba", model, dtype="bfloat16", enable_prefix_caching=False) as engine:
+    with workbench.open_engine(
+        "numba", model, dtype="bfloat16", packed_decode=True, enable_prefix_caching=False
+    ) as engine:
         before, _ = decode_logits(engine, prompt)
         layer = engine.decoder.layers[0]
         kept = layer.down.weight
@@ -77,7 +79,9 @@ def test_replaced_and_changed_weights_are_used_at_once(tmp_path):
 def test_a_weight_that_was_replaced_twice_between_steps_is_used(tmp_path):
     """The second may get the address and the number of the first."""
     model, prompt = save("qwen3", tmp_path, **WIDE), small_prompt()
-    with workbench.open_engine("numba", model, dtype="bfloat16", enable_prefix_caching=False) as engine:
+    with workbench.open_engine(
+        "numba", model, dtype="bfloat16", packed_decode=True, enable_prefix_caching=False
+    ) as engine:
         layer = engine.decoder.layers[0]
         kept = layer.down.weight
         layer.down.weight = kept * 2
@@ -90,3 +94,8 @@ def test_a_weight_that_was_replaced_twice_between_steps_is_used(tmp_path):
         again, _ = decode_logits(engine, prompt)
     assert torch.equal(double, again)
     assert (double - other).abs().max() > 0.05 * double.abs().max()
+
+
+def test_packed_decode_is_refused_where_it_means_nothing(tmp_path):
+    with pytest.raises(ValueError, match="packed_decode is for bfloat16 on the CPU, not for float32 on cpu"):
+        workbench.open_engine("numba", save("llama", tmp_path), packed_decode=True)

@@ -48,7 +48,8 @@ def numba_engine(model_name: str, dtype: str, threads: int, *_: str) -> tuple[Ru
     from workbench.prompt import Prompt
 
     model = load_model(model_name)
-    engine = open_engine("numba", model, dtype=dtype, enable_prefix_caching=False, max_batch_size=64)
+    packed = {"packed_decode": True} if dtype == "bfloat16" else {}
+    engine = open_engine("numba", model, dtype=dtype, enable_prefix_caching=False, max_batch_size=64, **packed)
 
     def run(batch: list[Request], new: int) -> list[int]:
         config = GenerationConfig(max_new_tokens=new, ignore_eos=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from range_kernels import ops as kernels
 
 FEW_ROWS = 64
-"""Up to this many rows a step in bfloat16 on the CPU is a native call."""
+"""Up to this many rows a step in bfloat16 on the CPU is a native call, with `packed_decode`."""
 
 
 @dataclass
@@ -337,6 +337,4 @@ def operations(dtype: torch.dtype, device: torch.device, widths: Sequence[int]) 
     """Return the operations for this dtype on this device; `widths`: of the rows that are normed or gated."""
     if device.type == "cuda":
         return GpuOperations() if not any(width % 8 for width in widths) else TorchOperations()
-    if dtype is torch.float32:
-        return CpuOperations()
-    return CpuHalfOperations() if dtype is torch.bfloat16 else TorchOperations()
+    return CpuOperations() if dtype is torch.float32 else TorchOperations()
