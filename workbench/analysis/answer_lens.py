@@ -80,7 +80,7 @@ def answer_lens(
     """Apply the logit lens at every token of an answer, and sum up its attention by range.
 
     Args:
-        engine: "numba" or "transformers"; of others that expose a head there is no attention.
+        engine: "numba" or "transformers"; any other that has a logit lens gives no attention.
         answer: the answer, as text or token ids; default: what the engine generates.
         max_tokens: of the answer.
 

@@ -71,7 +71,7 @@ class AnswerStrip(View):
         """Return the lens of all tokens of the answer as a matplotlib figure.
 
         Raises:
-            RuntimeError: there is no answer yet.
+            RuntimeError: no answer is shown.
         """
         if self.lens is None:
             raise RuntimeError(self.message or "no answer yet")

@@ -303,10 +303,8 @@ class Explorer(Panel):
         except BaseException:
             self._maps_plain = None
             raise
-        incremental, self._maps_plain = (
-            None if part else self._incremental,
-            None,
-        )  # until the maps are those of the new states
+        incremental = None if part else self._incremental
+        self._maps_plain = None  # until the maps are those of the new states
         if incremental is not None:
             same = len(prompt) - incremental.computed
         self._hide_progress()

@@ -74,7 +74,7 @@ class WhyPanel(Composite):
         """Return what the answer rests on, if that is chosen, and else the lens of its tokens.
 
         Raises:
-            RuntimeError: there is no answer yet.
+            RuntimeError: no answer is shown.
         """
         if self.colour.value == RESTS and self.attribution is not None:
             return attribution_figure(self.attribution)
