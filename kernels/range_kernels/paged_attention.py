@@ -20,6 +20,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float = 0.0,
     scale: float | None = None,
+    sinks: torch.Tensor | None = None,
     path: str | None = None,
 ) -> torch.Tensor:
     """`range_kernels.attention` over a paged KV cache, for mixed batches of prefills, chunks and decode steps.
@@ -32,6 +33,7 @@ def paged_attention(
         new: keys and values of the queries' own tokens, `[queries, kv_heads, head_dim]` each, which are written into
             `pages` before they are read; None if they are already there.
         key_start, key_stop, window, softcap, scale, path: as in `range_kernels.attention`.
+        sinks: float32 `[q_heads]`, a logit of each head that takes part in the softmax and has no value (gpt-oss); on the CPU only.
 
     Returns:
         `[queries, q_heads, head_dim]`. On the CPU a row is bit-identical regardless of the rest of the batch and of how
@@ -59,6 +61,14 @@ def paged_attention(
             raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}: expected int32 [{len(q)}], one per query")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     plan.check(pages, scale, path)
+    if sinks is not None and (
+        sinks.shape != (plan.q_heads,) or sinks.dtype != torch.float32 or sinks.device != q.device
+    ):
+        raise ValueError(
+            f"sinks are {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}: expected float32 [{plan.q_heads}] on {q.device}"
+        )
+    if sinks is not None and q.device.type != "cpu":
+        raise ValueError("sinks: the GPU kernels have none; run on the CPU")
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():
         return out
@@ -70,7 +80,7 @@ def paged_attention(
             raise ValueError(f"path={path!r}: the CPU has only one path, so leave it out")
         if new is not None:
             write_pages(pages.keys[layer], pages.values[layer], plan.slots, *new)
-        attend_pages(q, pages.keys[layer], pages.values[layer], out, key_start, key_stop, plan, scale, softcap)
+        attend_pages(q, pages.keys[layer], pages.values[layer], out, key_start, key_stop, plan, scale, softcap, sinks)
     else:
         from .cuda.paged_launch import launch
 

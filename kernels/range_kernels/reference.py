@@ -1,13 +1,18 @@
-"""Reference implementations of `splice` and `attention` in plain NumPy loops.
+"""Reference implementations of `splice`, `attention` and `experts` in plain NumPy loops.
 
 They define what the kernels compute, and tests compare the kernels with them; written for clarity, not for speed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .experts import ClippedGate
 
 
 def splice(
@@ -54,6 +59,7 @@ def attention(
     key_stop: np.ndarray,
     scale: float,
     softcap: float = 0.0,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
     """Softmax attention over packed sequences with grouped-query heads, in float64.
 
@@ -62,6 +68,7 @@ def attention(
     float64 `[queries, q_heads, head_dim]`. A query attends to the keys `key_start <= j < key_stop`, counted from the
     first key of its own sequence, and gets zeros if there are none. Query head h reads KV head
     `h // (q_heads // kv_heads)`. `softcap` c > 0 replaces a score s by `c * tanh(s / c)` (Gemma 2, section 2).
+    `sinks` `[q_heads]` are logits that take part in the softmax and have no value (gpt-oss).
     """
     q, k, v = (np.asarray(x, dtype=np.float64) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
@@ -77,6 +84,41 @@ def attention(
                 scores = k[begin:end, head // group] @ q[query, head] * scale
                 if softcap > 0.0:
                     scores = softcap * np.tanh(scores / softcap)
-                weights = np.exp(scores - scores.max())
-                out[query, head] = weights @ v[begin:end, head // group] / weights.sum()
+                largest = scores.max() if sinks is None else max(scores.max(), sinks[head])
+                weights = np.exp(scores - largest)
+                total = weights.sum() + (0.0 if sinks is None else np.exp(sinks[head] - largest))
+                out[query, head] = weights @ v[begin:end, head // group] / total
+    return out
+
+
+def experts(
+    gate_up: np.ndarray,
+    down: np.ndarray,
+    x: np.ndarray,
+    chosen: np.ndarray,
+    weights: np.ndarray,
+    gate_up_bias: np.ndarray | None = None,
+    down_bias: np.ndarray | None = None,
+    *,
+    gelu: bool = False,
+    clipped: ClippedGate | None = None,
+    scaled_input: bool = False,
+) -> np.ndarray:
+    """`range_kernels.experts.Experts`, a row and an expert at a time; arguments as there, without checks."""
+    out = np.zeros((len(x), down.shape[1]))
+    for row, k in np.ndindex(chosen.shape):
+        expert = chosen[row, k]
+        both = gate_up[expert] @ (x[row] * (weights[row, k] if scaled_input else 1.0))
+        both = both if gate_up_bias is None else both + gate_up_bias[expert]
+        gate, up = np.split(both, 2)
+        if clipped is not None:
+            gate, up = np.minimum(both[::2], clipped.limit), both[1::2].clip(-clipped.limit, clipped.limit) + 1
+            inner = gate / (1 + np.exp(-clipped.alpha * gate)) * up
+        elif gelu:
+            inner = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+        else:
+            inner = gate / (1 + np.exp(-gate)) * up
+        one = down[expert] @ inner
+        one = one if down_bias is None else one + down_bias[expert]
+        out[row] += one if scaled_input else one * weights[row, k]
     return out

@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from range_kernels import CUDAGraphPlan, KVPages, attention, visible_keys
+from range_kernels import CUDAGraphPlan, KVPages, attention, reference, visible_keys
+from range_kernels.attention import query_bounds
 
 from tests.range_kernels.cases import DTYPES, assert_close, make_case
+from tests.range_kernels.paging import put_in_pages, run_paged
 
 ROOT = Path(__file__).parents[2]
 
@@ -261,3 +263,28 @@ def test_float_lengths_are_refused_and_a_huge_window_has_no_effect():
 def test_cuda_graph_plan_on_the_cpu_is_refused():
     with pytest.raises(ValueError, match="float32 with 4 query and 2 KV heads of 64 on cpu: a CUDAGraphPlan needs"):
         CUDAGraphPlan(1, 1, 1, KVPages(1, 1, 32, 2, 64), 4)
+
+
+@pytest.mark.parametrize("level", [-200.0, -1.0, 0.5, 3.0, 90.0])
+def test_sinks_take_their_share(level):
+    """Logits far below and far above the scores, for a prefill of several blocks of keys."""
+    generator = np.random.default_rng(0)
+    q, k, v = (torch.from_numpy(generator.standard_normal((600, heads, 16)).astype(np.float32)) for heads in (4, 2, 2))
+    cu = [0, 7, 600]
+    key_start, key_stop = query_bounds(None, None, np.array(cu), np.array(cu), 400, q)
+    sinks = torch.tensor([level, level + 1, -level / 9, 0.0])
+    pages, table = put_in_pages(generator, k, v, np.array(cu), 64)
+    found = run_paged(pages, table, q, cu, cu, key_start, key_stop, sinks=sinks)
+    expected = reference.attention(
+        *(x.numpy() for x in (q, k, v)), cu, cu, key_start=key_start.numpy(), key_stop=key_stop.numpy(), scale=0.25, sinks=sinks.numpy()
+    )  # fmt: skip
+    assert np.abs(found.numpy() - expected).max() < 1e-6
+
+
+@pytest.mark.parametrize("sinks", [torch.zeros(3), torch.zeros(4, dtype=torch.float64)])
+def test_wrong_sinks_are_named(sinks):
+    generator = np.random.default_rng(0)
+    k = torch.zeros(5, 2, 16)
+    pages, table = put_in_pages(generator, k, k, np.array([0, 5]), 64)
+    with pytest.raises(ValueError, match="sinks are"):
+        run_paged(pages, table, torch.zeros(5, 4, 16), [0, 5], [0, 5], None, None, sinks=sinks)

@@ -39,9 +39,14 @@ def assert_close(mine, theirs):
 @torch.no_grad()
 def test_decoder_logits_and_tokens_equal_dense_masks(name, tmp_path):
     """Plain, left-padded and right-padded batches; greedy tokens with a growing cache."""
-    ours, theirs = load_both(save(name, tmp_path).path, theirs="eager" if name.startswith("gemma2") else "sdpa")
+    without_sdpa = name.startswith("gemma2") or name == "gpt-oss"
+    ours, theirs = load_both(save(name, tmp_path).path, theirs="eager" if without_sdpa else "sdpa")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 97, (2, 40), generator=generator)
+    if name == "gpt-oss":
+        with pytest.raises(ValueError, match="s_aux"):
+            ours(ids)
+        return
     assert_close(ours(ids).logits, theirs(ids).logits)
     for padded in (slice(0, 7), slice(33, 40)):
         mask = torch.ones_like(ids)

@@ -17,6 +17,11 @@ from tests.workbench.small_models import BASE
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 4.0]}
 HEADS = {"num_attention_heads": 4, "head_dim": 16}
+THREE_LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GRANITE = {
+    "embedding_multiplier": 3.0, "logits_scaling": 2.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "attention_bias": True
+}  # fmt: skip
 _GEMMA3 = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 24, "sliding_window": 9, **HEADS}
 
 
@@ -76,14 +81,124 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("GlmConfig", {**HEADS, "pad_token_id": 0, "attention_bias": True}),
     "glm4": ("Glm4Config", {**HEADS, "pad_token_id": 0, "attention_bias": True}),
     "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0, 1], "pad_token_id": 0}),
+    "olmo2": ("Olmo2Config", {"attention_bias": True}),
+    "olmo3": ("Olmo3Config", {"sliding_window": 9, **THREE_LAYERS}),
+    "olmo3, yarn": (
+        "Olmo3Config",
+        {
+            "sliding_window": 9,
+            **THREE_LAYERS,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                    "rope_theta": 1e4,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "exaone4": ("Exaone4Config", {"sliding_window": 9, **THREE_LAYERS, **HEADS}),
+    "exaone4, no windows": ("Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 3, **HEADS}),
+    "granite": ("GraniteConfig", GRANITE),
+    "cohere": ("CohereConfig", {"logit_scale": 0.5, "layer_norm_eps": 1e-3}),
+    "cohere2": ("Cohere2Config", {"sliding_window": 9, **THREE_LAYERS, **HEADS}),
+    "ministral": ("MinistralConfig", {"sliding_window": 9, **THREE_LAYERS, **HEADS}),
+    "ministral3": (
+        "Ministral3Config",
+        {
+            **HEADS,
+            **rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=8,
+                llama_4_scaling_beta=0.3,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+            ),
+        },
+    ),
+    "ernie4.5": ("Ernie4_5Config", {"use_bias": True, **HEADS}),
+    "seed-oss": ("SeedOssConfig", {"attention_out_bias": True, **HEADS}),
+    "helium": ("HeliumConfig", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 5, "sliding_window": 11}),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {**EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2, "num_hidden_layers": 4},
+    ),
+    "qwen3-moe": ("Qwen3MoeConfig", {**EXPERTS, **HEADS, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen3-vl-moe": ("Qwen3VLMoeTextConfig", {**EXPERTS, **HEADS, "rope_parameters": MROPE}),
+    "olmoe": ("OlmoeConfig", {"num_experts": 6, "num_experts_per_tok": 3}),
+    "glm4-moe": (
+        "Glm4MoeConfig",
+        {
+            **HEADS,
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "use_qk_norm": True,
+            "routed_scaling_factor": 1.7,
+            "attention_bias": True,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "ernie4.5-moe": (
+        "Ernie4_5_MoeConfig",
+        {
+            **HEADS,
+            "moe_intermediate_size": 24,
+            "moe_num_experts": 6,
+            "moe_k": 2,
+            "moe_num_shared_experts": 2,
+            "moe_layer_end_index": 2,
+        },
+    ),
+    "granite-moe": ("GraniteMoeConfig", {**GRANITE, "num_local_experts": 5}),
+    "minimax-m2": (
+        "MiniMaxM2Config",
+        {**HEADS, "num_local_experts": 6, "num_experts_per_tok": 3, "partial_rotary_factor": 0.5},
+    ),
+    "gpt-oss": (
+        "GptOssConfig",
+        {
+            **HEADS,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 9,
+            **THREE_LAYERS,
+            **rope("yarn", factor=4.0, original_max_position_embeddings=64, truncate=False),
+            "swiglu_limit": 0.5,
+        },
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            **HEADS,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "intermediate_size_mlp": 72,
+            "moe_layers": [0, 2],
+            "no_rope_layers": [1, 0, 1],
+            "attention_chunk_size": 12,
+            "floor_scale": 7,
+        },
+    ),
     "smollm3, windows": (
         "SmolLM3Config",
         {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 9, "pad_token_id": 0},
     ),
 }
-WITH_IMAGES = {"qwen2-vl": "Qwen2VL", "qwen2.5-vl": "Qwen2_5_VL", "qwen3-vl": "Qwen3VL"}
+WITH_IMAGES = {"qwen2-vl": "Qwen2VL", "qwen2.5-vl": "Qwen2_5_VL", "qwen3-vl": "Qwen3VL", "qwen3-vl-moe": "Qwen3VLMoe"}
 _VISION = {"depth": 1, "hidden_size": 16, "embed_dim": 16, "num_heads": 2, "intermediate_size": 16, "patch_size": 4}
-_WIDTH = {"Qwen2VL": "hidden_size", "Qwen2_5_VL": "out_hidden_size", "Qwen3VL": "out_hidden_size"}
+_WIDTH = {
+    "Qwen2VL": "hidden_size",
+    "Qwen2_5_VL": "out_hidden_size",
+    "Qwen3VL": "out_hidden_size",
+    "Qwen3VLMoe": "out_hidden_size",
+}
 
 
 def save(name: str, folder: Path, **more: Any) -> workbench.Model:
@@ -102,6 +217,9 @@ def save(name: str, folder: Path, **more: Any) -> workbench.Model:
         small = "norm" in at or "bias" in at
         centre = 1.0 if "norm" in at and not name.startswith("gemma") else 0.0
         torch.nn.init.normal_(parameter, centre, 0.1 if small else 0.08)
+    for at, buffer in network.named_buffers():
+        if at.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, 0.0, 0.3)
     network.save_pretrained(folder)
     return workbench.load_model(folder)
 

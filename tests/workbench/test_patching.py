@@ -72,7 +72,8 @@ def test_patched_embeddings_are_injected_rows(family, kind):
     engine, prompt = family[0][kind], family[1]
     changed = other_rows(prompt)
     start, stop = prompt.embedding_ranges[0]
-    patch = workbench.Patch("embed", range(start, stop), changed.input_embeddings[0])
+    scale = getattr(engine.model.text_config, "embedding_multiplier", 1.0)  # Granite multiplies injected rows, too
+    patch = workbench.Patch("embed", range(start, stop), changed.input_embeddings[0] * scale)
     items = [changed.input_embeddings[0], *prompt.input_embeddings[1:]]
     expected = engine.trace(prompt.replace(input_embeddings=items), ["layers.*", "logits"])
     found = engine.trace(prompt, ["layers.*", "logits"], patches=[patch])
@@ -84,7 +85,7 @@ def test_both_engines_compute_the_same_patched_run(family):
     engines, prompt = family
     other = engines["numba"].trace(other_rows(prompt), ["layers.*.*"])
     taps = [tap for tap in ("layers.0.attention", "layers.1.mlp") if tap in engines["transformers"].capabilities.taps]
-    patches = [workbench.Patch.of(other, tap, [3, len(prompt) - 2]) for tap in taps]
+    patches = [workbench.Patch.of(other, tap, [3, 25, len(prompt) - 2]) for tap in taps]
     runs = [engine.trace(prompt, ["layers.*", "logits"], patches=patches) for engine in engines.values()]
     plain = engines["numba"].trace(prompt, ["logits"])
     assert not torch.equal(runs[0]["logits"], plain["logits"])

@@ -87,7 +87,10 @@ def logit_attribution(engine: Engine, prompt: Prompt, token: int, other: int) ->
     ids = torch.tensor([token, other], device=head.device)
     rows = head[ids].double().cpu()
     weight = decoder.norm.double().cpu()
-    direction = (rows[0] - rows[1]) * weight / (final.square().mean() + config.epsilon).sqrt()
+    direction = (rows[0] - rows[1]) * weight * config.logit_scale
+    if config.layer_norms:  # the norm subtracts the mean, which is the same as a direction without one
+        direction, final = direction - direction.mean(), final - final.mean()
+    direction = direction / (final.square().mean() + config.epsilon).sqrt()
     parts = {"embed": states["embed"]}
     for number in layers:
         parts[f"layers.{number}.attention"] = states[f"layers.{number}.attention"]
@@ -120,6 +123,6 @@ def _by_group(
         per_head = (along @ weight).view(config.heads, config.head_dim)
         values = rows.values.repeat_interleave(group, dim=1)
         per_key = torch.einsum("hk,khd,hd->k", rows.weights[0], values, per_head).numpy()
-        found[number, :-1] = members @ per_key
-        found[number, -1] = 0.0 if bias is None else float(along @ bias.double().cpu())
+        found[number, :-1] = members @ per_key * config.residual_scale
+        found[number, -1] = 0.0 if bias is None else float(along @ bias.double().cpu()) * config.residual_scale
     return (*names, "bias"), found

@@ -13,6 +13,7 @@ from ..engines.base import Engine
 from ..engines.numba_engine.batch import Batch
 from ..engines.numba_engine.engine import NumbaEngine
 from ..engines.numba_engine.ops import Linear
+from ..errors import ModelError
 from .inject import change_batch, prefill_in_two_chunks
 from .registry import engine_fault
 
@@ -148,9 +149,20 @@ def _layers_exchanged(engine: NumbaEngine) -> Engine:
     return engine
 
 
+def _dense(engine: NumbaEngine, number: int) -> tuple[Linear, Linear]:
+    """The two products of a layer's MLP."""
+    layer = engine.decoder.layers[number]
+    if layer.gate_up is None or layer.down is None:
+        raise ModelError(
+            f"this fault needs an MLP in layer {number if number >= 0 else len(engine.decoder.layers) + number}, and "
+            f"{engine.model.name!r} has a mixture of experts there: choose another fault"
+        )
+    return layer.gate_up, layer.down
+
+
 @engine_fault("gate and up exchanged", "the MLP uses the wrong half as its gate", "layers.2.mlp", diagnosis="weights")
 def _gate_up(engine: NumbaEngine) -> Engine:
-    linear = engine.decoder.layers[2].gate_up
+    linear = _dense(engine, 2)[0]
     linear.weight = torch.cat(linear.weight.chunk(2)[::-1]).contiguous()
     return engine
 
@@ -174,7 +186,7 @@ def _dead_row(engine: NumbaEngine) -> Engine:
     diagnosis="weights",
 )
 def _half_percent(engine: NumbaEngine) -> Engine:
-    with _weight_of(engine.decoder.layers[2].down) as weight:
+    with _weight_of(_dense(engine, 2)[1]) as weight:
         weight[:40] *= 1.005
     return engine
 
@@ -189,7 +201,7 @@ def _eight_bits(engine: NumbaEngine) -> Engine:
 
 @engine_fault("a layer skipped", "the last MLP adds nothing", "layers.{last}.mlp", diagnosis="")
 def _skipped(engine: NumbaEngine) -> Engine:
-    linear = engine.decoder.layers[-1].down
+    linear = _dense(engine, -1)[1]
     linear.weight = torch.zeros_like(linear.weight)
     return engine
 
@@ -237,7 +249,7 @@ def _final_softcap(engine: NumbaEngine) -> Engine:
 )
 def _window(engine: NumbaEngine) -> Engine:
     windows = engine.decoder.config.windows
-    return _reconfigured(engine, windows=tuple(window and window - 1 for window in windows))
+    return _reconfigured(engine, windows=tuple(window - 1 if isinstance(window, int) else window for window in windows))
 
 
 @engine_fault("window ignored", "local layers see all keys", "layers.0.attention", needs="window", diagnosis="mask")

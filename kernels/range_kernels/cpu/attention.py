@@ -104,11 +104,12 @@ def _softmax_step(row, begin, end, largest):
     return largest, row_exp2(row.ctypes.data, len(row), largest)
 
 
-def _attend(q, keys, values, out, key_start, key_stop, seq_lens, block_table, tasks, scale, softcap):
+def _attend(q, keys, values, out, key_start, key_stop, seq_lens, block_table, tasks, scale, softcap, sinks):
     """Attention of `q` [queries, q_heads, head_dim] into `out`, all float32.
 
     `keys`, `values`: pages of one layer. `seq_lens` [sequences]: number of keys; `block_table` [sequences, pages].
     `tasks` int32 [n, 4]: sequence, KV head, first and end query. A task's rows are its queries times the heads of its group.
+    `sinks` [q_heads] are logits without a value, or empty.
     """
     head_dim = q.shape[2]
     group = q.shape[1] // keys.shape[1]
@@ -203,6 +204,12 @@ def _attend(q, keys, values, out, key_start, key_stop, seq_lens, block_table, ta
         for i in range(count):
             query, head = first + i // group, kv_head * group + i % group
             inverse = np.float32(1.0) / total[i] if total[i] > 0.0 else np.float32(0.0)
+            if len(sinks) > 0 and total[i] > 0.0:
+                # sums and total are relative to `largest`; the sink may be larger, so both are scaled down to the larger of the two.
+                sink = sinks[head] * _LOG2E
+                both = max(sink, largest[i])
+                shrink = np.float32(2.0) ** max(largest[i] - both, np.float32(-200.0))
+                inverse = shrink / (total[i] * shrink + np.float32(2.0) ** max(sink - both, np.float32(-200.0)))
             for channel in range(head_dim):
                 out[query, head, channel] = sums[i, channel] * inverse
 

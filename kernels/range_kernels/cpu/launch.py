@@ -10,7 +10,7 @@ import math
 import mmap
 import os
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -188,9 +188,9 @@ def write_pages(keys: np.ndarray, values: np.ndarray, slots: np.ndarray, k: torc
         _write(keys, values, slots, *wide)
 
 
-def attend_pages(q, keys, values, out, key_start, key_stop, plan, scale, softcap) -> None:
-    """Attention over the pages of one layer with a `range_kernels.PagedPlan`; fills `out`."""
-    rest = (plan.seq_lens, plan.block_table, plan.tasks, scale, softcap)
+def attend_pages(q, keys, values, out, key_start, key_stop, plan, scale, softcap, sinks=None) -> None:
+    """Attention over the pages of one layer with a `range_kernels.PagedPlan`; fills `out`. `sinks` float32 `[q_heads]` or None."""
+    rest = (plan.seq_lens, plan.block_table, plan.tasks, scale, softcap, sinks)
     if plan.max_seqlen_k * q.numel() < _SMALL_WORK:
         _attend(q, keys, values, out, key_start, key_stop, *rest, kernel=kernels.attend_small)
         return
@@ -198,13 +198,28 @@ def attend_pages(q, keys, values, out, key_start, key_stop, plan, scale, softcap
         _attend(q, keys, values, out, key_start, key_stop, *rest)
 
 
+_NO_SINKS = np.empty(0, np.float32)
+
+
 def _attend(
-    q, keys, values, out, key_start, key_stop, seq_lens, table, tasks, scale, softcap, kernel: Any = kernels.attend
+    q,
+    keys,
+    values,
+    out,
+    key_start,
+    key_stop,
+    seq_lens,
+    table,
+    tasks,
+    scale,
+    softcap,
+    sinks=None,
+    kernel: Any = kernels.attend,
 ) -> None:
     wide = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
     kernel(
         q.detach().float().numpy(), keys, values, wide.numpy(), key_start.numpy(), key_stop.numpy(), seq_lens, table, tasks,
-        np.float32(scale), np.float32(softcap),
+        np.float32(scale), np.float32(softcap), _NO_SINKS if sinks is None else sinks.numpy(),
     )  # fmt: skip
     if wide is not out:
         out.copy_(wide)
@@ -264,6 +279,60 @@ def linear(x: torch.Tensor, panels: np.ndarray, outputs: int) -> torch.Tensor:
     out = torch.empty((x.shape[0], panels.shape[0] * COLUMNS))
     with _PARALLEL:
         ops.linear(x.contiguous().numpy(), panels, out.numpy())
+    return out if out.shape[1] == outputs else out[:, :outputs]
+
+
+def pack_groups(weights: torch.Tensor) -> np.ndarray:
+    """`pack_weights` of `weights` `[groups, outputs, inputs]`: `[groups, panels, inputs, COLUMNS]`."""
+    groups, outputs, inputs = weights.shape
+    panels = -(-outputs // COLUMNS)
+    whole = torch.nn.functional.pad(weights, (0, 0, 0, panels * COLUMNS - outputs))
+    return pack_weights(whole.flatten(0, 1)).reshape(groups, panels, inputs, COLUMNS)
+
+
+class Groups(NamedTuple):
+    """Rows in groups, as `ops.grouped_linear` needs them.
+
+    Attributes:
+        starts, counts: int64 `[groups]`.
+        slots: int64 `[rows]`, where each row is; of_slot: int64 `[slots]`, the group of each slot.
+    """
+
+    starts: np.ndarray
+    counts: np.ndarray
+    slots: torch.Tensor
+    of_slot: torch.Tensor
+
+    @classmethod
+    def of(cls, counts: np.ndarray) -> Groups:
+        """Groups of `counts` rows, int64 `[groups]`; the rows are sorted by group."""
+        padded = -(-counts // ops.ROWS) * ops.ROWS
+        starts = np.cumsum(padded) - padded
+        before = np.cumsum(counts) - counts
+        slots = np.arange(counts.sum()) + np.repeat(starts - before, counts)
+        return cls(starts, counts, torch.from_numpy(slots), torch.from_numpy(np.repeat(np.arange(len(counts)), padded)))
+
+    def pad(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows in their slots, zeros elsewhere."""
+        out = rows.new_zeros(len(self.of_slot), rows.shape[1])
+        out[self.slots] = rows
+        return out
+
+
+def grouped_linear(x: torch.Tensor, groups: Groups, panels: np.ndarray, outputs: int) -> torch.Tensor:
+    """Multiply each group's rows of `x` `[slots, inputs]` by its weights of `pack_groups`; other slots of `[slots, outputs]` are zeros."""
+    count = panels.shape[1]
+    used = groups.counts.nonzero()[0]
+    tasks = [
+        (number % count, group, number)
+        for group in used.tolist()
+        for number in range(-(-int(groups.counts[group]) // ops.TOKENS) * count)
+    ]
+    tasks.sort()  # every thread gets a contiguous share: panels of all groups
+    table = np.asarray([each[1:] for each in tasks], np.int64).reshape(-1, 2)
+    out = torch.zeros((len(x), count * COLUMNS))
+    with _PARALLEL:
+        ops.grouped_linear(x.contiguous().numpy(), groups.starts, groups.counts, table, panels, out.numpy())
     return out if out.shape[1] == outputs else out[:, :outputs]
 
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 from numba import carray, njit, prange
 
 from . import attention, ops
 from .simd import COLUMNS, DIGEST, atomic_add, atomic_load, atomic_replace, floats_at, halves_at, let_others_run, spin
 
 # Numba's cache of this file contains the code of these files too (`attention.py` says more).
-KERNELS_DIGEST = "2446baed61af0898"
+KERNELS_DIGEST = "075d6932560d3f13"
 _SOURCES = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("attention", "ops"))
 SOURCES_DIGEST = hashlib.sha256(_SOURCES + DIGEST.encode()).hexdigest()[:16]
 CACHE = KERNELS_DIGEST == SOURCES_DIGEST
@@ -155,7 +156,7 @@ def _run_share(
         passed = _barrier(barrier, passed + threads)
         attention.attend_small(
             qkv[:, :q_heads], keys[layer], values[layer], seen, key_starts[window_of[layer]], key_stop, seq_lens, block_table,
-            tasks[first_task:last_task], scale, softcap,
+            tasks[first_task:last_task], scale, softcap, np.empty(0, np.float32),
         )  # fmt: skip
         passed = _barrier(barrier, passed + threads)
         _linear(flat_seen, tokens, at, 1, added, share, threads)

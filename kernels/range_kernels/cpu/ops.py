@@ -169,6 +169,20 @@ def _padded(rows):
 
 
 @njit(parallel=True, cache=CACHE)
+def grouped_linear(x, starts, counts, tasks, panels, out):
+    """`linear` of groups of rows, each with weights of its own: rows `starts[g]` to `starts[g] + counts[g]` with `panels[g]`.
+
+    A group starts at a multiple of ROWS, and the rows after its last one, up to the next multiple, can be read. `tasks` `[n, 2]` has
+    for each task its group and its number in `linear_task`; `panels` is `[groups, n, inputs, COLUMNS]`.
+    """
+    for number in prange(len(tasks)):
+        group, rows = tasks[number, 0], counts[tasks[number, 0]]
+        first = starts[group]
+        mine = x[first : first + _padded(rows)]
+        linear_task(tasks[number, 1], mine, rows, mine[rows // ROWS * ROWS :], panels[group], out[first : first + rows])
+
+
+@njit(parallel=True, cache=CACHE)
 def linear_of_norm(x, weight, epsilon, panels, out):
     """`linear` of `rms_norm` in one launch for few rows: one thread normalises, then all compute the product."""
     rows = len(x)

@@ -1,6 +1,6 @@
-"""Decoder settings, read from Transformers' configurations; one `Architecture` for every model family that this engine runs.
+"""Decoder settings, and how they are read from Transformers' configurations.
 
-Everything specific to a family is in this file. Unsupported settings are rejected by name, never approximated.
+Unsupported settings are rejected by name, never approximated. The families are in `families.py`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
+from range_kernels.experts import ClippedGate
 
 from ...errors import ModelError
 from ...models.model import embedding_scale
@@ -23,9 +26,9 @@ class Names:
     A norm that the family does not have is None.
     """
 
-    attention_norm: str = "input_layernorm"
+    attention_norm: str | None = "input_layernorm"
     after_attention: str | None = None
-    mlp_norm: str = "post_attention_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
     after_mlp: str | None = None
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
@@ -36,8 +39,90 @@ class Names:
     up: str = "mlp.up_proj"
     gate_up: str = "mlp.gate_up_proj"
     down: str = "mlp.down_proj"
+    sinks: str = "self_attn.sinks"
     table: str = "embed_tokens"
     head: str = "lm_head"
+
+
+@dataclass(frozen=True)
+class AttentionBlocks:
+    """A token attends to keys of its own block of `size` positions only (Llama 4's chunked attention)."""
+
+    size: int
+
+
+Window = int | AttentionBlocks | None
+"""How many keys a token attends to, itself included; None: all."""
+
+
+@dataclass(frozen=True)
+class QueryScale:
+    """Factor on queries that grows with the position: `1 + weight * log(1 + floor((position + offset) / length))`.
+
+    Attributes:
+        rotary: whether positions are rotary positions (Ministral 3), or indices in the sequence (Llama 4).
+    """
+
+    weight: float
+    length: int
+    offset: int = 0
+    rotary: bool = True
+
+    def of(self, positions: np.ndarray) -> np.ndarray:
+        """The factors, float32, of integer `positions`, in their shape."""
+        return (1 + self.weight * np.log1p(np.floor((positions + self.offset) / self.length))).astype(np.float32)
+
+
+Scores = Literal["softmax", "softmax of chosen", "sigmoid"]
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """A mixture of experts in place of the MLP.
+
+    Attributes:
+        layers: for each layer whether it has one.
+        count, chosen: number of experts, and how many of them a token uses.
+        intermediate: of one expert; shared_intermediate: of the expert that all tokens use, 0 for none.
+        scores: of the router's logits: softmax over all experts, softmax over the chosen ones, or sigmoid each.
+        normalised: whether the weights of the chosen experts are divided by their sum; `floor` is added to it, or it is at least that.
+        scale: factor on the weights.
+        groups, chosen_groups: experts are chosen from the best groups only (DeepSeek-V3); 1 for none.
+        group_best: how many experts of a group make its score.
+        wide_router: whether the router computes in float32 whatever the dtype.
+        router_bias: whether the router has a bias; choice_bias: name of the tensor that is added to scores for choosing only.
+        scaled_input, clipped: as in `range_kernels.experts.Experts`.
+        stored: stacked weights as `[experts, outputs, inputs]`, "transposed", or "either" by their shape.
+        router, experts, shared, shared_gate: names after `layers.N.`; shared_gate None: the shared expert is not gated.
+        parts: names of an expert's gate, up and down weights, if they are stored expert by expert; stacked: of stacked weights.
+    """
+
+    layers: tuple[bool, ...]
+    count: int
+    chosen: int
+    intermediate: int
+    scores: Scores = "softmax"
+    normalised: bool = True
+    floor: float = 0.0
+    floor_added: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    chosen_groups: int = 1
+    group_best: int = 2
+    wide_router: bool = False
+    router_bias: bool = False
+    expert_bias: bool = False
+    choice_bias: str | None = None
+    shared_intermediate: int = 0
+    shared_gate: str | None = None
+    scaled_input: bool = False
+    clipped: ClippedGate | None = None
+    stored: Literal["straight", "transposed", "either"] = "straight"
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    shared: str = "mlp.shared_experts"
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    stacked: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 @dataclass(frozen=True)
@@ -45,12 +130,19 @@ class DecoderConfig:
     """Everything that a decoder needs to know about its model.
 
     Attributes:
-        windows: for each layer, how many keys a token attends to, itself included; None for all.
+        windows: for each layer, which keys a token attends to.
         ropes: for each layer its rotary embedding, None if positions are not encoded (SmolLM3's NoPE layers).
         scale: factor on attention scores; `softcap` and `final_softcap`: c in `c * tanh(x / c)` on scores and logits, 0 for none.
-        head_norms: whether queries and keys are normalised per head, before rotation.
+        head_norms: whether queries and keys are normalised before rotation, per head or, with `wide_head_norms`, all heads together (OLMo 2).
+        unit_heads: for each layer whether queries and keys are divided by their root mean square after rotation (Llama 4).
+        query_scale: factor on queries by position, in the layers for which `scaled_queries` is true.
+        sinks: whether each head has a logit that takes part in the softmax and has no value (gpt-oss).
         norm_offset: added to norm weights (Gemma stores weight - 1).
-        embedding_scale: factor on looked-up rows.
+        layer_norms: whether norms subtract the mean (Cohere).
+        parallel: whether attention and MLP read the same norm (Cohere).
+        residual_scale: factor on what attention and MLP add (Granite); logit_scale: factor on logits.
+        mixture: a mixture of experts in place of some layers' MLPs.
+        embedding_scale: factor on looked-up rows; input_scale: factor on looked-up and injected rows (Granite).
         mrope: how many channel pairs rotate by time, height and width; empty for plain positions.
         interleaved_mrope: whether the axes are interleaved (Qwen3-VL) or in consecutive sections (Qwen2-VL).
     """
@@ -64,7 +156,7 @@ class DecoderConfig:
     intermediate: int
     vocab: int
     epsilon: float
-    windows: tuple[int | None, ...]
+    windows: tuple[Window, ...]
     ropes: tuple[Rope | None, ...]
     scale: float
     names: Names = Names()
@@ -74,31 +166,45 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     head_norms: bool = False
+    wide_head_norms: bool = False
+    unit_heads: tuple[bool, ...] = ()
+    query_scale: QueryScale | None = None
+    scaled_queries: tuple[bool, ...] = ()
+    sinks: bool = False
     norm_offset: float = 0.0
+    layer_norms: bool = False
+    parallel: bool = False
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    mixture: MixtureConfig | None = None
     gelu: bool = False
     softcap: float = 0.0
     final_softcap: float = 0.0
     embedding_scale: float = 1.0
+    input_scale: float = 1.0
     mrope: tuple[int, ...] = ()
     interleaved_mrope: bool = False
     deepstack: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Whether every layer is one that `range_kernels.ops.decoder_layers` can run."""
+        different = (
+            self.wide_head_norms, any(self.unit_heads), self.query_scale, self.sinks, self.layer_norms, self.parallel,
+            self.residual_scale != 1.0, self.mixture, self.names.attention_norm is None,
+        )  # fmt: skip
+        return not any(different)
 
-def read_decoder_config(config: Any, name: str) -> DecoderConfig:
+
+def read_settings(config: Any, architecture: Architecture, name: str) -> DecoderConfig:
     """Read the decoder settings from Transformers' text configuration `config` of the model `name`.
 
     Raises:
-        ModelError: a family or a setting that this engine does not support.
+        ModelError: a setting that this engine does not support.
     """
-    family = config.model_type
-    if family not in ARCHITECTURES:
-        raise ModelError(
-            f"the numba engine runs {', '.join(sorted(ARCHITECTURES))}; {name!r} is {family!r}: use 'transformers'"
-        )
-    architecture = ARCHITECTURES[family]
     _refuse(config, architecture, name)
     fields: dict[str, Any] = {
-        "family": family,
+        "family": config.model_type,
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
         "kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
@@ -106,7 +212,7 @@ def read_decoder_config(config: Any, name: str) -> DecoderConfig:
         "hidden": config.hidden_size,
         "intermediate": config.intermediate_size,
         "vocab": config.vocab_size,
-        "epsilon": config.rms_norm_eps,
+        "epsilon": getattr(config, architecture.epsilon),
         "windows": (None,) * config.num_hidden_layers,
         "embedding_scale": embedding_scale(config),
         "gelu": getattr(config, architecture.activation) not in ("silu", "swish"),
@@ -125,13 +231,14 @@ class Architecture:
 
     Attributes:
         read: returns the `DecoderConfig` fields in which the family differs from a Llama without biases.
-        activation: name of the setting that contains the activation.
+        activation, epsilon: names of the settings that contain the activation and the norms' epsilon.
         partial: whether `partial_rotary_factor` applies; interleaved: whether rotated pairs are adjacent channels (GLM).
         own: settings that this family supports; configurations of other families that have them are rejected.
     """
 
     read: Callable[[Any], dict[str, Any]]
     activation: str = "hidden_act"
+    epsilon: str = "rms_norm_eps"
     partial: bool = False
     interleaved: bool = False
     own: frozenset[str] = frozenset()
@@ -163,119 +270,7 @@ def _refuse(config: Any, architecture: Architecture, name: str) -> None:
     if getattr(config, "pretraining_tp", 1) not in (1, None):
         refuse("pretraining_tp", config.pretraining_tp, "1")
     types = set(getattr(config, "layer_types", None) or ())
-    unknown = types - {"full_attention"} - ({"sliding_attention"} if "sliding_window" in architecture.own else set())
+    kinds = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
+    unknown = types - {"full_attention"} - {kind for setting, kind in kinds.items() if setting in architecture.own}
     if unknown:
         refuse("layer_types", sorted(unknown)[0], "full_attention")
-
-
-def _llama(config: Any) -> dict[str, Any]:
-    biased = config.attention_bias
-    return {"qkv_bias": biased, "output_bias": biased, "mlp_bias": config.mlp_bias}
-
-
-def _internlm2(config: Any) -> dict[str, Any]:
-    names = Names(
-        attention_norm="attention_norm", mlp_norm="ffn_norm", qkv="attention.wqkv", output="attention.wo",
-        gate="feed_forward.w1", up="feed_forward.w3", down="feed_forward.w2", table="tok_embeddings", head="output",
-    )  # fmt: skip
-    return {"qkv": "internlm2", "qkv_bias": config.bias, "output_bias": config.bias, "names": names}
-
-
-def _windows(config: Any) -> tuple[int | None, ...]:
-    """Windows by `layer_types`; without that setting, the same window in all layers."""
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
-
-
-def _mistral(config: Any) -> dict[str, Any]:
-    return {"windows": _windows(config)}
-
-
-def _qwen2(config: Any) -> dict[str, Any]:
-    return {"qkv_bias": True, "windows": _windows(config)}
-
-
-def _qwen2_vl(config: Any) -> dict[str, Any]:
-    return {**_qwen2(config), "mrope": tuple((config.rope_parameters or {}).get("mrope_section") or (16, 24, 24))}
-
-
-def _qwen3(config: Any) -> dict[str, Any]:
-    biased = config.attention_bias
-    return {"qkv_bias": biased, "output_bias": biased, "head_norms": True, "windows": _windows(config)}
-
-
-def _qwen3_vl(config: Any) -> dict[str, Any]:
-    sections = tuple((config.rope_parameters or {}).get("mrope_section") or (24, 20, 20))
-    full = (None,) * config.num_hidden_layers
-    return {**_qwen3(config), "windows": full, "mrope": sections, "interleaved_mrope": True, "deepstack": True}
-
-
-def _phi3(config: Any) -> dict[str, Any]:
-    return {"qkv": "fused", "fused_gate_up": True, "windows": _windows(config)}
-
-
-def _gemma(config: Any) -> dict[str, Any]:
-    biased = config.attention_bias
-    return {"qkv_bias": biased, "output_bias": biased, "norm_offset": 1.0}
-
-
-def _gemma2(config: Any) -> dict[str, Any]:
-    names = Names(
-        after_attention="post_attention_layernorm", mlp_norm="pre_feedforward_layernorm", after_mlp="post_feedforward_layernorm"
-    )  # fmt: skip
-    return {
-        **_gemma(config),
-        "names": names,
-        "windows": _windows(config),
-        "scale": config.query_pre_attn_scalar**-0.5,
-        "softcap": config.attn_logit_softcapping or 0.0,
-        "final_softcap": config.final_logit_softcapping or 0.0,
-    }
-
-
-def _gemma3(config: Any) -> dict[str, Any]:
-    ropes = {kind: read_rope(config, config.head_dim, "gemma3", layer_type=kind) for kind in set(config.layer_types)}
-    return {
-        **_gemma2(config),
-        "softcap": 0.0,  # Transformers never applies attn_logit_softcapping here
-        "head_norms": True,
-        "ropes": tuple(ropes[kind] for kind in config.layer_types),
-    }
-
-
-def _glm(config: Any) -> dict[str, Any]:
-    return {"qkv_bias": config.attention_bias, "fused_gate_up": True}
-
-
-def _glm4(config: Any) -> dict[str, Any]:
-    names = Names(after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm")
-    return {**_glm(config), "names": names}
-
-
-def _smollm3(config: Any) -> dict[str, Any]:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = read_rope(config, head_dim, "smollm3")
-    ropes = tuple(rope if used else None for used in config.no_rope_layers)  # 1 means that the layer uses RoPE
-    return {**_llama(config), "windows": _windows(config), "ropes": ropes}
-
-
-_WINDOW = frozenset({"sliding_window"})
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(_llama),
-    "mistral": Architecture(_mistral, own=_WINDOW),
-    "qwen2": Architecture(_qwen2, own=_WINDOW),
-    "qwen2_vl_text": Architecture(_qwen2_vl, own=_WINDOW),
-    "qwen2_5_vl_text": Architecture(_qwen2_vl, own=_WINDOW),
-    "qwen3": Architecture(_qwen3, own=_WINDOW),
-    "qwen3_vl_text": Architecture(_qwen3_vl),
-    "internlm2": Architecture(_internlm2),
-    "internlm3": Architecture(_llama),
-    "phi3": Architecture(_phi3, partial=True, own=_WINDOW),
-    "gemma": Architecture(_gemma),
-    "gemma2": Architecture(_gemma2, "hidden_activation", own=_WINDOW),
-    "gemma3_text": Architecture(_gemma3, "hidden_activation", own=_WINDOW),
-    "glm": Architecture(_glm, partial=True, interleaved=True),
-    "glm4": Architecture(_glm4, partial=True, interleaved=True),
-    "smollm3": Architecture(_smollm3, own=_WINDOW),
-}

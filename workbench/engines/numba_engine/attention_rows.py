@@ -13,7 +13,6 @@ from .batch import Batch, DecoderInputs
 from .decoder import Decoder
 from .engine import NumbaEngine
 from .model_runner import Chunk
-from .ops import Rotation
 from .request import Request
 
 
@@ -68,19 +67,18 @@ def _attend(
     for rows, levels in inputs.deepstack:  # added after the tap
         if 0 < number <= len(levels):
             hidden[rows] += levels[number - 1]
-    x = decoder.ops.add(hidden, None, layer.attention_norm, config.epsilon).into(layer.qkv)
-    x = x.view(len(x), config.heads + 2 * config.kv_heads, config.head_dim)
-    rotated = config.heads + config.kv_heads
-    rope = config.ropes[number]
-    rotation = None if rope is None else Rotation(*inputs.rotations[rope], rope.interleaved)
-    heads, _ = decoder.ops.position(x[:, :rotated], layer.head_norms, config.heads, config.epsilon, rotation, None)
-    q = heads[queries, : config.heads].double().cpu()
-    k = heads[:, config.heads : rotated].double().cpu().repeat_interleave(config.heads // config.kv_heads, dim=1)
+    heads, every, values, _ = decoder.heads(number, decoder.enter(hidden, None, layer.attention_norm), inputs)
+    q = heads[queries].double().cpu()
+    k = every.double().cpu().repeat_interleave(config.heads // config.kv_heads, dim=1)
     key_start, key_stop = (each.cpu()[queries] for each in (inputs.key_starts[config.windows[number]], inputs.key_stop))
     keys = torch.arange(len(k))
     visible = (keys >= key_start[:, None]) & (keys < key_stop[:, None])
     scores = torch.einsum("qhd,khd->qhk", q, k) * config.scale
     if config.softcap:
         scores = torch.tanh(scores / config.softcap) * config.softcap
-    weights = scores.masked_fill(~visible[:, None], float("-inf")).softmax(dim=-1).nan_to_num(nan=0.0)
-    return AttentionRows(number, tuple(queries), weights, visible, x[:, rotated:].double().cpu())
+    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    if layer.sinks is not None:  # a sink takes its share and has no value
+        sinks = layer.sinks.double().cpu()[None, :, None].expand(len(queries), -1, 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(dim=-1).nan_to_num(nan=0.0)[..., : len(k)]
+    return AttentionRows(number, tuple(queries), weights, visible, values.double().cpu())

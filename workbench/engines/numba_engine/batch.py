@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from range_kernels import CUDAGraphPlan, PagedPlan
 
+from .architectures import AttentionBlocks, Window
 from .rope import Rope
 
 
@@ -92,17 +93,19 @@ class Batch:
             deepstack=deepstack,
         )
 
-    def key_start(self, window: int | None) -> torch.Tensor:
-        """The first key that each token attends to, int32 `[tokens]`, for a window of `window` keys (None: no window, so 0).
+    def key_start(self, window: Window) -> torch.Tensor:
+        """The first key that each token attends to, int32 `[tokens]`.
 
         A window also limits bidirectional spans, as in Transformers.
         """
-        key_start = (
-            torch.zeros_like(self.query_positions)
-            if window is None
-            else (self.query_positions - window + 1).clamp(min=0)
-        )
-        return key_start.to(self.key_stop.device)
+        return torch.from_numpy(first_keys(self.query_positions.numpy(), window)).to(self.key_stop.device)
+
+
+def first_keys(positions: np.ndarray, window: Window) -> np.ndarray:
+    """The first key that tokens at `positions`, int32, attend to."""
+    if isinstance(window, AttentionBlocks):
+        return positions // window.size * window.size
+    return np.zeros_like(positions) if window is None else np.maximum(positions - window + 1, 0)
 
 
 @dataclass
@@ -111,10 +114,11 @@ class DecoderInputs:
 
     hidden: torch.Tensor  # [tokens, hidden], hidden state 0
     rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]]  # cosines and sines, float32 [tokens, pairs]
-    key_starts: dict[int | None, torch.Tensor]  # int32 [tokens]
+    key_starts: dict[Window, torch.Tensor]  # int32 [tokens]
     key_stop: torch.Tensor  # int32 [tokens]
     plan: PagedPlan | CUDAGraphPlan
     deepstack: list[tuple[slice, torch.Tensor]]
+    query_scale: torch.Tensor | None = None  # float32 [tokens]
 
 
 def _embed(chunks: Sequence[tuple[Tokens, int, int]], table: torch.Tensor) -> torch.Tensor:

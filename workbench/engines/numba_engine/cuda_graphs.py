@@ -77,7 +77,12 @@ class CUDAGraphRunner:
 
     @staticmethod
     def supported(decoder: Decoder, pages: KVPages) -> bool:
-        """Whether decode steps over `pages` can be captured as CUDA graphs: only if they run on the tensor-core decode kernel."""
+        """Whether decode steps over `pages` can be captured as CUDA graphs.
+
+        They must run on the tensor-core decode kernel, and no expert's number of rows may be needed on the host.
+        """
+        if any(layer.mixture is not None and not layer.mixture.experts.grouped for layer in decoder.layers):
+            return False
         return CUDAGraphPlan.supported(pages, decoder.config.heads, decoder.config.scale)
 
     def launch(self, decoder: Decoder, step: DecodeStep, choose: Choose | None = None) -> DecodeResult | None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from range_kernels import CUDAGraphPlan, KVPages
 
-from .batch import DecoderInputs
+from .batch import DecoderInputs, first_keys
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -75,6 +75,8 @@ class StepInputs:
         shapes: list[tuple[int, ...]] = [(sequences,), (sequences,), *[(sequences,)] * len(self._windows)]
         shapes += [(sequences, max_pages), (kv_splits, CUDAGraphPlan.split_fields())]
         shapes += [(sequences, len(rope.frequencies)) for rope in self._ropes for _ in range(2)]
+        self._query_scale = decoder.config.query_scale
+        shapes += [(sequences,)] * (self._query_scale is not None)
         offsets = np.cumsum([0, *(-(-int(np.prod(shape)) // 4) * 4 for shape in shapes)])  # each aligned to 16 bytes
         self._device = torch.zeros(int(offsets[-1]), dtype=torch.int32, device=pages.device)
 
@@ -91,6 +93,7 @@ class StepInputs:
         self.ids, self._key_stop = on_device[:2]
         self._key_starts = dict(zip(self._windows, on_device[2:at], strict=True))
         angles = [each.view(torch.float32) for each in on_device[at + 2 :]]
+        self._scales = None if self._query_scale is None else angles.pop()
         self._rotations = {
             rope: (angles[2 * number], angles[2 * number + 1]) for number, rope in enumerate(self._ropes)
         }
@@ -116,7 +119,7 @@ class StepInputs:
         host.ids[:count], host.ids[count:] = step.ids, 0
         host.key_stop[:count], host.key_stop[count:] = step.seq_lens, 0
         for window, key_start in zip(self._windows, host.key_starts, strict=True):
-            key_start[:count] = 0 if window is None else np.maximum(positions - window + 1, 0)
+            key_start[:count] = first_keys(positions, window)
         for row, numbers in zip(host.table, step.pages, strict=False):
             row[: len(numbers)] = numbers
         host.splits[: len(splits)], host.splits[len(splits) :] = splits, 0
@@ -124,6 +127,8 @@ class StepInputs:
         for number, rope in enumerate(self._ropes):
             for into, angles in zip(host.angles[2 * number : 2 * number + 2], rope.rotation(own, lengths), strict=True):
                 into[:count] = angles.numpy()
+        if self._query_scale is not None:
+            host.angles[-1][:count] = self._query_scale.of(own.numpy() if self._query_scale.rotary else positions)
         self._device.copy_(host.whole, non_blocking=True)
 
     def inputs(self, hidden: torch.Tensor) -> DecoderInputs:
@@ -135,6 +140,7 @@ class StepInputs:
             key_stop=self._key_stop,
             plan=self._plan,
             deepstack=[],
+            query_scale=self._scales,
         )
 
 

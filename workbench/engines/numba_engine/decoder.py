@@ -10,7 +10,7 @@ It runs a `Batch`: tokens of any number of requests, packed end to end, whose ke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from range_kernels import CUDAGraphPlan, KVPages, PagedPlan, paged_attention
@@ -19,9 +19,10 @@ from range_kernels.ops import LayerSettings, decoder_layers
 from ...errors import ModelError
 from ...models import Model
 from ...models.quantization import quantization_settings
-from .architectures import read_decoder_config
 from .batch import DecoderInputs
-from .ops import KVCache, Layer, Rotation, Sum, operations
+from .families import read_decoder_config
+from .mixture import Mixture
+from .ops import Centred, KVCache, Layer, Rotation, Sum, Unnormed, layer_norm, operations
 from .weights import TensorReader
 
 Tap = Callable[[str, torch.Tensor], torch.Tensor | None]
@@ -33,7 +34,7 @@ class Decoder:
     """The weights of a model on one device in one dtype, and the forward pass over them.
 
     Attributes:
-        table: `[vocab, hidden]`, token embeddings with the embedding scale already applied, as in hidden state 0.
+        table: `[vocab, hidden]`, token embeddings with the embedding scale already applied, as in hidden state 0 (before `input_scale`).
         context: maximum number of tokens of a request.
         whole_layers: whether the layers are one native call where the device has it and nobody taps them; in float32 the bits are the same.
 
@@ -48,10 +49,17 @@ class Decoder:
                 f"the numba engine reads plain weights; {model.name!r} is quantized ({quantized['quant_method']}): dequantize it first"
             )
         self.config = config = read_decoder_config(model.text_config, model.name)
+        if config.sinks and device.type != "cpu":
+            raise ModelError(
+                f"{model.name!r} has attention sinks, which the GPU kernels do not: use device='cpu', or 'transformers' on the GPU"
+            )
         self.dtype, self.device = dtype, device
-        self.whole_layers = True
+        self.whole_layers = config.plain
         self.context = model.context
-        self.ops = operations(dtype, device, (config.hidden, config.intermediate, config.head_dim))
+        widths = [config.hidden, config.intermediate, config.head_dim]
+        if config.mixture is not None:
+            widths += [config.mixture.intermediate, config.mixture.shared_intermediate]
+        self.ops = operations(dtype, device, widths)
         read = TensorReader(model, config, dtype, device)
         table = read.table()
         self.head = self.ops.linear(read.head(table))
@@ -64,18 +72,21 @@ class Decoder:
             model.weights.release()  # tensors are packed or copied, so the file need not stay in memory
 
     def _layer(self, read: TensorReader, number: int) -> Layer:
-        names, at, linear = self.config.names, f"layers.{number}.", self.ops.linear
-        norms: dict[str, Any] = {
-            part: read.norm(at + name) if (name := getattr(names, part)) else None
-            for part in ("attention_norm", "after_attention", "mlp_norm", "after_mlp")
-        }
+        config, at, linear = self.config, f"layers.{number}.", self.ops.linear
+        names, mixture = config.names, config.mixture
+        sparse = mixture is not None and mixture.layers[number]
         return Layer(
+            attention_norm=read.optional_norm(at, names.attention_norm),
             qkv=linear(*read.qkv(at)),
             head_norms=read.head_norms(at),
             output=linear(*read.output(at)),
-            gate_up=linear(*read.gate_up(at)),
-            down=linear(*read.down(at)),
-            **norms,
+            after_attention=read.optional_norm(at, names.after_attention),
+            mlp_norm=read.optional_norm(at, names.mlp_norm),
+            gate_up=None if sparse else linear(*read.gate_up(at)),
+            down=None if sparse else linear(*read.down(at)),
+            after_mlp=read.optional_norm(at, names.after_mlp),
+            mixture=Mixture(read, at, config, mixture, self.ops) if sparse and mixture is not None else None,
+            sinks=read.sinks(at),
         )
 
     def new_pages(self, pages: int, page_size: int) -> KVPages:
@@ -90,6 +101,8 @@ class Decoder:
         All inputs are on the device, so a decode step on tensor cores does not synchronise with the host and can be captured as a
         CUDA graph. `tap(name, state)` is called with every named hidden state; it must copy what it keeps.
         """
+        if self.config.input_scale != 1.0:
+            inputs = replace(inputs, hidden=inputs.hidden * self.config.input_scale)
         whole = None
         if tap is None and not inputs.deepstack and self.whole_layers:
             whole = self.ops.whole_layers(self.layers, inputs.rotations.values(), len(inputs.hidden))
@@ -98,20 +111,23 @@ class Decoder:
             if normed is not None:
                 return normed
             self.whole_layers = False  # this process has fewer threads than Numba believes
-        hidden, epsilon, ops = inputs.hidden, self.config.epsilon, self.ops
+        hidden = inputs.hidden
         pending: torch.Tensor | None = None  # what the layer before adds; added with the next norm, in one kernel
         if tap:
             hidden = _tapped(tap, "embed", hidden)
         for number, layer in enumerate(self.layers):
-            entered = ops.add(hidden, pending, layer.attention_norm, epsilon)
-            added = self._attention(number, layer, entered, inputs, pages)
+            entered = self.enter(hidden, pending, layer.attention_norm)
+            added = self._scaled(self._attention(number, layer, entered, inputs, pages))
             if tap:
                 added = _tapped(tap, f"layers.{number}.attention", added)
-            between = ops.add(entered.total, added, layer.mlp_norm, epsilon)
-            pending = layer.down.of_gate(between.into(layer.gate_up), self.config.gelu)
+            if self.config.parallel:
+                pending, hidden = layer.mlp(entered, self.config.gelu), entered.total + added
+            else:
+                between = self.enter(entered.total, added, layer.mlp_norm)
+                pending, hidden = layer.mlp(between, self.config.gelu), between.total
             if layer.after_mlp is not None:
                 pending = self._normalise(pending, layer.after_mlp)
-            hidden = between.total
+            pending = self._scaled(pending)
             if tap:
                 pending = _tapped(tap, f"layers.{number}.mlp", pending)
             if tap or inputs.deepstack:
@@ -122,10 +138,21 @@ class Decoder:
                 if number < len(levels):
                     hidden = hidden.clone()  # do not modify the tensor passed to the tap
                     hidden[rows] += levels[number]
-        hidden = ops.add(hidden, pending, self.norm, epsilon).normed()
+        hidden = self.enter(hidden, pending, self.norm).normed()
         if tap:
             tap("norm", hidden)
         return hidden
+
+    def enter(self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor | None) -> Sum:
+        """Add to the residual stream, for attention or MLP to read through the norm `weight`; None: it reads the stream itself."""
+        if weight is not None and not self.config.layer_norms:
+            return self.ops.add(hidden, added, weight, self.config.epsilon)
+        total = hidden if added is None else hidden + added
+        return Unnormed(total) if weight is None else Centred(total, weight, self.config.epsilon)
+
+    def _scaled(self, added: torch.Tensor) -> torch.Tensor:
+        scale = self.config.residual_scale
+        return added if scale == 1.0 else added * scale
 
     def _run_whole_layers(self, layers: Sequence[Layer], inputs: DecoderInputs, pages: KVPages) -> torch.Tensor | None:
         """`run_layers` in one native call, in float32 with the same bits; None if `decoder_layers` cannot run here."""
@@ -149,29 +176,52 @@ class Decoder:
         """All objects that `run_layers` uses besides its inputs (settings, layers, weights), so that a replaced one can be noticed."""
         parts: list[object] = [self.config, self.norm]
         for layer in self.layers:
-            parts += [layer.attention_norm, layer.head_norms, layer.after_attention, layer.mlp_norm, layer.after_mlp]
-            for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
-                parts += [linear, linear.weight, linear.bias]
+            parts += [*layer.linears, *layer.tensors()]
         return parts
 
     def _attention(
         self, number: int, layer: Layer, entered: Sum, inputs: DecoderInputs, pages: KVPages
     ) -> torch.Tensor:
         config = self.config
+        cache = _cache_of(number, inputs.plan, pages)
+        queries, keys, values, written = self.heads(number, entered, inputs, cache)
+        seen = paged_attention(
+            queries, pages, number, inputs.plan, new=None if written else (keys, values), key_start=inputs.key_starts[config.windows[number]],
+            key_stop=inputs.key_stop, softcap=config.softcap, scale=config.scale, sinks=layer.sinks,
+        )  # fmt: skip
+        added = layer.output(seen.flatten(1))
+        return added if layer.after_attention is None else self._normalise(added, layer.after_attention)
+
+    def heads(
+        self, number: int, entered: Sum, inputs: DecoderInputs, cache: KVCache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+        """Queries, keys and values of a layer, `[tokens, heads, head_dim]` each, normed and rotated as attention takes them.
+
+        Returns:
+            them, and whether keys and values were written to `cache`.
+        """
+        config, layer = self.config, self.layers[number]
         rotated = config.heads + config.kv_heads
         x = entered.into(layer.qkv)
         x = x.view(len(x), rotated + config.kv_heads, config.head_dim)
         heads, values = x[:, :rotated], x[:, rotated:]
+        norms, split = layer.head_norms, config.heads
+        if config.wide_head_norms and norms is not None:
+            widths = [config.heads * config.head_dim, config.kv_heads * config.head_dim]
+            parts = zip(heads.flatten(1).split(widths, dim=1), norms.split(widths), strict=True)
+            normed = [self.ops.norm(part.contiguous(), weight, config.epsilon) for part, weight in parts]
+            heads, norms, cache = torch.cat(normed, dim=1).view(heads.shape), None, None
+        if config.unit_heads and config.unit_heads[number]:
+            cache = None  # what is cached is not what is rotated
         rope = config.ropes[number]
         rotation = None if rope is None else Rotation(*inputs.rotations[rope], rope.interleaved)
-        cache = _cache_of(number, inputs.plan, pages)
-        heads, written = self.ops.position(heads, layer.head_norms, config.heads, config.epsilon, rotation, cache)
-        seen = paged_attention(
-            heads[:, : config.heads], pages, number, inputs.plan, new=None if written else (heads[:, config.heads :], values),
-            key_start=inputs.key_starts[config.windows[number]], key_stop=inputs.key_stop, softcap=config.softcap, scale=config.scale,
-        )  # fmt: skip
-        added = layer.output(seen.flatten(1))
-        return added if layer.after_attention is None else self._normalise(added, layer.after_attention)
+        heads, written = self.ops.position(heads, norms, split, config.epsilon, rotation, cache)
+        if config.unit_heads and config.unit_heads[number]:
+            heads = self.ops.norm(heads.contiguous(), heads.new_ones(config.head_dim), config.epsilon)
+        queries, keys = heads[:, :split], heads[:, split:]
+        if inputs.query_scale is not None and config.scaled_queries[number]:
+            queries = (queries * inputs.query_scale[:, None, None]).to(queries.dtype)
+        return queries, keys, values, written
 
     @torch.no_grad()
     def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -180,8 +230,10 @@ class Decoder:
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply the head, and the final softcap if the model has one: `[tokens, hidden]` after the final norm -> `[tokens, vocab]`."""
+        """The head, its factor and the final softcap if the model has them: `[tokens, hidden]` after the final norm -> `[tokens, vocab]`."""
         logits = self.head(hidden)
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
         cap = self.config.final_softcap
         if not cap:
             return logits
@@ -191,6 +243,8 @@ class Decoder:
         return torch.stack([torch.tanh(row / cap) * cap for row in logits]) if len(logits) else logits
 
     def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if self.config.layer_norms:
+            return layer_norm(x, weight, self.config.epsilon)
         return self.ops.norm(x, weight, self.config.epsilon)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from ...errors import ModelError, PromptError
+from ...errors import EmbeddingRangeError, ModelError, PromptError
 from ...models import Model
 from ...models.options import parse_device, parse_dtype
 from ...models.sizes import check_sizes
@@ -25,6 +25,7 @@ from ..base import Engine, Sink
 from ..cancellation import Cancellation
 from ..sampling import GenerationState, stop_tokens
 from ..types import Capabilities, EngineOutput, GenerationConfig, ResponseType, join_outputs
+from .architectures import AttentionBlocks
 from .block_manager import BlockManager
 from .decoder import Decoder
 from .loop import Loop
@@ -163,6 +164,12 @@ class NumbaEngine(Engine):
     def check(self, prompt: Prompt, new_tokens: int = 0) -> None:
         """See `Engine.check`; also rejects a request that can never fit into the KV cache."""
         super().check(prompt, new_tokens)
+        blocks = any(isinstance(window, AttentionBlocks) for window in self._config.windows)
+        if blocks and any(span.attention == "bidirectional" for span in prompt.spans or ()):
+            raise EmbeddingRangeError(
+                f"{self.model.name!r} has layers whose attention ends at blocks (attention_chunk_size): bidirectional spans are not "
+                "defined there; leave the spans' attention causal"
+            )
         # The last token chosen is not run through the model.
         needed = -(-(len(prompt) + max(new_tokens - 1, 0)) // self._page_size)
         if needed > self._blocks.pages:

@@ -211,7 +211,15 @@ class ModelRunner:
             key_stop=batch.key_stop,
             plan=PagedPlan(batch.block_table, batch.cu_seqlens_q, batch.seq_lens, pages, config.heads),
             deepstack=batch.deepstack,
+            query_scale=self._query_scale(batch),
         )
+
+    def _query_scale(self, batch: Batch) -> torch.Tensor | None:
+        scale = self.decoder.config.query_scale
+        if scale is None:
+            return None
+        positions = batch.positions if scale.rotary else batch.query_positions
+        return torch.from_numpy(scale.of(positions.numpy())).to(self.decoder.device)
 
     def _rotation(self, rope: Rope, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the batch's tokens, float32 `[tokens, pairs]`."""

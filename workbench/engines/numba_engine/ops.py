@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from range_kernels import ops as kernels
+
+if TYPE_CHECKING:
+    from .mixture import Mixture
 
 FEW_ROWS = 64
 """Up to this many rows a step in bfloat16 on the CPU is a native call, with `packed_decode`."""
@@ -21,37 +24,56 @@ FEW_ROWS = 64
 
 @dataclass
 class Layer:
-    """Weights of one layer; query, key and value projections are stacked, and so are gate and up."""
+    """Weights of one layer; query, key and value projections are stacked, and so are gate and up. A norm that the family lacks is None.
 
-    attention_norm: torch.Tensor  # [hidden]
+    Attributes:
+        mixture: a mixture of experts in place of the MLP; a layer has either it or `gate_up` and `down`.
+    """
+
+    attention_norm: torch.Tensor | None  # [hidden]
     qkv: Linear  # hidden -> (q_heads + 2 kv_heads) * head_dim
     head_norms: torch.Tensor | None  # [2, head_dim], of queries and keys
     output: Linear  # q_heads * head_dim -> hidden
     after_attention: torch.Tensor | None  # [hidden]
-    mlp_norm: torch.Tensor
-    gate_up: Linear  # hidden -> 2 * intermediate
-    down: Linear  # intermediate -> hidden
+    mlp_norm: torch.Tensor | None
+    gate_up: Linear | None  # hidden -> 2 * intermediate
+    down: Linear | None  # intermediate -> hidden
     after_mlp: torch.Tensor | None
+    mixture: Mixture | None = None
+    sinks: torch.Tensor | None = None  # float32 [q_heads]
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The linear layers outside a mixture."""
+        return [each for each in (self.qkv, self.output, self.gate_up, self.down) if each is not None]
+
+    def mlp(self, entered: Sum, gelu: bool) -> torch.Tensor:
+        """What the MLP or mixture adds, before the norm after it."""
+        if self.mixture is not None:
+            return self.mixture(entered.normed())
+        assert self.gate_up is not None
+        assert self.down is not None
+        return self.down.of_gate(entered.into(self.gate_up), gelu)
 
     def tensors(self) -> list[torch.Tensor]:
-        """All weights and biases."""
-        linears = (self.qkv, self.output, self.gate_up, self.down)
-        norms = (self.attention_norm, self.head_norms, self.after_attention, self.mlp_norm, self.after_mlp)
-        every = [*norms, *(each for linear in linears for each in (linear.weight, linear.bias))]
-        return [each for each in every if each is not None]
+        """All weights and biases that torch holds."""
+        norms = (self.attention_norm, self.head_norms, self.after_attention, self.mlp_norm, self.after_mlp, self.sinks)
+        every = [*norms, *(each for linear in self.linears for each in (linear.weight, linear.bias))]
+        mixture = [] if self.mixture is None else self.mixture.tensors()
+        return [*(each for each in every if each is not None), *mixture]
 
     def native(self) -> Layer:
-        """The same layer in float32, with linear layers of `range_kernels`."""
+        """The same layer, without a mixture, in float32 with linear layers of `range_kernels`."""
 
         def wide(norm: torch.Tensor | None) -> torch.Tensor | None:
             return None if norm is None else norm.float()
 
-        def packed(linear: Linear) -> Linear:
-            return kernels.Linear(linear.weight, linear.bias)
+        def packed(linear: Linear | None) -> Any:
+            return None if linear is None else kernels.Linear(linear.weight, linear.bias)
 
         return Layer(
-            self.attention_norm.float(), packed(self.qkv), wide(self.head_norms), packed(self.output), wide(self.after_attention),
-            self.mlp_norm.float(), packed(self.gate_up), packed(self.down), wide(self.after_mlp),
+            wide(self.attention_norm), packed(self.qkv), wide(self.head_norms), packed(self.output), wide(self.after_attention),
+            wide(self.mlp_norm), packed(self.gate_up), packed(self.down), wide(self.after_mlp),
         )  # fmt: skip
 
 
@@ -163,6 +185,37 @@ class _Together:
         return self._norm
 
 
+class Unnormed:
+    """A sum that is not normed before attention or MLP (OLMo 2)."""
+
+    def __init__(self, total: torch.Tensor) -> None:
+        self.total = total
+
+    def into(self, linear: Linear) -> torch.Tensor:
+        return linear(self.total)
+
+    def normed(self) -> torch.Tensor:
+        return self.total
+
+
+class Centred:
+    """A sum whose norm subtracts the mean (Ba et al. 2016, arXiv:1607.06450), computed in float32; it has no bias (Cohere)."""
+
+    def __init__(self, total: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
+        self.total, self._norm = total, layer_norm(total, weight, epsilon)
+
+    def into(self, linear: Linear) -> torch.Tensor:
+        return linear(self._norm)
+
+    def normed(self) -> torch.Tensor:
+        return self._norm
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """LayerNorm without a bias over the last dimension, computed in float32 and rounded to the dtype of `x`."""
+    return F.layer_norm(x.float(), weight.shape, weight.float(), eps=epsilon).to(x.dtype)
+
+
 class _Plain:
     """`add` and `position` as separate operations of a subclass."""
 
@@ -209,7 +262,7 @@ class CpuOperations(_Plain):
 
 def _can_run_whole(layers: Iterable[Layer], rotations: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> bool:
     """Whether `range_kernels.ops.decoder_layers` can run these layers."""
-    linears = (linear for layer in layers for linear in (layer.qkv, layer.output, layer.gate_up, layer.down))
+    linears = (linear for layer in layers for linear in layer.linears)
     same_pairs = len({cosine.shape[-1] for cosine, _ in rotations}) <= 1
     return same_pairs and all(type(linear) is kernels.Linear and linear.whole_panels for linear in linears)
 

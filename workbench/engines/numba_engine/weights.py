@@ -6,7 +6,7 @@ import torch
 
 from ...errors import ModelError
 from ...models import Model
-from .architectures import DecoderConfig
+from .architectures import DecoderConfig, MixtureConfig
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 """A weight `[outputs, inputs]` and its bias `[outputs]`, or None if it has none."""
@@ -61,6 +61,10 @@ class TensorReader:
         """The weights `[hidden]` of the norm `name`, such as `layers.3.input_layernorm`, with the family's `norm_offset` added."""
         return self._norm(f"{self.base}{name}.weight", self.config.hidden)
 
+    def optional_norm(self, at: str, name: str | None) -> torch.Tensor | None:
+        """The norm `name` of a layer; None if the family has none."""
+        return None if name is None else self.norm(at + name)
+
     def _norm(self, name: str, width: int) -> torch.Tensor:
         if not self.config.norm_offset:
             return self._get(name, width)
@@ -68,10 +72,17 @@ class TensorReader:
         return self.model.weights.get(name).to(self.device, torch.float32) + self.config.norm_offset
 
     def head_norms(self, at: str) -> torch.Tensor | None:
-        """Weights of the norms of queries and of keys, `[2, head_dim]`; None if the family has none."""
-        if not self.config.head_norms:
+        """Weights of the norms of queries and of keys, `[2, head_dim]`; None if the family has none.
+
+        With `wide_head_norms` the weights of all query heads, then of all key heads, `[(heads + kv_heads) * head_dim]`.
+        """
+        config = self.config
+        if not config.head_norms:
             return None
-        width = self.config.head_dim
+        width = config.head_dim
+        if config.wide_head_norms:
+            widths = zip("qk", (config.heads * width, config.kv_heads * width), strict=True)
+            return torch.cat([self._norm(f"{self.base}{at}self_attn.{x}_norm.weight", size) for x, size in widths])
         return torch.stack([self._norm(f"{self.base}{at}self_attn.{x}_norm.weight", width) for x in "qk"])
 
     def qkv(self, at: str) -> Pair:
@@ -120,3 +131,72 @@ class TensorReader:
                 f"{self.model.name!r} has {extra[0]}.bias, but its configuration excludes it: correct one of them"
             )
         return weight, torch.cat([self._get(f"{name}.bias", rows) for name, rows in names.items()]) if biased else None
+
+    def sinks(self, at: str) -> torch.Tensor | None:
+        """The logits of attention sinks, float32 `[heads]`; None if the family has none."""
+        if not self.config.sinks:
+            return None
+        return self._get(f"{self.base}{at}{self.config.names.sinks}", self.config.heads).float()
+
+    def router(self, at: str, mixture: MixtureConfig) -> Pair:
+        """The router `[experts, hidden]` and its bias."""
+        weight, bias = self._stack({at + mixture.router: mixture.count}, self.config.hidden, mixture.router_bias)
+        if not mixture.wide_router:
+            return weight, bias
+        exact = self.model.weights.get(f"{self.base}{at}{mixture.router}.weight").to(self.device, torch.float32)
+        return exact, bias
+
+    def choice_bias(self, at: str, mixture: MixtureConfig) -> torch.Tensor | None:
+        """What is added to scores for choosing experts, float32 `[experts]`."""
+        if mixture.choice_bias is None:
+            return None
+        bias = self.model.weights.get(f"{self.base}{at}{mixture.choice_bias}")
+        if bias.numel() != mixture.count:
+            raise ModelError(
+                f"tensor {self.base}{at}{mixture.choice_bias} of {self.model.name!r} has shape {tuple(bias.shape)}, but its "
+                f"configuration needs {mixture.count} numbers"
+            )
+        return bias.flatten().to(self.device, torch.float32)
+
+    def experts(self, at: str, mixture: MixtureConfig) -> tuple[Pair, Pair]:
+        """All experts' gate and up weights `[experts, 2 * intermediate, hidden]` and down weights `[experts, hidden, intermediate]`."""
+        inner, hidden, count = mixture.intermediate, self.config.hidden, mixture.count
+        if f"{self.base}{at}{mixture.stacked[0]}" in self.model.weights:
+            return (
+                self._stacked_experts(at + mixture.stacked[0], (count, 2 * inner, hidden), mixture),
+                self._stacked_experts(at + mixture.stacked[1], (count, hidden, inner), mixture),
+            )
+        gate, up, down = mixture.parts
+        prefixes = [f"{at}{mixture.experts}.{number}." for number in range(count)]
+        both = [
+            self._stack({prefix + gate: inner, prefix + up: inner}, hidden, mixture.expert_bias) for prefix in prefixes
+        ]
+        last = [self._stack({prefix + down: hidden}, inner, mixture.expert_bias) for prefix in prefixes]
+        return self._joined(both), self._joined(last)
+
+    def _stacked_experts(self, name: str, shape: tuple[int, int, int], mixture: MixtureConfig) -> Pair:
+        count, outputs, inputs = shape
+        transposed = mixture.stored == "transposed" or (
+            mixture.stored == "either" and self.model.weights.get(self.base + name).shape != shape
+        )
+        weight = self._get(self.base + name, *((count, inputs, outputs) if transposed else shape))
+        bias = self._get(f"{self.base}{name}_bias", count, outputs) if mixture.expert_bias else None
+        return weight.transpose(1, 2).contiguous() if transposed else weight, bias
+
+    @staticmethod
+    def _joined(pairs: list[Pair]) -> Pair:
+        biases = [bias for _, bias in pairs if bias is not None]
+        return torch.stack([weight for weight, _ in pairs]), torch.stack(biases) if biases else None
+
+    def shared_expert(self, at: str, mixture: MixtureConfig) -> tuple[Pair, Pair]:
+        """The shared expert's gate and up projections, stacked, and its down projection, as `gate_up` and `down`."""
+        names = [f"{at}{mixture.shared}.{part}_proj" for part in ("gate", "up", "down")]
+        inner, hidden, biased = mixture.shared_intermediate, self.config.hidden, mixture.expert_bias
+        both = self._stack({names[0]: inner, names[1]: inner}, hidden, biased)
+        return both, self._stack({names[2]: hidden}, inner, biased)
+
+    def shared_gate(self, at: str, mixture: MixtureConfig) -> torch.Tensor | None:
+        """The shared expert's gate, `[1, hidden]`; None if it has none."""
+        if mixture.shared_gate is None:
+            return None
+        return self._get(f"{self.base}{at}{mixture.shared_gate}.weight", 1, self.config.hidden)
