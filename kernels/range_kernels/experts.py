@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .cpu import launch
+from .ops import sigmoid
 
 
 @dataclass(frozen=True)
@@ -168,4 +169,4 @@ class Experts:
 def _clipped_gate(both: torch.Tensor, settings: ClippedGate) -> torch.Tensor:
     gate = both[..., ::2].clamp(max=settings.limit)
     up = both[..., 1::2].clamp(min=-settings.limit, max=settings.limit)
-    return gate * torch.sigmoid(gate * settings.alpha) * (up + 1)
+    return gate * sigmoid(gate * settings.alpha) * (up + 1)

@@ -275,6 +275,22 @@ def gate(both: torch.Tensor, gelu: bool = False) -> torch.Tensor:
     return out
 
 
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """`1 / (1 + exp(-x))`; on the CPU in float32 no element depends on where it is in the tensor, as with torch's vector instructions."""
+    return _elementwise(x, torch.sigmoid, launch.ops.sigmoid)
+
+
+def softplus(x: torch.Tensor) -> torch.Tensor:
+    """`log(1 + exp(x))`; on the CPU in float32 as `sigmoid`."""
+    return _elementwise(x, torch.nn.functional.softplus, launch.ops.softplus)
+
+
+def _elementwise(x: torch.Tensor, otherwise: Any, kernel: Any) -> torch.Tensor:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.numel():
+        return otherwise(x)
+    return launch.elementwise(x.detach().contiguous(), kernel)
+
+
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
     """Rotary embedding of `x` `[tokens, heads, head_dim]` by float32 `cosine`, `sine` `[tokens, pairs]`.
 

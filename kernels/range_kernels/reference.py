@@ -122,3 +122,27 @@ def experts(
         one = one if down_bias is None else one + down_bias[expert]
         out[row] += one if scaled_input else one * weights[row, k]
     return out
+
+
+def causal_convolution(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """`range_kernels.delta_net.causal_convolution` of one whole sequence `x` `[tokens, channels]`, in float64."""
+    kernel = len(weight)
+    padded = np.concatenate([np.zeros((kernel - 1, x.shape[1])), x])
+    total = sum(weight[tap] * padded[tap : tap + len(x)] for tap in range(kernel))
+    return total / (1 + np.exp(-total))
+
+
+def gated_delta_rule(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, decay: np.ndarray, beta: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`range_kernels.delta_net.gated_delta_rule` of one whole sequence in float64: its result, and the state after it."""
+    heads, key_dim = v.shape[1], q.shape[2]
+    state, out = np.zeros((heads, key_dim, v.shape[2])), np.zeros(v.shape)
+    q, k = (np.repeat(x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-6), heads // q.shape[1], axis=1) for x in (q, k))
+    for token in range(len(q)):
+        for head in range(heads):
+            decayed = state[head] * np.exp(decay[token, head])
+            delta = (v[token, head] - decayed.T @ k[token, head]) * beta[token, head]
+            state[head] = decayed + np.outer(k[token, head], delta)
+            out[token, head] = state[head].T @ q[token, head] / np.sqrt(key_dim)
+    return out, state

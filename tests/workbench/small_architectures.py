@@ -18,7 +18,11 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 
 LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 4.0]}
 HEADS = {"num_attention_heads": 4, "head_dim": 16}
 THREE_LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DELTA_NET: dict[str, Any] = {
+    **HEADS, "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 12, "linear_value_head_dim": 20,
+}  # fmt: skip
 GRANITE = {
     "embedding_multiplier": 3.0, "logits_scaling": 2.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "attention_bias": True
 }  # fmt: skip
@@ -173,6 +177,29 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "swiglu_limit": 0.5,
         },
     ),
+    "qwen3.5": (
+        "Qwen3_5TextConfig",
+        {**DELTA_NET, "rope_parameters": {**MROPE, "mrope_section": [1, 2, 1], "partial_rotary_factor": 0.5}},
+    ),
+    "qwen3.5-moe": (
+        "Qwen3_5MoeTextConfig",
+        {
+            **DELTA_NET,
+            **EXPERTS,
+            "shared_expert_intermediate_size": 40,
+            "rope_parameters": {**MROPE, "mrope_section": [1, 2, 1], "partial_rotary_factor": 0.5},
+        },
+    ),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        {
+            **DELTA_NET,
+            **EXPERTS,
+            "shared_expert_intermediate_size": 40,
+            "partial_rotary_factor": 0.5,
+            "mlp_only_layers": [2],
+        },
+    ),
     "llama4": (
         "Llama4TextConfig",
         {
@@ -191,14 +218,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 9, "pad_token_id": 0},
     ),
 }
-WITH_IMAGES = {"qwen2-vl": "Qwen2VL", "qwen2.5-vl": "Qwen2_5_VL", "qwen3-vl": "Qwen3VL", "qwen3-vl-moe": "Qwen3VLMoe"}
+WITH_IMAGES = {
+    "qwen2-vl": "Qwen2VL", "qwen2.5-vl": "Qwen2_5_VL", "qwen3-vl": "Qwen3VL", "qwen3-vl-moe": "Qwen3VLMoe", "qwen3.5": "Qwen3_5",
+    "qwen3.5-moe": "Qwen3_5Moe",
+}  # fmt: skip
 _VISION = {"depth": 1, "hidden_size": 16, "embed_dim": 16, "num_heads": 2, "intermediate_size": 16, "patch_size": 4}
-_WIDTH = {
-    "Qwen2VL": "hidden_size",
-    "Qwen2_5_VL": "out_hidden_size",
-    "Qwen3VL": "out_hidden_size",
-    "Qwen3VLMoe": "out_hidden_size",
-}
+_WIDTH = {"Qwen2VL": "hidden_size"}
 
 
 def save(name: str, folder: Path, **more: Any) -> workbench.Model:
@@ -208,7 +233,11 @@ def save(name: str, folder: Path, **more: Any) -> workbench.Model:
     torch.manual_seed(0)
     if name in WITH_IMAGES:
         prefix = WITH_IMAGES[name]
-        vision = {**_VISION, _WIDTH[prefix]: BASE["hidden_size"], "deepstack_visual_indexes": [0]}
+        vision = {
+            **_VISION,
+            _WIDTH.get(prefix, "out_hidden_size"): BASE["hidden_size"],
+            "deepstack_visual_indexes": [0],
+        }
         whole = getattr(transformers, f"{prefix}Config")(text_config=config.to_dict(), vision_config=vision)
         network = getattr(transformers, f"{prefix}ForConditionalGeneration")(whole)
     else:

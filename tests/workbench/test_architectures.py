@@ -11,6 +11,17 @@ from workbench.comparison.metrics import relative_error
 
 TAPS = ["embed", "layers.*", "layers.*.*", "norm", "logits"]
 SPANS = [Span(), Span(attention="bidirectional")]
+WITHOUT_SPANS = (
+    "llama4",
+    "qwen3.5",
+    "qwen3.5-moe",
+    "qwen3-next",
+)  # no bidirectional spans in blocks and linear attention
+
+
+def limit(engine) -> float:
+    """Allowed relative difference; Transformers runs the delta rule of linear attention in blocks of 64 tokens, in float32."""
+    return 3e-5 if engine.decoder.config.delta_net else 1e-5
 
 
 def prompt_for(name: str, config) -> Prompt:
@@ -38,14 +49,17 @@ def test_every_state_equals_transformers(pair):
     _, ours, theirs, prompt = pair
     a, b = ours.trace(prompt, TAPS), theirs.trace(prompt, TAPS)
     assert list(a) == list(b)
+    limit = (
+        3e-5 if ours.decoder.config.delta_net else 1e-5
+    )  # Transformers runs the delta rule in blocks of 64, in float32
     for tap in a:
-        assert relative_error(a[tap], b[tap]).max() < 1e-5, tap
+        assert relative_error(a[tap], b[tap]).max() < limit, tap
 
 
 def test_bidirectional_spans_equal_transformers(pair):
     name, ours, theirs, prompt = pair
     prompt = prompt.replace(spans=SPANS)
-    if name == "llama4":
+    if name in WITHOUT_SPANS:
         for engine in (ours, theirs):
             with pytest.raises(EmbeddingRangeError, match="bidirectional spans"):
                 engine.trace(prompt, ["logits"])
@@ -59,7 +73,7 @@ def test_greedy_tokens_and_logits_equal_transformers(pair):
     config = GenerationConfig(max_new_tokens=20, ignore_eos=True, output_logits="all")
     a, b = ours.generate(prompt, config), theirs.generate(prompt, config)
     assert a.token_ids == b.token_ids
-    assert relative_error(a.logits, b.logits).max() < 1e-5
+    assert relative_error(a.logits, b.logits).max() < limit(ours)
 
 
 @pytest.mark.parametrize("budget", [1, 7, 32])
@@ -68,7 +82,7 @@ def test_chunked_prefill_and_batching_are_bit_identical(pair, budget):
     chunked = workbench.open_engine("numba", ours.model, max_prefill_token_num=budget, enable_prefix_caching=False)
     chunked.runner.decoder = ours.decoder
     config = GenerationConfig(max_new_tokens=6, ignore_eos=True, output_logits="all")
-    spans = [Span(), Span()] if name == "llama4" else SPANS
+    spans = [Span(), Span()] if name in WITHOUT_SPANS else SPANS
     prompts = [prompt, prompt.replace(spans=spans), Prompt(prompt.input_ids[:23]), prompt]
     streams = [chunked.stream(each, config) for each in prompts]
     firsts = [next(stream) for stream in streams]  # all are in the engine now

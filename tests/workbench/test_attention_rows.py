@@ -43,7 +43,11 @@ def eager_weights(model, prompt):
 
 def test_weights_are_those_of_transformers(family):
     model, engine, prompt = family
-    layers = range(engine.decoder.config.layers)
+    config = engine.decoder.config
+    layers = [layer for layer in range(config.layers) if not config.is_linear(layer)]
+    for layer in set(range(config.layers)) - set(layers):
+        with pytest.raises(workbench.ModelError, match=f"layer {layer} of .* linear attention"):
+            attention_of(engine, prompt, [layer], POSITIONS)
     found = attention_of(engine, prompt, layers, POSITIONS)
     wanted = eager_weights(model, prompt)
     if len(wanted) != len(layers):
@@ -61,8 +65,12 @@ def test_weights_are_those_of_transformers(family):
 
 def test_parts_and_ranges_add_up_to_the_difference(family):
     _, engine, prompt = family
-    if engine.decoder.config.final_softcap:
-        with pytest.raises(workbench.ModelError, match="caps its logits"):
+    refused = {
+        "caps its logits": engine.decoder.config.final_softcap,
+        "linear attention": engine.decoder.config.delta_net,
+    }
+    for words in (words for words, setting in refused.items() if setting):
+        with pytest.raises(workbench.ModelError, match=words):
             logit_attribution(engine, prompt, 3, 5)
         return
     found = logit_attribution(engine, prompt, 3, 5)

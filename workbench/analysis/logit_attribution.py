@@ -71,6 +71,10 @@ def logit_attribution(engine: Engine, prompt: Prompt, token: int, other: int) ->
     config = decoder.config
     if config.final_softcap:
         raise ModelError("this model caps its logits (final_logit_softcapping), so they are not a sum over its parts")
+    if config.delta_net is not None:
+        raise ModelError(
+            "this model has linear attention, whose output is not a sum over the prompt's tokens with weights"
+        )
     last = len(prompt) - 1
     if prompt.deepstack and any(start <= last < stop for start, stop in prompt.embedding_ranges):
         raise ModelError(

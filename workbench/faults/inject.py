@@ -62,5 +62,6 @@ def _slice(batch: Batch, tokens: slice) -> Batch:
         batch.block_table,
         np.asarray([0, count], np.int32),
         np.asarray([stop], np.int32),
+        batch.slots,
         [],
     )

@@ -33,14 +33,14 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Numba's portable threading layer aborts the process when two threads enter parallel code at once.
-_PARALLEL = threading.Lock()
+PARALLEL = threading.Lock()
 # Below this many multiply-adds, or numbers touched, one thread does the work; guessed, not measured.
 _SMALL_WORK = 1 << 18
 _SMALL_ROWS = 1 << 14
 
 
 class _Scratch:
-    """Memory that is reused between calls, aligned to cache lines. Use it only while `_PARALLEL` is locked."""
+    """Memory that is reused between calls, aligned to cache lines. Use it only while `PARALLEL` is locked."""
 
     LARGEST = 1 << 24  # floats kept per name (64 MiB)
 
@@ -115,7 +115,7 @@ def splice(input_ids, table, rows, plan, out, scale) -> None:
             f"input_ids[{wrong}] is {int(input_ids[wrong])}, outside the table's vocabulary of {table.shape[0]}"
         )
     bits = {2: torch.int16, 4: torch.int32}[table.element_size()]
-    with _PARALLEL:
+    with PARALLEL:
         splicing.copy_rows(source, *(x.detach().view(bits).numpy() for x in (table, rows, out)))
     if scale != 1.0:
         looked_up = torch.from_numpy(source < 0)
@@ -136,7 +136,7 @@ def attention(q, k, v, out, key_start, key_stop, cu_seqlens_q, cu_seqlens_k, sca
     # The slot of each key: consecutive from its sequence's first page on.
     slots = np.arange(len(k)) + np.repeat(first_page * page_size - cu_seqlens_k[:-1], seq_lens)
     table = (first_page[:, None] + np.arange(max(int(pages_of.max()), 1))).astype(np.int32)
-    with _PARALLEL:
+    with PARALLEL:
         keys, values = (
             _scratch.take(name, (int(pages_of.sum()), *shape))
             for name, shape in zip(("keys", "values"), page_shapes(page_size, *k.shape[1:]), strict=True)
@@ -184,7 +184,7 @@ def write_pages(keys: np.ndarray, values: np.ndarray, slots: np.ndarray, k: torc
     if k.numel() < _SMALL_ROWS:
         _write_few(keys, values, slots, *wide)
         return
-    with _PARALLEL:
+    with PARALLEL:
         _write(keys, values, slots, *wide)
 
 
@@ -194,7 +194,7 @@ def attend_pages(q, keys, values, out, key_start, key_stop, plan, scale, softcap
     if plan.max_seqlen_k * q.numel() < _SMALL_WORK:
         _attend(q, keys, values, out, key_start, key_stop, *rest, kernel=kernels.attend_small)
         return
-    with _PARALLEL:
+    with PARALLEL:
         _attend(q, keys, values, out, key_start, key_stop, *rest)
 
 
@@ -277,7 +277,7 @@ def _fits_bfloat16(rows: torch.Tensor) -> bool:
 def linear(x: torch.Tensor, panels: np.ndarray, outputs: int) -> torch.Tensor:
     """Multiply float32 `x` `[rows, inputs]` by the weights of `pack_weights`; return `[rows, outputs]`."""
     out = torch.empty((x.shape[0], panels.shape[0] * COLUMNS))
-    with _PARALLEL:
+    with PARALLEL:
         ops.linear(x.contiguous().numpy(), panels, out.numpy())
     return out if out.shape[1] == outputs else out[:, :outputs]
 
@@ -331,7 +331,7 @@ def grouped_linear(x: torch.Tensor, groups: Groups, panels: np.ndarray, outputs:
     tasks.sort()  # every thread gets a contiguous share: panels of all groups
     table = np.asarray([each[1:] for each in tasks], np.int64).reshape(-1, 2)
     out = torch.zeros((len(x), count * COLUMNS))
-    with _PARALLEL:
+    with PARALLEL:
         ops.grouped_linear(x.contiguous().numpy(), groups.starts, groups.counts, table, panels, out.numpy())
     return out if out.shape[1] == outputs else out[:, :outputs]
 
@@ -343,7 +343,7 @@ def linear_of_norm(
     if x.numel() >= _SMALL_ROWS:
         return linear(rms_norm(x, weight, epsilon), panels, outputs)
     out = torch.empty((x.shape[0], panels.shape[0] * COLUMNS))
-    with _PARALLEL:
+    with PARALLEL:
         ops.linear_of_norm(x.numpy(), weight.numpy(), np.float32(epsilon), panels, out.numpy())
     return out if out.shape[1] == outputs else out[:, :outputs]
 
@@ -353,7 +353,7 @@ def linear_of_gate(both: torch.Tensor, gelu: bool, panels: np.ndarray, outputs: 
     if both.numel() >= _SMALL_ROWS:
         return linear(gate(both, gelu), panels, outputs)
     out = torch.empty((both.shape[0], panels.shape[0] * COLUMNS))
-    with _PARALLEL:
+    with PARALLEL:
         ops.linear_of_gate(both.numpy(), gelu, panels, out.numpy())
     return out if out.shape[1] == outputs else out[:, :outputs]
 
@@ -377,7 +377,7 @@ def decoder_layers(
         "layer normed": (rows, hidden),
     }
     state = np.zeros(layers.STATE, np.int64)
-    with _PARALLEL:
+    with PARALLEL:
         scratch = [_scratch.take(name, shape) for name, shape in shapes.items()]
         _layers(
             numba.get_num_threads(), state, total.numpy(), added.numpy(), weights, np.float32(epsilon), gelu, rotations.numpy(),
@@ -402,6 +402,15 @@ def gate(both: torch.Tensor, gelu: bool) -> torch.Tensor:
     return out
 
 
+def elementwise(x: torch.Tensor, kernel: Any) -> torch.Tensor:
+    """`ops.sigmoid` or `ops.softplus` of a contiguous float32 `x`."""
+    out = torch.empty_like(x)
+    flat = (each.view(-1, x.shape[-1]).numpy() for each in (x, out))
+    with PARALLEL:
+        kernel(*flat)
+    return out
+
+
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Rotary embedding of `x` `[tokens, heads, head_dim]`; arguments as in `range_kernels.ops.rotate`."""
     out = torch.empty(x.shape)
@@ -413,5 +422,5 @@ def _by_size(x: torch.Tensor, kernel, kernel_for_few, args: tuple) -> None:
     if x.numel() < _SMALL_ROWS:
         kernel_for_few(*args)
         return
-    with _PARALLEL:
+    with PARALLEL:
         kernel(*args)

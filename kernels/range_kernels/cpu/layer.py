@@ -18,7 +18,7 @@ from . import attention, ops
 from .simd import COLUMNS, DIGEST, atomic_add, atomic_load, atomic_replace, floats_at, halves_at, let_others_run, spin
 
 # Numba's cache of this file contains the code of these files too (`attention.py` says more).
-KERNELS_DIGEST = "075d6932560d3f13"
+KERNELS_DIGEST = "a919b44566d83fe1"
 _SOURCES = b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("attention", "ops"))
 SOURCES_DIGEST = hashlib.sha256(_SOURCES + DIGEST.encode()).hexdigest()[:16]
 CACHE = KERNELS_DIGEST == SOURCES_DIGEST

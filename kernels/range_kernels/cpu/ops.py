@@ -256,6 +256,23 @@ def gate_few(both, gelu, out):
         _gate_row(both[row], out.shape[1], gelu, out[row])
 
 
+@njit(parallel=True, cache=CACHE)
+def sigmoid(x, out):
+    """out = 1 / (1 + exp(-x)), for rows of `x` [rows, width]."""
+    for row in prange(len(x)):
+        for element in range(x.shape[1]):
+            out[row, element] = np.float32(1.0) / (np.float32(1.0) + np.float32(math.exp(-x[row, element])))
+
+
+@njit(parallel=True, cache=CACHE)
+def softplus(x, out):
+    """out = log(1 + exp(x)), for rows of `x` [rows, width]."""
+    for row in prange(len(x)):
+        for element in range(x.shape[1]):
+            value = x[row, element]
+            out[row, element] = value if value > 20.0 else np.float32(math.log1p(math.exp(value)))
+
+
 @njit(inline="always")
 def _rotate_token(x, cosine, sine, heads, interleaved, out):
     pairs = len(cosine)

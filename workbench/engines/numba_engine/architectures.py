@@ -126,6 +126,31 @@ class MixtureConfig:
 
 
 @dataclass(frozen=True)
+class DeltaNetConfig:
+    """Linear attention by a gated delta rule, in place of some layers' attention.
+
+    Attributes:
+        layers: for each layer whether it has it.
+        heads, key_heads: number of (value) heads, and of heads of queries and keys, each for `heads // key_heads` of them.
+        kernel: length of the convolution.
+        grouped: whether the input product's rows are grouped by key head (Qwen3-Next).
+    """
+
+    layers: tuple[bool, ...]
+    heads: int
+    key_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    grouped: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """Everything that a decoder needs to know about its model.
 
@@ -142,6 +167,8 @@ class DecoderConfig:
         parallel: whether attention and MLP read the same norm (Cohere).
         residual_scale: factor on what attention and MLP add (Granite); logit_scale: factor on logits.
         mixture: a mixture of experts in place of some layers' MLPs.
+        delta_net: linear attention in place of some layers' attention.
+        gated_attention: whether the query projection also yields a gate, whose sigmoid multiplies what attention returns (Qwen3.5).
         embedding_scale: factor on looked-up rows; input_scale: factor on looked-up and injected rows (Granite).
         mrope: how many channel pairs rotate by time, height and width; empty for plain positions.
         interleaved_mrope: whether the axes are interleaved (Qwen3-VL) or in consecutive sections (Qwen2-VL).
@@ -177,6 +204,8 @@ class DecoderConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     mixture: MixtureConfig | None = None
+    delta_net: DeltaNetConfig | None = None
+    gated_attention: bool = False
     gelu: bool = False
     softcap: float = 0.0
     final_softcap: float = 0.0
@@ -191,9 +220,23 @@ class DecoderConfig:
         """Whether every layer is one that `range_kernels.ops.decoder_layers` can run."""
         different = (
             self.wide_head_norms, any(self.unit_heads), self.query_scale, self.sinks, self.layer_norms, self.parallel,
-            self.residual_scale != 1.0, self.mixture, self.names.attention_norm is None,
+            self.residual_scale != 1.0, self.mixture, self.names.attention_norm is None, self.delta_net, self.gated_attention,
         )  # fmt: skip
         return not any(different)
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether a layer has linear attention."""
+        return self.delta_net is not None and self.delta_net.layers[layer]
+
+    @property
+    def attention_layers(self) -> int:
+        """The number of layers that keep keys and values."""
+        return self.layers - (sum(self.delta_net.layers) if self.delta_net else 0)
+
+    def cache_layer(self, layer: int) -> int:
+        """The place of an attention layer's keys and values in the cache, or of a linear one's state."""
+        linear = self.delta_net.layers[:layer] if self.delta_net else ()
+        return sum(linear) if self.is_linear(layer) else layer - sum(linear)
 
 
 def read_settings(config: Any, architecture: Architecture, name: str) -> DecoderConfig:
@@ -270,7 +313,11 @@ def _refuse(config: Any, architecture: Architecture, name: str) -> None:
     if getattr(config, "pretraining_tp", 1) not in (1, None):
         refuse("pretraining_tp", config.pretraining_tp, "1")
     types = set(getattr(config, "layer_types", None) or ())
-    kinds = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
+    kinds = {
+        "sliding_window": "sliding_attention",
+        "attention_chunk_size": "chunked_attention",
+        "linear_num_value_heads": "linear_attention",
+    }
     unknown = types - {"full_attention"} - {kind for setting, kind in kinds.items() if setting in architecture.own}
     if unknown:
         refuse("layer_types", sorted(unknown)[0], "full_attention")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ...errors import ModelError
 from ...prompt import Prompt
 from ..attention_weights import AttentionRows, check_attention
 from .batch import Batch, DecoderInputs
@@ -33,12 +34,18 @@ def attention_rows(
 
     Raises:
         ValueError: a layer or position that does not exist.
+        ModelError: a layer with linear attention.
         TraceError: the weights do not fit into half of the free memory.
         EmbeddingRangeError, PromptError, ModelError: as in `Engine.check`.
     """
     engine.check(prompt)
     decoder, length = engine.decoder, len(prompt)
     config = decoder.config
+    linear = [layer for layer in layers if config.is_linear(layer % config.layers)]
+    if linear:
+        raise ModelError(
+            f"layer {linear[0]} of {engine.model.name!r} has linear attention, which has no attention weights: ask for layers with attention"
+        )
     needed = 8 * len(layers) * len(positions) * config.heads * length
     queries = check_attention(layers, positions, length, config.layers, needed)
     request = Request(prompt)
@@ -67,9 +74,9 @@ def _attend(
     for rows, levels in inputs.deepstack:  # added after the tap
         if 0 < number <= len(levels):
             hidden[rows] += levels[number - 1]
-    heads, every, values, _ = decoder.heads(number, decoder.enter(hidden, None, layer.attention_norm), inputs)
-    q = heads[queries].double().cpu()
-    k = every.double().cpu().repeat_interleave(config.heads // config.kv_heads, dim=1)
+    heads = decoder.heads(number, decoder.enter(hidden, None, layer.attention_norm), inputs)
+    q = heads.queries[queries].double().cpu()
+    k = heads.keys.double().cpu().repeat_interleave(config.heads // config.kv_heads, dim=1)
     key_start, key_stop = (each.cpu()[queries] for each in (inputs.key_starts[config.windows[number]], inputs.key_stop))
     keys = torch.arange(len(k))
     visible = (keys >= key_start[:, None]) & (keys < key_stop[:, None])
@@ -81,4 +88,4 @@ def _attend(
         sinks = layer.sinks.double().cpu()[None, :, None].expand(len(queries), -1, 1)
         scores = torch.cat([scores, sinks], dim=-1)
     weights = scores.softmax(dim=-1).nan_to_num(nan=0.0)[..., : len(k)]
-    return AttentionRows(number, tuple(queries), weights, visible, values.double().cpu())
+    return AttentionRows(number, tuple(queries), weights, visible, heads.values.double().cpu())

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from range_kernels import CUDAGraphPlan, PagedPlan
+from range_kernels.delta_net import Sequences
 
 from .architectures import AttentionBlocks, Window
 from .rope import Rope
@@ -18,6 +19,7 @@ class Tokens(Protocol):
     """What a batch needs to know about tokens `[start, stop)` of a request; `Request` implements it and documents the methods."""
 
     pages: list[int]
+    slot: int
 
     def embed(self, table: torch.Tensor, start: int, stop: int) -> torch.Tensor: ...
     def generated(self, start: int, stop: int) -> list[int] | None: ...
@@ -40,6 +42,7 @@ class Batch:
         block_table: int32 `[sequences, max pages]`, numbers of each request's pages.
         cu_seqlens_q: int32 `[sequences + 1]`, cumulative number of this batch's tokens per request.
         seq_lens: int32 `[sequences]`, number of keys of each request, earlier tokens included.
+        slots: int64 `[sequences]`, where the states of each request's linear attention are (`ModelCache`).
         deepstack: pairs of a slice of the batch's tokens and features `[levels, rows, hidden]`; level k is added after layer k.
     """
 
@@ -51,6 +54,7 @@ class Batch:
     block_table: np.ndarray
     cu_seqlens_q: np.ndarray
     seq_lens: np.ndarray
+    slots: np.ndarray
     deepstack: list[tuple[slice, torch.Tensor]]
 
     @classmethod
@@ -90,8 +94,15 @@ class Batch:
             block_table=block_table,
             cu_seqlens_q=first.astype(np.int32),
             seq_lens=np.asarray([stop for _, _, stop in chunks], np.int32),
+            slots=np.asarray([request.slot for request, _, _ in chunks], np.int64),
             deepstack=deepstack,
         )
+
+    def sequences(self) -> Sequences:
+        """The requests as linear attention takes them, on the batch's device; one whose first token is here begins with a state of zeros."""
+        starts = self.query_positions.numpy()[self.cu_seqlens_q[:-1]]
+        parts = (self.cu_seqlens_q.astype(np.int64), self.slots, starts == 0)
+        return Sequences(*(torch.from_numpy(each).to(self.key_stop.device) for each in parts))
 
     def key_start(self, window: Window) -> torch.Tensor:
         """The first key that each token attends to, int32 `[tokens]`.
@@ -119,6 +130,7 @@ class DecoderInputs:
     plan: PagedPlan | CUDAGraphPlan
     deepstack: list[tuple[slice, torch.Tensor]]
     query_scale: torch.Tensor | None = None  # float32 [tokens]
+    sequences: Sequences | None = None  # for linear attention
 
 
 def _embed(chunks: Sequence[tuple[Tokens, int, int]], table: torch.Tensor) -> torch.Tensor:

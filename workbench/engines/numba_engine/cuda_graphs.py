@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from range_kernels import CUDAGraphPlan, KVPages
+from range_kernels import CUDAGraphPlan
 
 from .decode_step import DecodeStep, StepInputs
 from .decoder import Decoder
+from .model_cache import ModelCache
 
 Choose = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -66,7 +67,7 @@ class CUDAGraphRunner:
         pages: the KV cache.
     """
 
-    def __init__(self, pages: KVPages) -> None:
+    def __init__(self, pages: ModelCache) -> None:
         self.pages = pages
         self._graphs: dict[tuple[int, int, int], _Graph] = {}
         self._parts: list[object] = []
@@ -76,11 +77,13 @@ class CUDAGraphRunner:
         self._stream = torch.cuda.Stream(pages.device)
 
     @staticmethod
-    def supported(decoder: Decoder, pages: KVPages) -> bool:
+    def supported(decoder: Decoder, pages: ModelCache) -> bool:
         """Whether decode steps over `pages` can be captured as CUDA graphs.
 
         They must run on the tensor-core decode kernel, and no expert's number of rows may be needed on the host.
         """
+        if decoder.config.delta_net is not None:
+            return False
         if any(layer.mixture is not None and not layer.mixture.experts.grouped for layer in decoder.layers):
             return False
         return CUDAGraphPlan.supported(pages, decoder.config.heads, decoder.config.scale)

@@ -11,23 +11,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from range_kernels import CUDAGraphPlan, KVPages, PagedPlan, paged_attention
-from range_kernels.ops import LayerSettings, decoder_layers
+from range_kernels import CUDAGraphPlan, PagedPlan, paged_attention
+from range_kernels.ops import LayerSettings, decoder_layers, sigmoid
 
 from ...errors import ModelError
 from ...models import Model
 from ...models.quantization import quantization_settings
 from .batch import DecoderInputs
+from .delta_net import DeltaNet
 from .families import read_decoder_config
 from .mixture import Mixture
+from .model_cache import ModelCache
 from .ops import Centred, KVCache, Layer, Rotation, Sum, Unnormed, layer_norm, operations
 from .weights import TensorReader
 
 Tap = Callable[[str, torch.Tensor], torch.Tensor | None]
 """Called as `tap(name, state)` with each named hidden state, `[tokens, width]`; names as in `trace.taps`. It may return the state to go
 on with, except after the final norm."""
+
+
+class Heads(NamedTuple):
+    """What a layer's input product yields, `[tokens, heads, head_dim]` each.
+
+    Attributes:
+        gate: `[tokens, heads * head_dim]`, whose sigmoid multiplies what attention returns; None for most models.
+        written: whether keys and values were written to the cache.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    gate: torch.Tensor | None
+    written: bool
 
 
 class Decoder:
@@ -75,27 +93,34 @@ class Decoder:
         config, at, linear = self.config, f"layers.{number}.", self.ops.linear
         names, mixture = config.names, config.mixture
         sparse = mixture is not None and mixture.layers[number]
+        net = config.delta_net if config.is_linear(number) else None
+        if net is not None:
+            delta_net = DeltaNet(read, at, net, config.cache_layer(number), config.epsilon)
+            qkv, output = read.delta_net_input(at, net), read.delta_net_output(at, net)
+        else:
+            qkv = read.gated_qkv(at) if config.gated_attention else read.qkv(at)
+            delta_net, output = None, read.output(at)
         return Layer(
             attention_norm=read.optional_norm(at, names.attention_norm),
-            qkv=linear(*read.qkv(at)),
-            head_norms=read.head_norms(at),
-            output=linear(*read.output(at)),
+            qkv=linear(*qkv),
+            head_norms=None if net is not None else read.head_norms(at),
+            output=linear(*output),
             after_attention=read.optional_norm(at, names.after_attention),
             mlp_norm=read.optional_norm(at, names.mlp_norm),
             gate_up=None if sparse else linear(*read.gate_up(at)),
             down=None if sparse else linear(*read.down(at)),
             after_mlp=read.optional_norm(at, names.after_mlp),
             mixture=Mixture(read, at, config, mixture, self.ops) if sparse and mixture is not None else None,
+            delta_net=delta_net,
             sinks=read.sinks(at),
         )
 
-    def new_pages(self, pages: int, page_size: int) -> KVPages:
-        """Allocate a KV cache for this model: `pages` pages of `page_size` tokens."""
-        config = self.config
-        return KVPages(config.layers, pages, page_size, config.kv_heads, config.head_dim, self.dtype, self.device)
+    def new_pages(self, pages: int, page_size: int, sequences: int = 1) -> ModelCache:
+        """Allocate a cache for this model: `pages` pages of `page_size` tokens, and for linear attention states of `sequences` requests."""
+        return ModelCache(self.config, pages, page_size, sequences, self.dtype, self.device)
 
     @torch.no_grad()
-    def run_layers(self, inputs: DecoderInputs, pages: KVPages, tap: Tap | None = None) -> torch.Tensor:
+    def run_layers(self, inputs: DecoderInputs, pages: ModelCache, tap: Tap | None = None) -> torch.Tensor:
         """Run all layers and the final norm; write keys and values into `pages`; return `[tokens, hidden]` after the final norm.
 
         All inputs are on the device, so a decode step on tensor cores does not synchronise with the host and can be captured as a
@@ -154,7 +179,9 @@ class Decoder:
         scale = self.config.residual_scale
         return added if scale == 1.0 else added * scale
 
-    def _run_whole_layers(self, layers: Sequence[Layer], inputs: DecoderInputs, pages: KVPages) -> torch.Tensor | None:
+    def _run_whole_layers(
+        self, layers: Sequence[Layer], inputs: DecoderInputs, pages: ModelCache
+    ) -> torch.Tensor | None:
         """`run_layers` in one native call, in float32 with the same bits; None if `decoder_layers` cannot run here."""
         config, plan = self.config, inputs.plan
         assert isinstance(plan, PagedPlan)  # a CUDAGraphPlan is on a GPU
@@ -180,29 +207,28 @@ class Decoder:
         return parts
 
     def _attention(
-        self, number: int, layer: Layer, entered: Sum, inputs: DecoderInputs, pages: KVPages
+        self, number: int, layer: Layer, entered: Sum, inputs: DecoderInputs, pages: ModelCache
     ) -> torch.Tensor:
-        config = self.config
-        cache = _cache_of(number, inputs.plan, pages)
-        queries, keys, values, written = self.heads(number, entered, inputs, cache)
+        config, at = self.config, self.config.cache_layer(number)
+        if layer.delta_net is not None:
+            assert inputs.sequences is not None
+            return layer.output(layer.delta_net(entered.into(layer.qkv), inputs.sequences, pages))
+        queries, keys, values, gate, written = self.heads(number, entered, inputs, _cache_of(at, inputs.plan, pages))
         seen = paged_attention(
-            queries, pages, number, inputs.plan, new=None if written else (keys, values), key_start=inputs.key_starts[config.windows[number]],
+            queries, pages, at, inputs.plan, new=None if written else (keys, values), key_start=inputs.key_starts[config.windows[number]],
             key_stop=inputs.key_stop, softcap=config.softcap, scale=config.scale, sinks=layer.sinks,
         )  # fmt: skip
-        added = layer.output(seen.flatten(1))
+        seen = seen.flatten(1)
+        added = layer.output(seen if gate is None else seen * sigmoid(gate))
         return added if layer.after_attention is None else self._normalise(added, layer.after_attention)
 
-    def heads(
-        self, number: int, entered: Sum, inputs: DecoderInputs, cache: KVCache | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
-        """Queries, keys and values of a layer, `[tokens, heads, head_dim]` each, normed and rotated as attention takes them.
-
-        Returns:
-            them, and whether keys and values were written to `cache`.
-        """
+    def heads(self, number: int, entered: Sum, inputs: DecoderInputs, cache: KVCache | None = None) -> Heads:
+        """Queries, keys and values of a layer with attention, normed and rotated as attention takes them."""
         config, layer = self.config, self.layers[number]
         rotated = config.heads + config.kv_heads
-        x = entered.into(layer.qkv)
+        x, gate = entered.into(layer.qkv), None
+        if config.gated_attention:
+            x, gate = x.split([(rotated + config.kv_heads) * config.head_dim, config.heads * config.head_dim], dim=1)
         x = x.view(len(x), rotated + config.kv_heads, config.head_dim)
         heads, values = x[:, :rotated], x[:, rotated:]
         norms, split = layer.head_norms, config.heads
@@ -221,7 +247,7 @@ class Decoder:
         queries, keys = heads[:, :split], heads[:, split:]
         if inputs.query_scale is not None and config.scaled_queries[number]:
             queries = (queries * inputs.query_scale[:, None, None]).to(queries.dtype)
-        return queries, keys, values, written
+        return Heads(queries, keys, values, gate, written)
 
     @torch.no_grad()
     def normalise(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -254,7 +280,7 @@ def _tapped(tap: Tap, name: str, state: torch.Tensor) -> torch.Tensor:
     return state if changed is None else changed
 
 
-def _cache_of(number: int, plan: PagedPlan | CUDAGraphPlan, pages: KVPages) -> KVCache | None:
+def _cache_of(number: int, plan: PagedPlan | CUDAGraphPlan, pages: ModelCache) -> KVCache | None:
     """The layer's KV cache, if keys and values must be written before attention: a decode step's kernel writes them itself."""
     slots = plan.slots_to_write
     if slots is None:

@@ -107,7 +107,7 @@ class NumbaEngine(Engine):
         scheduler = Scheduler(
             self._blocks, cache_block_seq_len, max_batch_size, max_prefill_token_num, enable_prefix_caching
         )
-        cache = self.decoder.new_pages(pages, cache_block_seq_len)
+        cache = self.decoder.new_pages(pages, cache_block_seq_len, max_batch_size)
         self.decoder.whole_layers = not eager_mode
         if not eager_mode:
             self.runner.capture_decode_steps(cache)
@@ -136,7 +136,12 @@ class NumbaEngine(Engine):
         free = psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info(self.device)[0]
         config = self._config
         page = (
-            2 * config.layers * page_size * config.kv_heads * config.head_dim * (4 if on_cpu else self.dtype.itemsize)
+            2
+            * config.attention_layers
+            * page_size
+            * config.kv_heads
+            * config.head_dim
+            * (4 if on_cpu else self.dtype.itemsize)
         )
         if isinstance(size, int):
             if size * page > free:
@@ -165,10 +170,10 @@ class NumbaEngine(Engine):
         """See `Engine.check`; also rejects a request that can never fit into the KV cache."""
         super().check(prompt, new_tokens)
         blocks = any(isinstance(window, AttentionBlocks) for window in self._config.windows)
-        if blocks and any(span.attention == "bidirectional" for span in prompt.spans or ()):
+        if (blocks or self._config.delta_net) and any(span.attention == "bidirectional" for span in prompt.spans or ()):
+            kind = "whose attention ends at blocks (attention_chunk_size)" if blocks else "with linear attention"
             raise EmbeddingRangeError(
-                f"{self.model.name!r} has layers whose attention ends at blocks (attention_chunk_size): bidirectional spans are not "
-                "defined there; leave the spans' attention causal"
+                f"{self.model.name!r} has layers {kind}: bidirectional spans are not defined there; leave the spans' attention causal"
             )
         # The last token chosen is not run through the model.
         needed = -(-(len(prompt) + max(new_tokens - 1, 0)) // self._page_size)
@@ -202,7 +207,10 @@ class NumbaEngine(Engine):
         request = Request(prompt, state, deliver)
         # Rope scalings such as dynamic NTK depend on the total length: beyond the limit, equal prefixes have different keys.
         limits = [rope.limit for rope in self._config.ropes if rope is not None and rope.limit is not None]
-        request.shareable = all(len(prompt) + config.max_new_tokens <= limit for limit in limits)
+        # States of linear attention are not kept with pages.
+        request.shareable = self._config.delta_net is None and all(
+            len(prompt) + config.max_new_tokens <= limit for limit in limits
+        )
         return request
 
     def run_generation(

@@ -11,6 +11,7 @@ from .architectures import (
     Architecture,
     AttentionBlocks,
     DecoderConfig,
+    DeltaNetConfig,
     MixtureConfig,
     Names,
     QueryScale,
@@ -321,6 +322,50 @@ def _llama4(config: Any) -> dict[str, Any]:
     }
 
 
+def _qwen3_5(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters or {}
+    return {
+        **_gated_delta_net(config, grouped=False),
+        "mrope": tuple(rope.get("mrope_section") or (11, 11, 10)),
+        "interleaved_mrope": True,
+    }
+
+
+def _qwen3_5_moe(config: Any) -> dict[str, Any]:
+    return {**_qwen3_5(config), "intermediate": config.moe_intermediate_size, "mixture": _qwen3_next_experts(config)}
+
+
+def _qwen3_next(config: Any) -> dict[str, Any]:
+    return {**_gated_delta_net(config, grouped=True), "mixture": _qwen3_next_experts(config)}
+
+
+def _gated_delta_net(config: Any, grouped: bool) -> dict[str, Any]:
+    biased = config.attention_bias
+    net = DeltaNetConfig(
+        tuple(kind == "linear_attention" for kind in config.layer_types), config.linear_num_value_heads, config.linear_num_key_heads,
+        config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim, grouped,
+    )  # fmt: skip
+    return {
+        "qkv_bias": biased,
+        "output_bias": biased,
+        "head_norms": True,
+        "norm_offset": 1.0,
+        "gated_attention": True,
+        "delta_net": net,
+    }
+
+
+def _qwen3_next_experts(config: Any) -> MixtureConfig:
+    at = "mlp.shared_expert"
+    shared = {"shared": at, "shared_intermediate": config.shared_expert_intermediate_size, "shared_gate": f"{at}_gate"}
+    count, chosen, inner = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
+    normalised = getattr(config, "norm_topk_prob", True)
+    layers = tuple(
+        number not in (getattr(config, "mlp_only_layers", None) or ()) for number in range(config.num_hidden_layers)
+    )
+    return MixtureConfig(layers, count, chosen, inner, normalised=normalised, **shared)
+
+
 def _mixture(config: Any, intermediate: int, **more: Any) -> MixtureConfig:
     count = getattr(config, "num_local_experts", None) or config.num_experts
     layers = more.pop("layers", (True,) * config.num_hidden_layers)
@@ -342,6 +387,7 @@ def _ropes_where(config: Any, used: list[bool], interleaved: bool = False) -> tu
 
 
 _WINDOW = frozenset({"sliding_window"})
+_LINEAR = frozenset({"linear_num_value_heads"})
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(_llama),
     "mistral": Architecture(_mistral, own=_WINDOW),
@@ -380,5 +426,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmoe": Architecture(_olmoe),
     "glm4_moe": Architecture(_glm4_moe, partial=True),
     "gpt_oss": Architecture(_gpt_oss, own=_WINDOW),
+    "qwen3_5_text": Architecture(_qwen3_5, partial=True, own=_LINEAR),
+    "qwen3_5_moe_text": Architecture(_qwen3_5_moe, partial=True, own=_LINEAR),
+    "qwen3_next": Architecture(_qwen3_next, partial=True, own=_LINEAR),
     "llama4_text": Architecture(_llama4, own=frozenset({"attention_chunk_size"})),
 }

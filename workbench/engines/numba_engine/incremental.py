@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from range_kernels import KVPages
 
 from ...progress import Progress
 from ...prompt import Prompt
@@ -14,6 +13,7 @@ from ...trace import Trace
 from ...trace.provenance import provenance_of
 from ..base import TAPS
 from .engine import NumbaEngine
+from .model_cache import ModelCache
 from .model_runner import Chunk
 from .request import Request
 
@@ -33,7 +33,7 @@ class _Kept:
 class IncrementalTrace:
     """Traces one prompt after another on a Numba engine; only tokens from the first difference to the previous prompt on are computed.
 
-    Keys and values of all layers and the residual stream of the last run are kept in memory. Results equal those of `engine.trace`
+    Models with linear attention are computed as a whole each time. Keys and values of all layers and the residual stream of the last run are kept in memory. Results equal those of `engine.trace`
     up to rounding (matrix products of other sizes round differently); tokens before the change are bit-identical to the previous
     run. Not thread-safe.
     """
@@ -43,7 +43,7 @@ class IncrementalTrace:
         self.computed = 0
         """Tokens that the last trace ran through the layers."""
         self._kept: _Kept | None = None
-        self._pages: KVPages | None = None
+        self._pages: ModelCache | None = None
 
     def trace(self, prompt: Prompt, progress: Progress | None = None) -> Trace:
         """Trace `embed`, `layers.*` and `norm` for all tokens, and `logits` for the last token only (`[1, vocab]`).
@@ -69,7 +69,9 @@ class IncrementalTrace:
             torch.from_numpy(request.key_stop(0, length)),
             {},
         )
-        start = 0 if prompt.deepstack else _same(now, self._kept)
+        # Deepstack features are not part of hidden state 0, and linear attention keeps its last state only.
+        again = bool(prompt.deepstack) or decoder.config.delta_net is not None
+        start = 0 if again else _same(now, self._kept)
         count = -(-length // size)
         pages = self._pages
         if pages is None or pages.pages < count:
@@ -99,7 +101,7 @@ class IncrementalTrace:
                 before.valid, self._kept = start, before
             raise
         self.computed = length - start
-        if not prompt.deepstack:  # features added after the first layers are not part of hidden state 0
+        if not again:
             now.valid, self._kept = length, now
         states = {name: state.cpu() for name, state in now.states.items()}
         states["logits"] = decoder.logits(hidden[-1:]).cpu()

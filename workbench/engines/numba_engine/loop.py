@@ -12,11 +12,11 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from range_kernels import KVPages
 
 from ...errors import ModelError
 from ...prompt.ranges import clip
 from .cuda_graphs import DecodeResult
+from .model_cache import ModelCache
 from .model_runner import Chunk, ModelRunner, StepResult
 from .request import Request
 from .scheduler import ScheduledChunk, Scheduler
@@ -39,7 +39,7 @@ class Loop:
         scheduler: chooses the tokens of each step; only this class calls it.
     """
 
-    def __init__(self, runner: ModelRunner, pages: KVPages, scheduler: Scheduler) -> None:
+    def __init__(self, runner: ModelRunner, pages: ModelCache, scheduler: Scheduler) -> None:
         self.runner, self.pages, self.scheduler = runner, pages, scheduler
         self.counters = Counters()
         self._lock = threading.Lock()  # guards the scheduler and the thread's start and end; never held during a step

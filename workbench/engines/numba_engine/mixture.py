@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from range_kernels.experts import Experts
+from range_kernels.ops import sigmoid
 
 from .architectures import DecoderConfig, MixtureConfig
 from .ops import Linear
@@ -53,7 +54,7 @@ class Mixture:
             return out
         shared = self.shared_down.of_gate(self.shared_gate_up(x), self.gelu)
         if self.shared_gate is not None:
-            shared = torch.sigmoid(self.shared_gate(x)) * shared
+            shared = sigmoid(self.shared_gate(x)) * shared
         return out + shared
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +67,7 @@ class Mixture:
         if settings.scores == "softmax of chosen":
             chosen = logits.topk(settings.chosen, dim=-1).indices.sort(dim=-1).values
             return chosen, logits.gather(1, chosen).softmax(dim=-1)
-        scores = logits.softmax(dim=-1) if settings.scores == "softmax" else logits.sigmoid()
+        scores = logits.softmax(dim=-1) if settings.scores == "softmax" else sigmoid(logits)
         # Without a bias the order is that of the logits, of which rounding makes fewer equal.
         preferred = logits if self.choice_bias is None else scores + self.choice_bias
         if settings.groups > 1:  # such families have a bias

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from range_kernels import KVPages, PagedPlan
+from range_kernels import PagedPlan
 
 from ...models import Model
 from .batch import Batch, DecoderInputs
 from .cuda_graphs import CUDAGraphRunner, DecodeResult
 from .decode_step import DecodeStep
 from .decoder import Decoder, Tap
+from .model_cache import ModelCache
 from .request import Request
 from .rope import Rope, choose_axes
 from .token_choice import choose_tokens, chooses_likeliest
@@ -57,12 +58,12 @@ class ModelRunner:
         self.decoder = Decoder(model, dtype, device)
         self.graphs: CUDAGraphRunner | None = None
 
-    def capture_decode_steps(self, pages: KVPages) -> None:
+    def capture_decode_steps(self, pages: ModelCache) -> None:
         """Replay decode steps over `pages` as CUDA graphs from now on, if this model, dtype and device support it."""
         if CUDAGraphRunner.supported(self.decoder, pages):
             self.graphs = CUDAGraphRunner(pages)
 
-    def step(self, chunks: Sequence[Chunk], pages: KVPages) -> list[StepResult]:
+    def step(self, chunks: Sequence[Chunk], pages: ModelCache) -> list[StepResult]:
         """Run the forward pass of one scheduled step; keys and values are written into `pages`."""
         decoded = self._launch_graph(chunks, pages, None)
         if decoded is None:
@@ -70,7 +71,7 @@ class ModelRunner:
         return self._results(chunks, decoded.tokens(), decoded.logits, decoded.hidden, [1] * len(chunks))
 
     def launch(
-        self, chunks: Sequence[Chunk], pages: KVPages, after: Sequence[int] | None = None
+        self, chunks: Sequence[Chunk], pages: ModelCache, after: Sequence[int] | None = None
     ) -> DecodeResult | None:
         """Launch a decode step of requests that need no more than their next tokens, without waiting for it.
 
@@ -86,7 +87,7 @@ class ModelRunner:
         return self._launch_graph(chunks, pages, after)
 
     def _launch_graph(
-        self, chunks: Sequence[Chunk], pages: KVPages, after: Sequence[int] | None
+        self, chunks: Sequence[Chunk], pages: ModelCache, after: Sequence[int] | None
     ) -> DecodeResult | None:
         graphs = self.graphs
         # Not if `run_batch` was replaced by one that changes batches (`faults/inject.py`).
@@ -106,7 +107,7 @@ class ModelRunner:
         return decoded
 
     @torch.no_grad()
-    def _eager_step(self, chunks: Sequence[Chunk], pages: KVPages) -> list[StepResult]:
+    def _eager_step(self, chunks: Sequence[Chunk], pages: ModelCache) -> list[StepResult]:
         hidden = self.forward(chunks, pages)
         rows, end = [], 0
         for chunk in chunks:
@@ -173,7 +174,9 @@ class ModelRunner:
             count = -(-len(request) // page_size)
             request.pages = list(range(first, first + count))
             first += count
-        pages = self.decoder.new_pages(first, page_size)
+        for slot, request in enumerate(requests):
+            request.slot = slot
+        pages = self.decoder.new_pages(first, page_size, len(requests))
         last: dict[int, torch.Tensor] = {}
         for step in steps:
             hidden = self.forward([Chunk(requests[number], start, stop) for number, start, stop in step], pages, tap)
@@ -182,7 +185,7 @@ class ModelRunner:
         return [last[number] for number in range(len(requests))]
 
     @torch.no_grad()
-    def forward(self, chunks: Sequence[Chunk], pages: KVPages, tap: Tap | None = None) -> torch.Tensor:
+    def forward(self, chunks: Sequence[Chunk], pages: ModelCache, tap: Tap | None = None) -> torch.Tensor:
         """Run the chunks' tokens through all layers; their keys and values are written into `pages`.
 
         Args:
@@ -197,11 +200,11 @@ class ModelRunner:
         return self.run_batch(batch, pages, tap)
 
     @torch.no_grad()
-    def run_batch(self, batch: Batch, pages: KVPages, tap: Tap | None = None) -> torch.Tensor:
+    def run_batch(self, batch: Batch, pages: ModelCache, tap: Tap | None = None) -> torch.Tensor:
         """`forward` for a batch that is already built. Separate so that fault injection can change the batch (`faults/inject.py`)."""
         return self.decoder.run_layers(self.decoder_inputs(batch, pages), pages, tap)
 
-    def decoder_inputs(self, batch: Batch, pages: KVPages) -> DecoderInputs:
+    def decoder_inputs(self, batch: Batch, pages: ModelCache) -> DecoderInputs:
         """A batch as the layers use it."""
         config = self.decoder.config
         return DecoderInputs(
@@ -212,6 +215,7 @@ class ModelRunner:
             plan=PagedPlan(batch.block_table, batch.cu_seqlens_q, batch.seq_lens, pages, config.heads),
             deepstack=batch.deepstack,
             query_scale=self._query_scale(batch),
+            sequences=batch.sequences() if config.delta_net is not None else None,
         )
 
     def _query_scale(self, batch: Batch) -> torch.Tensor | None:

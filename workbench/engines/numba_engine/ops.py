@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from range_kernels import ops as kernels
 
 if TYPE_CHECKING:
+    from .delta_net import DeltaNet
     from .mixture import Mixture
 
 FEW_ROWS = 64
@@ -28,6 +29,7 @@ class Layer:
 
     Attributes:
         mixture: a mixture of experts in place of the MLP; a layer has either it or `gate_up` and `down`.
+        delta_net: linear attention in place of attention; `qkv` is its input product then, and `output` its output product.
     """
 
     attention_norm: torch.Tensor | None  # [hidden]
@@ -40,6 +42,7 @@ class Layer:
     down: Linear | None  # intermediate -> hidden
     after_mlp: torch.Tensor | None
     mixture: Mixture | None = None
+    delta_net: DeltaNet | None = None
     sinks: torch.Tensor | None = None  # float32 [q_heads]
 
     @property
@@ -59,8 +62,8 @@ class Layer:
         """All weights and biases that torch holds."""
         norms = (self.attention_norm, self.head_norms, self.after_attention, self.mlp_norm, self.after_mlp, self.sinks)
         every = [*norms, *(each for linear in self.linears for each in (linear.weight, linear.bias))]
-        mixture = [] if self.mixture is None else self.mixture.tensors()
-        return [*(each for each in every if each is not None), *mixture]
+        parts = [part.tensors() for part in (self.mixture, self.delta_net) if part is not None]
+        return [*(each for each in every if each is not None), *(each for part in parts for each in part)]
 
     def native(self) -> Layer:
         """The same layer, without a mixture, in float32 with linear layers of `range_kernels`."""

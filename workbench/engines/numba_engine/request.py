@@ -19,6 +19,7 @@ class Request:
 
     Attributes:
         pages: numbers of the KV pages with its keys and values, in token order.
+        slot: where the states of its linear attention are, while it runs.
         computed: number of tokens whose keys and values are in the pages.
         shareable: whether its pages may be shared with requests that have the same prefix; False if its keys also depend on its
             total length (some rope scalings).
@@ -36,6 +37,7 @@ class Request:
     ) -> None:
         self.prompt, self.generation, self.deliver = prompt, generation, deliver
         self.pages: list[int] = []
+        self.slot = 0
         self.computed = 0
         self.preemptions = 0
         self.shareable = True

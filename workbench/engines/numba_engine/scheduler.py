@@ -53,6 +53,7 @@ class Scheduler:
         self.max_batch_size, self.max_tokens, self.share_prefixes = max_batch_size, max_tokens, share_prefixes
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
+        self._slots = list(range(max_batch_size))
         self.preemptions = 0
 
     def add(self, request: Request) -> None:
@@ -62,7 +63,7 @@ class Scheduler:
     def finish(self, request: Request) -> None:
         """Remove a request and release its pages."""
         if request in self.running:
-            self.running.remove(request)
+            self._stop_running(request)
         elif request in self.waiting:
             self.waiting.remove(request)
         self._release(request)
@@ -90,6 +91,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self.running.append(request)
+            request.slot = self._slots.pop()
             budget -= self._add_chunk(request, budget, chunks, must=not prompts)
             prompts += 1
         return chunks
@@ -171,11 +173,15 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Put a request back at the head of the queue; generated tokens are kept, keys and values computed again."""
-        self.running.remove(request)
+        self._stop_running(request)
         self._release(request)
         request.preemptions += 1
         self.preemptions += 1
         self.waiting.appendleft(request)
+
+    def _stop_running(self, request: Request) -> None:
+        self.running.remove(request)
+        self._slots.append(request.slot)
 
     def _release(self, request: Request) -> None:
         self.blocks.release(request.pages)

@@ -6,7 +6,7 @@ import torch
 
 from ...errors import ModelError
 from ...models import Model
-from .architectures import DecoderConfig, MixtureConfig
+from .architectures import DecoderConfig, DeltaNetConfig, MixtureConfig
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 """A weight `[outputs, inputs]` and its bias `[outputs]`, or None if it has none."""
@@ -103,6 +103,51 @@ class TensorReader:
         grouped = rows.view(b.kv_heads, group + 2, b.head_dim, *rows.shape[1:])
         parts = (grouped[:, :group], grouped[:, group : group + 1], grouped[:, group + 1 :])
         return torch.cat([part.reshape(-1, *rows.shape[1:]) for part in parts])
+
+    def gated_qkv(self, at: str) -> Pair:
+        """The projections to queries, keys, values and gate, stacked: `[(2 * heads + 2 * kv_heads) * head_dim, hidden]`, and their bias.
+
+        A head's queries and gate are next to each other in the checkpoint.
+        """
+        b, names = self.config, self.config.names
+        queries, keys = b.heads * b.head_dim, b.kv_heads * b.head_dim
+        parts = {at + names.q: 2 * queries, at + names.k: keys, at + names.v: keys}
+        weight, bias = self._stack(parts, b.hidden, b.qkv_bias)
+
+        def ungated(rows: torch.Tensor) -> torch.Tensor:
+            both = rows[: 2 * queries].view(b.heads, 2, b.head_dim, *rows.shape[1:])
+            each = [both[:, which].reshape(queries, *rows.shape[1:]) for which in (0, 1)]
+            return torch.cat([each[0], rows[2 * queries :], each[1]])
+
+        return ungated(weight), None if bias is None else ungated(bias)
+
+    def delta_net_input(self, at: str, net: DeltaNetConfig) -> Pair:
+        """The input product of linear attention: rows of the convolved channels, the output gate, beta and a, one below the other."""
+        at, inner = f"{at}linear_attn.", net.heads * net.value_dim
+        if not net.grouped:
+            parts = {"in_proj_qkv": net.channels, "in_proj_z": inner, "in_proj_b": net.heads, "in_proj_a": net.heads}
+            return self._stack({at + name: rows for name, rows in parts.items()}, self.config.hidden, False)
+        whole = self._stack({f"{at}in_proj_qkvz": net.channels + inner}, self.config.hidden, False)[0]
+        small = self._stack({f"{at}in_proj_ba": 2 * net.heads}, self.config.hidden, False)[0]
+        per_key = net.heads // net.key_heads
+        widths = [net.key_dim, net.key_dim, per_key * net.value_dim, per_key * net.value_dim]
+        rows = [*whole.view(net.key_heads, sum(widths), -1).split(widths, dim=1)]
+        rows += small.view(net.key_heads, 2 * per_key, -1).split([per_key, per_key], dim=1)
+        return torch.cat([each.flatten(0, 1) for each in rows]), None
+
+    def delta_net_output(self, at: str, net: DeltaNetConfig) -> Pair:
+        """The output product of linear attention, `[hidden, heads * value_dim]`."""
+        return self._stack({f"{at}linear_attn.out_proj": self.config.hidden}, net.heads * net.value_dim, False)
+
+    def delta_net(self, at: str, net: DeltaNetConfig) -> tuple[torch.Tensor, ...]:
+        """The tensors of `DeltaNet`, in the order of its attributes, in float32."""
+
+        def get(name: str, *shape: int) -> torch.Tensor:
+            self._get(f"{self.base}{at}linear_attn.{name}", *shape)
+            return self.model.weights.get(f"{self.base}{at}linear_attn.{name}").to(self.device, torch.float32)
+
+        convolution = get("conv1d.weight", net.channels, 1, net.kernel)[:, 0].T.contiguous()
+        return convolution, -get("A_log", net.heads).exp(), get("dt_bias", net.heads), get("norm.weight", net.value_dim)
 
     def output(self, at: str) -> Pair:
         """The output projection of attention, `[hidden, heads * head_dim]`, and its bias."""

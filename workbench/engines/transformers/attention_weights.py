@@ -64,7 +64,7 @@ def reference_attention(
     lacking = [layer for layer in layers if layer not in found]
     if lacking:
         raise ModelError(
-            f"layers {lacking} of {type(engine.network).__name__} do not return attention weights: choose other layers, or open 'numba'"
+            f"layers {lacking} of {type(engine.network).__name__} do not return attention weights (linear attention has none): choose other layers, or open 'numba'"
         )
     return {
         layer: AttentionRows(layer, tuple(queries), found[layer], found[layer].any(dim=1), None) for layer in layers
