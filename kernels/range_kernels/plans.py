@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ class PagedPlan:
         seq_lens: `[sequences]`, number of keys of each sequence, the new ones included.
         pages: the KV cache.
         q_heads: number of query heads, a multiple of the pages' KV heads.
+        invariant: on a GPU, whether no bit of a sequence's result may depend on the other sequences: "prefill" or "decode" (one query per
+            sequence), whose kernels differ; empty: work is divided as is fastest.
 
     Raises:
         ValueError: the arguments do not fit together, or an entry that is read is not a page number of `pages`.
@@ -40,6 +42,7 @@ class PagedPlan:
         seq_lens: Sequence[int] | np.ndarray,
         pages: KVPages,
         q_heads: int,
+        invariant: Literal["", "prefill", "decode"] = "",
     ) -> None:
         if q_heads < 1 or q_heads % pages.kv_heads:
             raise ValueError(f"{q_heads} query heads do not divide into groups over {pages.kv_heads} KV heads")
@@ -59,7 +62,11 @@ class PagedPlan:
         else:
             from .cuda.paged_launch import plan_device
 
-            self.device_plan = plan_device(self.block_table, self.cu_seqlens_q, self.seq_lens, slots, pages, q_heads)
+            self.device_plan = plan_device(
+                self.block_table, self.cu_seqlens_q, self.seq_lens, slots, pages, q_heads, invariant
+            )
+            if invariant == "decode" and self.max_seqlen_q > 1:
+                raise ValueError(f"a decode step of sequences with up to {self.max_seqlen_q} queries: give one each")
 
     @property
     def kv_splits(self) -> int:
@@ -74,7 +81,7 @@ class PagedPlan:
         None if they do, as in decode steps, and on the CPU.
         """
         plan = self.device_plan
-        return None if plan is None or self.max_seqlen_q * plan.group <= 16 else plan.slots
+        return None if plan is None or self.max_seqlen_q * plan.group <= plan.decode_rows else plan.slots
 
     def bounds(
         self, key_start: torch.Tensor | None, key_stop: torch.Tensor | None, window: int | None, q: torch.Tensor
@@ -147,13 +154,16 @@ class CUDAGraphPlan:
         return SPLIT_FIELDS
 
     @staticmethod
-    def kv_splits_of(seq_lens: Sequence[int], pages: KVPages, q_heads: int) -> np.ndarray:
-        """The KV splits of a step of one query per sequence, int32 `[splits, split_fields()]`, on the host."""
+    def kv_splits_of(seq_lens: Sequence[int], pages: KVPages, q_heads: int, invariant: bool = False) -> np.ndarray:
+        """The KV splits of a step of one query per sequence, int32 `[splits, split_fields()]`, on the host.
+
+        With `invariant` those of a sequence do not depend on the others.
+        """
         from .cuda.device import multiprocessors
         from .cuda.paged_launch import plan_kv_splits
 
         lengths = np.asarray(seq_lens, np.int32)
-        blocks = 2 * multiprocessors(pages.device.index or 0)
+        blocks = 0 if invariant else 2 * multiprocessors(pages.device.index or 0)
         cumulated = np.arange(len(lengths) + 1, dtype=np.int32)
         return plan_kv_splits(cumulated, lengths, q_heads // pages.kv_heads, pages.kv_heads, blocks)[0]
 

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 from numba.cuda import types
-from range_kernels.cuda import decode_split_kv, layer_ops, prefill_sm80, prefill_sm90, splice
+from range_kernels.cuda import decode_split_kv, layer_ops, prefill_sm80, prefill_sm90, row_products, splice
 from range_kernels.cuda.compiled_kernel import Source
 from range_kernels.cuda.warpgroup_mma import keys_of
 
@@ -110,6 +110,7 @@ def test_wide_splice_compiles_to_16_byte_loads(dtype, converts):
 
 
 LAYER_OPS = [
+    *(row_products.row_product_source(dtype, rows) for dtype in ("bfloat16", "float16") for rows in (1, 2)),
     *(
         layer_ops.norm_source(*kind)
         for kind in product(("bfloat16", "float32"), ("bfloat16", "float32"), (False, True))

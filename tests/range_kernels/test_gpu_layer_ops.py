@@ -130,3 +130,26 @@ def test_bad_shapes_are_refused_by_name():
         ops.rotate_heads(drawn(3, 2, 16), drawn(3, 8, dtype=torch.float16), drawn(3, 8))
     with pytest.raises(ValueError, match="contiguous heads"):
         ops.rotate_heads(drawn(3, 2, 16).transpose(0, 1).contiguous().transpose(0, 1), drawn(3, 8), drawn(3, 8))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 1), (264, 17), (1024, 16), (1032, 33), (3072, 300), (4104, 5)])
+def test_products_of_few_rows(dtype, rows, inputs, outputs):
+    """Widths that end inside a piece, with and without a bias; nothing is written past the last output."""
+    from range_kernels.cuda import row_products
+
+    x, weight = drawn(rows, inputs, dtype=dtype), drawn(outputs, inputs, dtype=dtype, seed=1) * 0.1
+    for bias in (None, drawn(outputs, dtype=dtype, seed=2)):
+        whole = x.new_full((rows * outputs + 8,), torch.nan)
+        out = whole[: rows * outputs].view(rows, outputs)
+        row_products.launch(x, weight, bias, out)
+        exact = x.double() @ weight.double().T
+        size = x.double().abs() @ weight.double().abs().T
+        exact, size = (exact, size) if bias is None else (exact + bias.double(), size + bias.double().abs())
+        assert ((out.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6 * size).all()
+        assert whole[rows * outputs :].isnan().all()
+        for row in range(rows):  # a row's bits do not depend on the others
+            alone = x.new_empty(1, outputs)
+            row_products.launch(x[row : row + 1].contiguous(), weight, bias, alone)
+            assert torch.equal(alone[0], out[row])

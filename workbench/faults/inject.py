@@ -63,5 +63,6 @@ def _slice(batch: Batch, tokens: slice) -> Batch:
         np.asarray([0, count], np.int32),
         np.asarray([stop], np.int32),
         batch.slots,
+        batch.decodes,
         [],
     )

@@ -16,7 +16,7 @@ from . import prefill_simt
 from .ptx import SIMULATED
 
 PATHS = ("hopper", "tensor-core", "plain")
-_FEW_QUERIES = 64  # with fewer in the longest sequence, a block of 128 rows is mostly empty
+FEW_QUERIES = 64  # with fewer in the longest sequence, a block of 128 rows is mostly empty
 
 
 def launch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, path: str | None = None) -> None:
@@ -57,7 +57,7 @@ def choose_path(q: torch.Tensor, scale: float, path: str | None = None, max_seql
         return "plain"
     from . import prefill_sm80, prefill_sm90
 
-    wanted = path == "hopper" or (path is None and max_seqlen_q >= _FEW_QUERIES)
+    wanted = path == "hopper" or (path is None and max_seqlen_q >= FEW_QUERIES)
     if wanted and prefill_sm90.can_run(q, scale):
         return "hopper"
     if path in (None, "tensor-core") and prefill_sm80.can_run(q, scale):

@@ -11,7 +11,7 @@ import torch
 
 from . import prefill_simt
 from .device import multiprocessors
-from .dispatch import choose_path, prefill_kernel
+from .dispatch import FEW_QUERIES, choose_path, prefill_kernel
 from .tile_plan import cut
 
 SPLIT_FIELDS = 12  # int32 fields of a KV split, the last three unused
@@ -34,6 +34,7 @@ class DevicePlan:
             sequence, splits of the sequence, index of the sequence's first partial result, keys of the sequence; three
             fields are unused.
         partials: number of partial results.
+        decode_rows: a sequence with at most so many queries times `group` is the decode kernel's; 0: all are the prefill kernel's.
         counters: int32 `[sequences * kv_heads]`, finished splits; zeros before and after each launch.
     """
 
@@ -47,6 +48,7 @@ class DevicePlan:
     group: int
     kv_splits: torch.Tensor | None = None
     partials: int = 0
+    decode_rows: int = 16
     counters: torch.Tensor | None = None
     _tiles: dict[int, torch.Tensor | None] = field(default_factory=dict)
 
@@ -60,7 +62,7 @@ class DevicePlan:
             tiles = [
                 (start, count, sequence, keys)
                 for sequence, (begin, stop, keys) in enumerate(self._sequences())
-                if (stop - begin) * self.group > 16
+                if (stop - begin) * self.group > self.decode_rows
                 for start, count in cut(begin, stop, rows)
             ]
             plan = np.asarray(tiles, np.int32).reshape(-1, 4)
@@ -87,7 +89,13 @@ class DevicePlan:
 
 
 def plan_device(
-    block_table: np.ndarray, cu_seqlens_q: np.ndarray, seq_lens: np.ndarray, slots: np.ndarray, pages, q_heads: int
+    block_table: np.ndarray,
+    cu_seqlens_q: np.ndarray,
+    seq_lens: np.ndarray,
+    slots: np.ndarray,
+    pages,
+    q_heads: int,
+    invariant: str = "",
 ) -> DevicePlan:
     """Divide a batch between the decode and the prefill kernel and copy the plan to the device of `pages`.
 
@@ -98,9 +106,12 @@ def plan_device(
     plan = DevicePlan(
         device_table, device_slots, cu_seqlens_q, seq_lens, block_table, pages.page_size, pages.kv_heads, group
     )
+    if invariant == "prefill":
+        plan.decode_rows = 0
+        return plan
     # Two blocks of the decode kernel run on a multiprocessor at once.
     blocks = 2 * multiprocessors(device.index or 0) if device.type == "cuda" else 1
-    splits, plan.partials = plan_kv_splits(cu_seqlens_q, seq_lens, group, pages.kv_heads, blocks)
+    splits, plan.partials = plan_kv_splits(cu_seqlens_q, seq_lens, group, pages.kv_heads, 0 if invariant else blocks)
     if len(splits):
         plan.kv_splits = torch.from_numpy(splits).to(device)
         plan.counters = torch.zeros(len(seq_lens) * pages.kv_heads, dtype=torch.int32, device=device)
@@ -112,7 +123,7 @@ def plan_kv_splits(
 ) -> tuple[np.ndarray, int]:
     """Return the KV splits, int32 `[splits, 12]`, and the number of partial results.
 
-    `blocks` is the number of blocks that the GPU runs at once. Fields are those of `DevicePlan.kv_splits`. The split
+    `blocks` is the number of blocks that the GPU runs at once; 0: a sequence is split without regard to the others. Fields are those of `DevicePlan.kv_splits`. The split
     size is the one that minimises the estimated time: the number of waves of blocks times the tiles (of 64 keys) of a
     split, plus two tiles of overhead per wave.
     """
@@ -120,16 +131,9 @@ def plan_kv_splits(
     short = [(number, *span) for number, span in enumerate(spans) if 0 < (span[1] - span[0]) * group <= 16]
     if not short:
         return np.zeros((0, SPLIT_FIELDS), np.int32), 0
-    tiles = np.array([-(-keys // 64) for *_, keys in short])
-    total = int(tiles.sum()) * kv_heads
-    best = (math.inf, 0)
-    for waves in range(1, 9):
-        size = max(-(-total // (blocks * waves)), _MIN_TILES, math.ceil(tiles.max() / _MAX_SPLITS))
-        count = int((-(-tiles // size)).sum()) * kv_heads
-        best = min(best, (-(-count // blocks) * (size + 2), size))
-    size = best[1]
+    sizes = _alone(short) if not blocks else [_best_size(short, kv_heads, blocks)] * len(short)
     rows, partials = [], 0
-    for sequence, start, stop, keys in short:
+    for size, (sequence, start, stop, keys) in zip(sizes, short, strict=True):
         splits = math.ceil(keys / (64 * size))
         split_keys = math.ceil(keys / 64 / splits) * 64
         splits = math.ceil(keys / split_keys)
@@ -138,6 +142,23 @@ def plan_kv_splits(
             rows.append((start, stop - start, sequence, *key_range, split, splits, partials, keys, 0, 0, 0))
         partials += splits if splits > 1 else 0
     return np.asarray(rows, np.int32), partials
+
+
+def _alone(short: list[tuple[int, int, int, int]]) -> list[int]:
+    """Tiles per split of each sequence, by its own length."""
+    return [max(_MIN_TILES, math.ceil(-(-keys // 64) / _MAX_SPLITS)) for *_, keys in short]
+
+
+def _best_size(short: list[tuple[int, int, int, int]], kv_heads: int, blocks: int) -> int:
+    """Tiles per split of all sequences: the number with the least estimated time."""
+    tiles = np.array([-(-keys // 64) for *_, keys in short])
+    total = int(tiles.sum()) * kv_heads
+    best = (math.inf, 0)
+    for waves in range(1, 9):
+        size = max(-(-total // (blocks * waves)), _MIN_TILES, math.ceil(tiles.max() / _MAX_SPLITS))
+        count = int((-(-tiles // size)).sum()) * kv_heads
+        best = min(best, (-(-count // blocks) * (size + 2), size))
+    return best[1]
 
 
 def launch(q, keys, values, out, key_start, key_stop, plan, new, scale, softcap, path=None) -> None:
@@ -152,9 +173,10 @@ def launch(q, keys, values, out, key_start, key_stop, plan, new, scale, softcap,
         ValueError: the named path does not support this call.
     """
     work, keys, values = plan.device_plan, keys.flatten(0, 1), values.flatten(0, 1)
-    chosen = choose_path(q, scale, path, plan.max_seqlen_q)
+    # A prefill that may not depend on the other sequences takes the same kernel whatever their lengths.
+    chosen = choose_path(q, scale, path, plan.max_seqlen_q if work.decode_rows else FEW_QUERIES)
     tensor_cores = chosen != "plain"
-    long = plan.max_seqlen_q * work.group > 16
+    long = plan.max_seqlen_q * work.group > work.decode_rows
     if new is not None and (long or not tensor_cores):
         for cache, rows in zip((keys, values), new, strict=True):
             cache.index_copy_(0, work.slots, rows)

@@ -74,7 +74,8 @@ def online_softmax_step(
             # The maximum of a row that has seen no key is minus infinity, which must not be subtracted from itself.
             base = builder.select(builder.fcmp_ordered("==", maximum, minus_infinity), zero, maximum)
             shift = builder.fsub(zero, builder.fmul(base, factor))
-            rescale = ptx.exp2(builder, builder.fma(maxima[row], factor, shift))
+            # Exactly 1 if the maximum stays, so that tiles of which a row sees nothing, but another row of its block does, change no bit.
+            rescale = ptx.exp2(builder, builder.fmul(builder.fsub(maxima[row], base), factor))
             step_total = zero
             for index in indices:
                 scores[index] = ptx.exp2(builder, builder.fma(scores[index], factor, shift))

@@ -43,6 +43,7 @@ class Batch:
         cu_seqlens_q: int32 `[sequences + 1]`, cumulative number of this batch's tokens per request.
         seq_lens: int32 `[sequences]`, number of keys of each request, earlier tokens included.
         slots: int64 `[sequences]`, where the states of each request's linear attention are (`ModelCache`).
+        decodes: whether all tokens were generated, one of each request.
         deepstack: pairs of a slice of the batch's tokens and features `[levels, rows, hidden]`; level k is added after layer k.
     """
 
@@ -55,6 +56,7 @@ class Batch:
     cu_seqlens_q: np.ndarray
     seq_lens: np.ndarray
     slots: np.ndarray
+    decodes: bool
     deepstack: list[tuple[slice, torch.Tensor]]
 
     @classmethod
@@ -95,6 +97,9 @@ class Batch:
             cu_seqlens_q=first.astype(np.int32),
             seq_lens=np.asarray([stop for _, _, stop in chunks], np.int32),
             slots=np.asarray([request.slot for request, _, _ in chunks], np.int64),
+            decodes=all(
+                stop - start == 1 and request.generated(start, stop) is not None for request, start, stop in chunks
+            ),
             deepstack=deepstack,
         )
 

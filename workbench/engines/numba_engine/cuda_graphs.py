@@ -125,7 +125,7 @@ class CUDAGraphRunner:
 
     def _key(self, decoder: Decoder, step: DecodeStep) -> tuple[tuple[int, int, int], np.ndarray]:
         """The largest step that the graph of a step takes, and the step's KV splits."""
-        splits = CUDAGraphPlan.kv_splits_of(step.seq_lens, self.pages, decoder.config.heads)
+        splits = CUDAGraphPlan.kv_splits_of(step.seq_lens, self.pages, decoder.config.heads, decoder.deterministic)
         longest, sequences = max(map(len, step.pages)), _batch_size(len(step.ids))
         # Few variants, so that few graphs are captured: unused splits cost little.
         return (sequences, max(_power_of_two(longest), 16), _power_of_two(max(len(splits), 2 * sequences))), splits

@@ -54,13 +54,14 @@ class Decoder:
     Attributes:
         table: `[vocab, hidden]`, token embeddings with the embedding scale already applied, as in hidden state 0 (before `input_scale`).
         context: maximum number of tokens of a request.
+        deterministic: whether no bit of a request may depend on the others, on a GPU too.
         whole_layers: whether the layers are one native call where the device has it and nobody taps them; in float32 the bits are the same.
 
     Raises:
         ModelError: an architecture or setting that this engine does not support, or tensors that do not fit the configuration.
     """
 
-    def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: Model, dtype: torch.dtype, device: torch.device, deterministic: bool = False) -> None:
         quantized = quantization_settings(model.config)
         if quantized is not None:
             raise ModelError(
@@ -77,7 +78,12 @@ class Decoder:
         widths = [config.hidden, config.intermediate, config.head_dim]
         if config.mixture is not None:
             widths += [config.mixture.intermediate, config.mixture.shared_intermediate]
-        self.ops = operations(dtype, device, widths)
+        self.deterministic = deterministic
+        self.ops = operations(dtype, device, widths, deterministic)
+        if deterministic and device.type != "cpu" and config.mixture is not None and config.mixture.wide_router:
+            raise ModelError(
+                f"{model.name!r} has a router in float32, whose product on a GPU is not deterministic=True: leave it out"
+            )
         read = TensorReader(model, config, dtype, device)
         table = read.table()
         self.head = self.ops.linear(read.head(table))

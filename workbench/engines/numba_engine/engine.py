@@ -46,7 +46,7 @@ class NumbaEngine(Engine):
 
     In float32 on the CPU a request's results are bit-identical regardless of the other requests in the batch, of how its prompt is
     cut into chunks, and of whether its prefix came from the prefix cache. In other dtypes and on GPUs matrix products are torch's,
-    whose rounding may depend on the number of rows.
+    whose rounding may depend on the number of rows, unless `deterministic` is set.
 
     Args:
         dtype: "float32", "bfloat16" or "float16".
@@ -60,10 +60,12 @@ class NumbaEngine(Engine):
             is not computed again.
         packed_decode: for bfloat16 on the CPU: keep a second copy of the layers' weights, in the layout of the native kernels; a decode
             step then takes a third of the time. It computes in float32 and rounds at the end.
+        deterministic: no bit of a request's results may depend on the other requests. On the CPU that is so in float32, and no other dtype
+            is accepted; on a GPU it needs bfloat16, and costs speed (`data/bench/README.md`). Results of a trace have the bits of a prompt's.
         eager_mode: True launches every kernel from Python. False replays decode steps as CUDA graphs if they run on tensor cores:
             on a GPU in float16 or bfloat16, with a head size of `range_kernels`' paged decode.
 
-    `eager_mode` is named as in LMDeploy's `PytorchEngineConfig`, the others but `packed_decode` as in its `TurbomindEngineConfig`.
+    `eager_mode` is named as in LMDeploy's `PytorchEngineConfig`, the others but `packed_decode` and `deterministic` as in its `TurbomindEngineConfig`.
 
     Raises:
         ModelError: an architecture or setting of the model that this engine does not support, or no GPU for device="cuda".
@@ -82,6 +84,7 @@ class NumbaEngine(Engine):
         cache_max_entry_count: float | int = 0.2,
         enable_prefix_caching: bool = True,
         packed_decode: bool = False,
+        deterministic: bool = False,
         eager_mode: bool = False,
     ) -> None:
         super().__init__()
@@ -97,7 +100,11 @@ class NumbaEngine(Engine):
                 "whose decode steps are fast without it: leave it out"
             )
         check_sizes(model.config, model.weights, model.name)
-        self.runner = ModelRunner(model, self.dtype, self.device)
+        if deterministic and self.device.type == "cpu" and self.dtype is not torch.float32:
+            raise ValueError(
+                f"deterministic=True on the CPU needs dtype='float32', not {str(self.dtype).removeprefix('torch.')!r}: its products are torch's"
+            )
+        self.runner = ModelRunner(model, self.dtype, self.device, deterministic)
         self._config = self.runner.decoder.config
         if packed_decode:
             self.decoder.ops = CpuHalfOperations()
@@ -105,8 +112,9 @@ class NumbaEngine(Engine):
         self._page_size = cache_block_seq_len
         self._blocks = BlockManager(pages)
         scheduler = Scheduler(
-            self._blocks, cache_block_seq_len, max_batch_size, max_prefill_token_num, enable_prefix_caching
-        )
+            self._blocks, cache_block_seq_len, max_batch_size, max_prefill_token_num, enable_prefix_caching,
+            invariant=deterministic and self.device.type != "cpu",
+        )  # fmt: skip
         cache = self.decoder.new_pages(pages, cache_block_seq_len, max_batch_size)
         self.decoder.whole_layers = not eager_mode
         if not eager_mode:

@@ -293,7 +293,7 @@ def _glm4_moe(config: Any) -> dict[str, Any]:
 def _gpt_oss(config: Any) -> dict[str, Any]:
     mixture = _mixture(
         config, config.intermediate_size, scores="softmax of chosen", router="mlp.router", router_bias=True, expert_bias=True,
-        stored="transposed", clipped=ClippedGate(config.swiglu_alpha, config.swiglu_limit),
+        stored="transposed", clipped=ClippedGate(getattr(config, "swiglu_alpha", 1.702), getattr(config, "swiglu_limit", 7.0)),
     )  # fmt: skip
     biased = config.attention_bias
     return {"qkv_bias": biased, "output_bias": biased, "windows": _windows(config), "sinks": True, "mixture": mixture}

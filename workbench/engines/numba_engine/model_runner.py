@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -54,8 +54,8 @@ class ModelRunner:
         graphs: replays decode steps as CUDA graphs; None runs every step eagerly.
     """
 
-    def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
-        self.decoder = Decoder(model, dtype, device)
+    def __init__(self, model: Model, dtype: torch.dtype, device: torch.device, deterministic: bool = False) -> None:
+        self.decoder = Decoder(model, dtype, device, deterministic)
         self.graphs: CUDAGraphRunner | None = None
 
     def capture_decode_steps(self, pages: ModelCache) -> None:
@@ -64,7 +64,14 @@ class ModelRunner:
             self.graphs = CUDAGraphRunner(pages)
 
     def step(self, chunks: Sequence[Chunk], pages: ModelCache) -> list[StepResult]:
-        """Run the forward pass of one scheduled step; keys and values are written into `pages`."""
+        """Run the forward pass of one scheduled step; keys and values are written into `pages`.
+
+        A deterministic engine runs decoding requests and prompts one after the other: their attention kernels differ.
+        """
+        decoding = [chunk.request.generated_at(chunk.start) is not None for chunk in chunks]
+        if self.decoder.deterministic and any(decoding) and not all(decoding):
+            parts = {kind: iter(self.step(_of_kind(chunks, decoding, kind), pages)) for kind in (True, False)}
+            return [next(parts[kind]) for kind in decoding]
         decoded = self._launch_graph(chunks, pages, None)
         if decoded is None:
             return self._eager_step(chunks, pages)
@@ -212,11 +219,18 @@ class ModelRunner:
             rotations={rope: self._rotation(rope, batch) for rope in set(config.ropes) if rope is not None},
             key_starts={window: batch.key_start(window) for window in set(config.windows)},
             key_stop=batch.key_stop,
-            plan=PagedPlan(batch.block_table, batch.cu_seqlens_q, batch.seq_lens, pages, config.heads),
+            plan=PagedPlan(
+                batch.block_table, batch.cu_seqlens_q, batch.seq_lens, pages, config.heads, self._invariant(batch)
+            ),
             deepstack=batch.deepstack,
             query_scale=self._query_scale(batch),
             sequences=batch.sequences() if config.delta_net is not None else None,
         )
+
+    def _invariant(self, batch: Batch) -> Literal["", "prefill", "decode"]:
+        if not self.decoder.deterministic or self.decoder.device.type == "cpu":
+            return ""
+        return "decode" if batch.decodes else "prefill"
 
     def _query_scale(self, batch: Batch) -> torch.Tensor | None:
         scale = self.decoder.config.query_scale
@@ -232,6 +246,10 @@ class ModelRunner:
             sections, interleaved = self.decoder.config.mrope, self.decoder.config.interleaved_mrope
             cosine, sine = choose_axes(cosine, sections, interleaved), choose_axes(sine, sections, interleaved)
         return cosine, sine
+
+
+def _of_kind(chunks: Sequence[Chunk], decoding: Sequence[bool], kind: bool) -> list[Chunk]:
+    return [chunk for chunk, each in zip(chunks, decoding, strict=True) if each is kind]
 
 
 def _to_host(x: torch.Tensor) -> torch.Tensor:

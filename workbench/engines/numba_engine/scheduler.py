@@ -44,11 +44,20 @@ class Scheduler:
         max_batch_size: requests that run at once.
         max_tokens: token budget of a step.
         share_prefixes: whether requests with an equal prefix share its pages.
+        invariant: whether a request's tokens must be computed in the same way whatever the others do: generated tokens one by one, also
+            after a preemption, and never in a prompt's pages.
     """
 
     def __init__(
-        self, blocks: BlockManager, page_size: int, max_batch_size: int, max_tokens: int, share_prefixes: bool = True
+        self,
+        blocks: BlockManager,
+        page_size: int,
+        max_batch_size: int,
+        max_tokens: int,
+        share_prefixes: bool = True,
+        invariant: bool = False,
     ) -> None:
+        self.invariant = invariant
         self.blocks, self.page_size = blocks, page_size
         self.max_batch_size, self.max_tokens, self.share_prefixes = max_batch_size, max_tokens, share_prefixes
         self.waiting: deque[Request] = deque()
@@ -125,7 +134,7 @@ class Scheduler:
         request = chunk.request
         request.computed = chunk.stop
         if self.share_prefixes and request.shareable:
-            full = chunk.stop // self.page_size
+            full = (min(chunk.stop, len(request.prompt)) if self.invariant else chunk.stop) // self.page_size
             known = chunk.start // self.page_size
             for number, key in enumerate(request.keys(full, self.page_size)[known:], start=known):
                 self.blocks.register(request.pages[number], key)
@@ -136,7 +145,10 @@ class Scheduler:
         With `must` a chunk is added in any case, the shortest possible one if none fits.
         """
         start = request.computed
-        before, after = request.cut(start + max(budget, 1 if must else 0))
+        wanted = start + max(budget, 1 if must else 0)
+        if self.invariant and wanted > len(request.prompt):
+            wanted = len(request.prompt) if start < len(request.prompt) else min(wanted, start + 1)
+        before, after = request.cut(wanted)
         stop = before if before > start else after if must else start
         if stop > start:
             chunks.append(ScheduledChunk(request, start, stop))
