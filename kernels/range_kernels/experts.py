@@ -111,32 +111,50 @@ class Experts:
             )
         order = torch.argsort(flat, stable=True)  # the pairs of a row and an expert, by expert
         experts, rows = flat[order], order // chosen.shape[1]
+        factors = weights.flatten()[order, None] if self.scaled_input else None
+        if self.native:
+            return self._sum(self._native(x, experts, rows, order, factors).view(*chosen.shape, -1), weights)
         taken = x[rows]
-        if self.scaled_input:
-            taken = (taken * weights.flatten()[order, None]).to(x.dtype)
-        out = self._native(taken, experts) if self.native else self._by_torch(taken, experts)
+        out = self._by_torch(taken if factors is None else (taken * factors).to(x.dtype), experts)
         back = torch.empty_like(out)
         back[order] = out
-        each = back.view(*chosen.shape, self.hidden)
+        return self._sum(back.view(*chosen.shape, self.hidden), weights)
+
+    def _sum(self, each: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of what a row's experts return, `[rows, k, hidden]`."""
         if self.native:  # one sum after the other: how torch's `sum` groups the terms may depend on the shape
             total = each[:, 0] if self.scaled_input else each[:, 0] * weights[:, :1]
-            for k in range(1, chosen.shape[1]):
+            for k in range(1, each.shape[1]):
                 total = total + (each[:, k] if self.scaled_input else each[:, k] * weights[:, k : k + 1])
             return total
         terms = each.float() if self.scaled_input else each.float() * weights[..., None].float()
-        return terms.sum(dim=1).to(x.dtype)
+        return terms.sum(dim=1).to(each.dtype)
 
-    def _native(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    def _native(
+        self,
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        rows: torch.Tensor,
+        order: torch.Tensor,
+        factors: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What the experts return for each pair, in the order of the pairs; `rows`, `experts` and `factors` are sorted by expert."""
         counts = np.bincount(experts.numpy(), minlength=self.count)
         groups = launch.Groups.of(counts)
-        padded = groups.pad(x)
+        source = torch.zeros(len(groups.of_slot), dtype=torch.int64)  # row 0 where a slot is not used
+        source[groups.slots] = rows
+        padded = x[source]
+        if factors is not None:
+            padded[groups.slots] = padded[groups.slots] * factors
         both = self._biased(launch.grouped_linear(padded, groups, self._panels[0], 2 * self.intermediate), 0, groups)
         if self.clipped is None:
             gated = launch.gate(both, self.gelu)
         else:
             gated = _clipped_gate(both, self.clipped)
         out = self._biased(launch.grouped_linear(gated, groups, self._panels[1], self.hidden), 1, groups)
-        return out[groups.slots]
+        slot_of_pair = torch.empty_like(order)
+        slot_of_pair[order] = groups.slots
+        return out[slot_of_pair]
 
     def _biased(self, out: torch.Tensor, which: int, groups: launch.Groups) -> torch.Tensor:
         bias = self.biases[which]

@@ -18,6 +18,7 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 
 LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 4.0]}
 HEADS = {"num_attention_heads": 4, "head_dim": 16}
 THREE_LAYERS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+GLM_ROPE = {**MROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
 EXPERTS: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 DELTA_NET: dict[str, Any] = {
     **HEADS, "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2,
@@ -84,6 +85,25 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm": ("GlmConfig", {**HEADS, "pad_token_id": 0, "attention_bias": True}),
     "glm4": ("Glm4Config", {**HEADS, "pad_token_id": 0, "attention_bias": True}),
+    "glm4.1v": (
+        "Glm4vTextConfig",
+        {"num_attention_heads": 3, "num_key_value_heads": 1, "pad_token_id": 0, "rope_parameters": GLM_ROPE},
+    ),
+    "glm-ocr": ("GlmOcrTextConfig", {**HEADS, "pad_token_id": 0, "rope_parameters": GLM_ROPE}),
+    "glm4.5v": (
+        "Glm4vMoeTextConfig",
+        {
+            **HEADS,
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.7,
+            "attention_bias": True,
+            "rope_parameters": GLM_ROPE,
+        },
+    ),
     "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0, 1], "pad_token_id": 0}),
     "olmo2": ("Olmo2Config", {"attention_bias": True}),
     "olmo3": ("Olmo3Config", {"sliding_window": 9, **THREE_LAYERS}),
@@ -220,7 +240,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 WITH_IMAGES = {
     "qwen2-vl": "Qwen2VL", "qwen2.5-vl": "Qwen2_5_VL", "qwen3-vl": "Qwen3VL", "qwen3-vl-moe": "Qwen3VLMoe", "qwen3.5": "Qwen3_5",
-    "qwen3.5-moe": "Qwen3_5Moe",
+    "qwen3.5-moe": "Qwen3_5Moe", "glm4.1v": "Glm4v", "glm-ocr": "GlmOcr", "glm4.5v": "Glm4vMoe",
 }  # fmt: skip
 _VISION = {"depth": 1, "hidden_size": 16, "embed_dim": 16, "num_heads": 2, "intermediate_size": 16, "patch_size": 4}
 _WIDTH = {"Qwen2VL": "hidden_size"}

@@ -76,7 +76,7 @@ def test_preemption_and_prefix_cache_change_nothing(large):
         assert engine.stats().preemptions > 0
         again = together(engine, prompts[:2], config)
         # A prompt that continues an answer: pages of generated tokens are not shared with it.
-        longer = prompts[0].replace(input_ids=[*prompts[0].input_ids.tolist(), *alone[0].token_ids[:40]])
+        longer = prompts[0].replace(input_ids=[*prompts[0].input_ids, *alone[0].token_ids[:40]])
         after = engine.generate(longer, config)
     with workbench.open_engine("numba", large, **options, enable_prefix_caching=False) as engine:
         fresh = engine.generate(longer, config)

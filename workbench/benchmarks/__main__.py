@@ -1,4 +1,4 @@
-"""`python -m workbench.benchmarks [engine | batching | comparison | serving | streamed | leave-one-out | engines | cpu-engines | experts]`: timings on this machine, interleaved, as medians."""
+"""`python -m workbench.benchmarks [engine | batching | comparison | serving | streamed | leave-one-out | engines | cpu-engines | experts | timeline]`: timings on this machine, interleaved, as medians."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def main() -> None:
     """Parse the command line and run the chosen benchmark, which prints its results."""
     parser = argparse.ArgumentParser(prog="python -m workbench.benchmarks", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "benchmark", nargs="?", default="engine", choices=("engine", "batching", "comparison", "serving", "streamed", "leave-one-out", "engines", "cpu-engines", "experts"),
+        "benchmark", nargs="?", default="engine", choices=("engine", "batching", "comparison", "serving", "streamed", "leave-one-out", "engines", "cpu-engines", "experts", "timeline"),
         help="engine: one request compared with Transformers; batching: many requests at once; comparison: traces, recording and lint; "
-        "serving: several engines on spliced prompts; streamed: a verdict on a large model; leave-one-out: what each optimisation brings on a GPU; engines: the verdict on every engine that is installed; cpu-engines: speed of the engines that are installed, on this CPU; experts: a mixture of experts compared with Transformers",
+        "serving: several engines on spliced prompts; streamed: a verdict on a large model; leave-one-out: what each optimisation brings on a GPU; engines: the verdict on every engine that is installed; cpu-engines: speed of the engines that are installed, on this CPU; experts: a mixture of experts compared with Transformers; timeline: the kernels of one decode step on a GPU",
     )  # fmt: skip
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=5)
@@ -22,7 +22,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="for serving and streamed")
     parser.add_argument("--shape", default="1B", help="for streamed: 1B, 3B, 8B or 24B")
     parser.add_argument("--tokens", type=int, default=64, help="for streamed: length of the prompt")
-    parser.add_argument("--json", help="for cpu-engines: name of the file in data/bench; for experts: a file to write")
+    parser.add_argument(
+        "--json", help="for cpu-engines: name of the file in data/bench; for experts and timeline: a file to write"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="for timeline: requests at once")
     parser.add_argument("--folder", help="for streamed: where its checkpoint is written")
     options = parser.parse_args()
     files = {
@@ -41,6 +44,8 @@ def main() -> None:
         module.run(options.model, options.dtype, options.rounds, Path("data/bench") / name)
     elif options.benchmark == "experts":
         module.run(options.dtype, options.device, options.rounds, options.json and Path(options.json))
+    elif options.benchmark == "timeline":
+        module.run(options.model, options.dtype, options.batch, options.json and Path(options.json))
     elif options.benchmark == "serving":
         module.run(options.engines, options.model, options.dtype, options.device, options.rounds)
     else:

@@ -48,6 +48,8 @@ def spliced_prompt(model: Model, tokens: int, images: int, seed: int = 0) -> Pro
 def run(kinds: Sequence[str], model_name: str, dtype: str, device: str, rounds: int = 3) -> dict[str, Any]:
     """Measure every engine in this process, one after the other; print a table and return all figures.
 
+    `numba+deterministic` is the Numba engine with that option.
+
     Figures are medians: of ten times to the first token, and of three decoding rates (of `rounds`, if more). A figure is None if the
     engine runs out of memory.
     """
@@ -56,19 +58,56 @@ def run(kinds: Sequence[str], model_name: str, dtype: str, device: str, rounds: 
     figures["versions"] = versions()
     if device == "cuda":
         figures["device"] = torch.cuda.get_device_name()
+        figures["copied bytes per second"] = copy_speed()
+    figures |= bytes_read(model, getattr(torch, dtype).itemsize)
     for kind in kinds:
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         if kind != "transformers":
             options |= {"max_batch_size": max(BATCHES), "cache_max_entry_count": 0.5, "enable_prefix_caching": False}
-        if kind == "numba":
+        name, _, option = kind.partition("+")
+        if name == "numba":
             options["max_prefill_token_num"] = 8192
-        with open_engine(kind, model, **options) as engine:
+        if option:
+            options[option] = True
+        with open_engine(name, model, **options) as engine:
             figures["engines"][kind] = _measure(engine, model, rounds)
         del engine
         torch.cuda.empty_cache()
     print(_table(figures))
     print(json.dumps(figures))
     return figures
+
+
+def copy_speed() -> float:
+    """Bytes per second, read and written together, of a plain copy of 1 GB on the GPU: the median of nine."""
+    source = torch.empty(1 << 29, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(11):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return 2 * source.nbytes / median(times[2:])
+
+
+def bytes_read(model: Model, size: int) -> dict[str, int]:
+    """What a decode step reads at least: all weights but the embedding table once, and keys and values of every token.
+
+    Args:
+        size: bytes per number.
+    """
+    config = model.text_config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    numbers = sum(model.weights.get(name).numel() for name in model.weights if "embed_tokens" not in name)
+    if getattr(config, "tie_word_embeddings", False):
+        numbers += config.vocab_size * config.hidden_size
+    return {
+        "weight bytes": numbers * size,
+        "KV bytes per token": 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * size,
+    }
 
 
 def _measure(engine: Engine, model: Model, rounds: int) -> dict[str, Any]:

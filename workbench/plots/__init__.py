@@ -3,6 +3,7 @@
 `to_png` renders a Figure as PNG bytes.
 """
 
+from .decode_step import step_roofline, step_timeline
 from .errors import comparison_figure, error_by_layer, local_error_by_layer, ratio_map
 from .heat_map import hidden_state_map
 from .injection_effect import injection_effect_figure
@@ -22,6 +23,8 @@ __all__ = [
     "plan_figure",
     "ratio_map",
     "schedule_figure",
+    "step_roofline",
+    "step_timeline",
     "to_png",
     "token_strip",
 ]

@@ -312,15 +312,9 @@ class Groups(NamedTuple):
         slots = np.arange(counts.sum()) + np.repeat(starts - before, counts)
         return cls(starts, counts, torch.from_numpy(slots), torch.from_numpy(np.repeat(np.arange(len(counts)), padded)))
 
-    def pad(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows in their slots, zeros elsewhere."""
-        out = rows.new_zeros(len(self.of_slot), rows.shape[1])
-        out[self.slots] = rows
-        return out
-
 
 def grouped_linear(x: torch.Tensor, groups: Groups, panels: np.ndarray, outputs: int) -> torch.Tensor:
-    """Multiply each group's rows of `x` `[slots, inputs]` by its weights of `pack_groups`; other slots of `[slots, outputs]` are zeros."""
+    """Multiply each group's rows of `x` `[slots, inputs]` by its weights of `pack_groups`: `[slots, outputs]`, unused slots undefined."""
     count = panels.shape[1]
     used = groups.counts.nonzero()[0]
     tasks = [
@@ -330,7 +324,7 @@ def grouped_linear(x: torch.Tensor, groups: Groups, panels: np.ndarray, outputs:
     ]
     tasks.sort()  # every thread gets a contiguous share: panels of all groups
     table = np.asarray([each[1:] for each in tasks], np.int64).reshape(-1, 2)
-    out = torch.zeros((len(x), count * COLUMNS))
+    out = torch.empty((len(x), count * COLUMNS))
     with PARALLEL:
         ops.grouped_linear(x.contiguous().numpy(), groups.starts, groups.counts, table, panels, out.numpy())
     return out if out.shape[1] == outputs else out[:, :outputs]

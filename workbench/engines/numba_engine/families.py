@@ -110,12 +110,24 @@ def _gemma3(config: Any) -> dict[str, Any]:
 
 
 def _glm(config: Any) -> dict[str, Any]:
-    return {"qkv_bias": config.attention_bias, "fused_gate_up": True}
+    return {"qkv_bias": getattr(config, "attention_bias", False), "fused_gate_up": True}
 
 
 def _glm4(config: Any) -> dict[str, Any]:
     names = Names(after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm")
     return {**_glm(config), "names": names}
+
+
+def _glm4v(config: Any) -> dict[str, Any]:
+    return {**_glm4(config), "mrope": _glm_sections(config)}
+
+
+def _glm4v_moe(config: Any) -> dict[str, Any]:
+    return {**_glm4_moe(config), "mrope": _glm_sections(config)}
+
+
+def _glm_sections(config: Any) -> tuple[int, ...]:
+    return tuple((config.rope_parameters or {}).get("mrope_section") or (8, 12, 12))
 
 
 def _smollm3(config: Any) -> dict[str, Any]:
@@ -287,7 +299,7 @@ def _glm4_moe(config: Any) -> dict[str, Any]:
         scores="sigmoid", normalised=config.norm_topk_prob, floor=1e-20, scale=config.routed_scaling_factor, groups=config.n_group,
         chosen_groups=config.topk_group, shared_intermediate=config.moe_intermediate_size * config.n_shared_experts,
     )  # fmt: skip
-    return {"qkv_bias": config.attention_bias, "head_norms": config.use_qk_norm, "mixture": mixture}
+    return {"qkv_bias": config.attention_bias, "head_norms": getattr(config, "use_qk_norm", False), "mixture": mixture}
 
 
 def _gpt_oss(config: Any) -> dict[str, Any]:
@@ -404,6 +416,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": Architecture(_gemma3, "hidden_activation", own=_WINDOW),
     "glm": Architecture(_glm, partial=True, interleaved=True),
     "glm4": Architecture(_glm4, partial=True, interleaved=True),
+    "glm4v_text": Architecture(_glm4v, partial=True, interleaved=True),
+    "glm_ocr_text": Architecture(_glm4v, partial=True, interleaved=True),
+    "glm4v_moe_text": Architecture(_glm4v_moe, partial=True),
     "smollm3": Architecture(_smollm3, own=_WINDOW),
     "olmo2": Architecture(_olmo2),
     "olmo3": Architecture(_olmo3, own=_WINDOW),
