@@ -119,6 +119,10 @@ def _glm4(config: Any) -> dict[str, Any]:
 
 
 def _glm4v(config: Any) -> dict[str, Any]:
+    return {**_glm_ocr(config), "qkv_bias": True}
+
+
+def _glm_ocr(config: Any) -> dict[str, Any]:
     return {**_glm4(config), "mrope": _glm_sections(config)}
 
 
@@ -417,7 +421,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm": Architecture(_glm, partial=True, interleaved=True),
     "glm4": Architecture(_glm4, partial=True, interleaved=True),
     "glm4v_text": Architecture(_glm4v, partial=True, interleaved=True),
-    "glm_ocr_text": Architecture(_glm4v, partial=True, interleaved=True),
+    "glm_ocr_text": Architecture(_glm_ocr, partial=True, interleaved=True),
     "glm4v_moe_text": Architecture(_glm4v_moe, partial=True),
     "smollm3": Architecture(_smollm3, own=_WINDOW),
     "olmo2": Architecture(_olmo2),
