@@ -58,6 +58,7 @@ def _table(outcomes: list[Outcome], families: list[Outcome]) -> str:
 Written by `make sweep` with Transformers {transformers.__version__}. Each type was built small, with random weights, a tokenizer and its own
 processor. `load_vision_tower` and `build_prompt` were given one and two images, videos and sounds; rows were compared bit for bit with
 those of the whole model, and logits of the spliced prompt on the reference with the class's own forward with pixels (relative 1e-5).
+"Numba engine": that engine opens it too, and its states of these prompts equal those of the reference (relative 5e-5).
 "Refused" is an error by name, "not built": a package is missing, or Transformers has no processor.
 
 {_counted(families)} types.

@@ -19,6 +19,7 @@ from workbench.vision.videos import Video
 
 from .multimodal_settings import MARKERS
 from .outcome import Outcome, _line
+from .own_engine import own_engine_faults, runs_in_own_engine
 from .small_multimodal import save_multimodal
 
 TOLERANCE = 1e-5
@@ -51,6 +52,7 @@ def judge(class_name: str, model_type: str, raw: bool = False) -> Outcome:
             tower = load_vision_tower(model)
             markers = tower.own_processor.markers
             faults, right, refused = [], [], []
+            ours = runs_in_own_engine(model)
             for modality in markers:
                 for count in (1, 2):
                     name = modality if count == 1 else f"two {modality}s"
@@ -76,7 +78,7 @@ def judge(class_name: str, model_type: str, raw: bool = False) -> Outcome:
             return Outcome(class_name, "raw", _line(error))
     if faults:
         return Outcome(class_name, "wrong", "; ".join(faults))
-    detail = ", ".join(right) + "".join(f"; refused: {each}" for each in refused)
+    detail = ", ".join(right) + ("; numba engine" if ours else "") + "".join(f"; refused: {each}" for each in refused)
     return Outcome(class_name, "right" if "image" in right or "audio" in right else "refused", detail)
 
 
@@ -102,6 +104,7 @@ def _faults(model: workbench.Model, tower: VisionTower, network: Any, items: lis
         yield f"logits are off by {error:.1e}"
     if not prompt.embedding_ranges:
         yield "no rows were injected"
+    yield from own_engine_faults(model, prompt) or []
     zero = prompt.replace(input_embeddings=[torch.zeros_like(each) for each in prompt.input_embeddings])
     blind = workbench.open_engine("transformers", model).trace(zero, ["logits"])["logits"]
     if float((blind - logits).norm() / logits.norm()) < 1e-3:

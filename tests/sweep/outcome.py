@@ -14,6 +14,7 @@ import transformers
 import workbench
 from workbench.engines.transformers.reference import TransformersReference
 
+from .own_engine import own_engine_faults
 from .small_configs import small_network
 from .streaming import streaming_faults
 
@@ -56,7 +57,9 @@ def judge(class_name: str, model_type: str) -> Outcome:
                 streamed = ""
             except workbench.ModelError as error:
                 streamed = f"; not streamed: {_line(error).replace(folder, 'the checkpoint')}"
-            detail = _detail(model) + streamed
+            ours = own_engine_faults(model, workbench.Prompt(IDS))
+            faults += ours or []
+            detail = _detail(model) + streamed + ("; numba engine" if ours == [] else "")
         except (workbench.ModelError, workbench.PromptError) as error:
             return Outcome(class_name, "refused", _line(error).replace(folder, "the checkpoint"))
         except Exception as error:

@@ -253,7 +253,7 @@ def read_settings(config: Any, architecture: Architecture, name: str) -> Decoder
         "kv_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "hidden": config.hidden_size,
-        "intermediate": config.intermediate_size,
+        "intermediate": getattr(config, "intermediate_size", 0),
         "vocab": config.vocab_size,
         "epsilon": getattr(config, architecture.epsilon),
         "windows": (None,) * config.num_hidden_layers,

@@ -67,7 +67,7 @@ class Decoder:
             raise ModelError(
                 f"the numba engine reads plain weights; {model.name!r} is quantized ({quantized['quant_method']}): dequantize it first"
             )
-        self.config = config = read_decoder_config(model.text_config, model.name)
+        self.config = config = read_decoder_config(model)
         if config.sinks and device.type != "cpu":
             raise ModelError(
                 f"{model.name!r} has attention sinks, which the GPU kernels do not: use device='cpu', or 'transformers' on the GPU"

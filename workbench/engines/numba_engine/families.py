@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
 from typing import Any
 
+import transformers
 from range_kernels.experts import ClippedGate
 
 from ...errors import ModelError
+from ...models import Model
 from .architectures import (
     Architecture,
     AttentionBlocks,
@@ -21,17 +25,39 @@ from .architectures import (
 from .rope import Rope, read_rope
 
 
-def read_decoder_config(config: Any, name: str) -> DecoderConfig:
-    """Read the decoder settings from Transformers' text configuration `config` of the model `name`.
+def read_decoder_config(model: Model) -> DecoderConfig:
+    """Read the decoder settings of a model.
 
     Raises:
         ModelError: a family or a setting that this engine does not support.
     """
+    config, name = model.text_config, model.name
     if config.model_type not in ARCHITECTURES:
         raise ModelError(
             f"the numba engine runs {', '.join(sorted(ARCHITECTURES))}; {name!r} is {config.model_type!r}: use 'transformers'"
         )
-    return read_settings(config, ARCHITECTURES[config.model_type], name)
+    settings = read_settings(config, ARCHITECTURES[config.model_type], name)
+    if config is model.config:
+        return settings
+    # A multimodal class has a head of its own, and few apply what its language part's class does after the head.
+    scale, cap = settings.logit_scale, settings.final_softcap
+    if scale != 1.0 and not any(_class_reads(model, each) for each in ("logit_scale", "logits_scaling")):
+        scale = 1.0
+    if cap and not _class_reads(model, "final_logit_softcapping"):
+        cap = 0.0
+    return replace(settings, logit_scale=scale, final_softcap=cap)
+
+
+def _class_reads(model: Model, setting: str) -> bool:
+    """Whether the model's class in Transformers reads a setting, by its source; the sweep compares its logits."""
+    names = getattr(model.config, "architectures", None) or [""]
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise ModelError(
+            f"the numba engine cannot tell whether {names[0]!r}, the class of {model.name!r}, reads {setting}: Transformers "
+            f"{transformers.__version__} lacks it; use 'transformers'"
+        )
+    return setting in inspect.getsource(found)
 
 
 def _llama(config: Any) -> dict[str, Any]:

@@ -1,0 +1,39 @@
+"""What the Numba engine makes of a model: nothing (refused by name), or the reference's states."""
+
+from __future__ import annotations
+
+import workbench
+from workbench.engines.numba_engine.engine import NumbaEngine
+
+TOLERANCE = 5e-5
+
+
+def runs_in_own_engine(model: workbench.Model) -> bool:
+    """Whether the Numba engine opens the model."""
+    try:
+        with NumbaEngine(model):
+            return True
+    except workbench.ModelError:
+        return False
+
+
+def own_engine_faults(model: workbench.Model, prompt: workbench.Prompt) -> list[str] | None:
+    """Taps of the prompt at which the Numba engine differs from the reference, in float32; None if it refuses the model or prompt by name."""
+    try:
+        engine = NumbaEngine(model)
+    except workbench.ModelError:
+        return None
+    with engine, workbench.open_engine("transformers", model) as reference:
+        taps = [tap for tap in reference.capabilities.taps if tap in engine.capabilities.taps]
+        try:
+            engine.check(prompt)
+        except (workbench.PromptError, workbench.EmbeddingRangeError):
+            return None
+        ours, theirs = engine.trace(prompt, taps), reference.trace(prompt, taps)
+    faults = []
+    for tap in taps:
+        a, b = ours[tap].double(), theirs[tap].double()
+        error = float((a - b).norm() / b.norm().clamp(min=1e-30)) if a.shape == b.shape else float("inf")
+        if not error < TOLERANCE:
+            faults.append(f"the numba engine's {tap} is off by {error:.1e}")
+    return faults
