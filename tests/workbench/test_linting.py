@@ -74,6 +74,16 @@ class TestCasts:
         with pytest.raises(ValueError, match=r"dtype='int8'|max_prefill_token_num=0"):
             lint(Prompt([1]), **kwargs)
 
+    def test_deepstack_features_that_overflow_are_reported(self):
+        levels = torch.zeros(2, 3, 4)
+        levels[1, 2, 3] = 1e5
+        prompt = Prompt([5] * 8, [torch.zeros(3, 4)], [(2, 5)], deepstack=[levels])
+        (finding,) = (each for each in lint(prompt, dtype="float16") if each.code == "deepstack-overflow")
+        assert (finding.severity, finding.item) == ("error", 0)
+        assert "1 of 6 rows" in finding.message
+        assert "level 1, row 2" in finding.message
+        assert "deepstack-overflow" not in codes(lint(prompt, dtype="bfloat16"))
+
 
 class TestPlaceholders:
     def test_built_prompt_has_no_warnings(self, cards, images):
@@ -119,6 +129,32 @@ class TestSpans:
         assert "positions-missing" in codes(lint(prompt.replace(position_ids=torch.arange(10)), model))
         whole = prompt.replace(position_ids=torch.arange(10).expand(3, -1))
         assert "positions-missing" not in codes(lint(whole, model))
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda at: at, None),
+            (lambda at: at[[0, 2, 1]], "leave it at row 1"),
+            (lambda at: torch.cat([at[:1], torch.arange(8).expand(2, -1) + 4]), "count on as in text"),
+            (lambda at: at[:, :1].expand(-1, 8), "are the same for all rows"),
+            (
+                lambda at: torch.stack([at[0], 4 + torch.arange(8) // 2, 4 + torch.arange(8) % 2]),
+                "height and width are exchanged",
+            ),
+            (lambda at: at.roll(1, dims=1), "leave it at row 1"),
+        ],
+        ids=["right", "axes exchanged", "as text", "one place", "transposed", "shifted"],
+    )
+    def test_positions_of_an_image_are_compared_with_its_grid(self, tmp_path, change, words):
+        model = save("qwen2-vl", tmp_path)
+        grid = torch.stack([torch.full((8,), 4), 4 + torch.arange(8) // 4, 4 + torch.arange(8) % 4])
+        positions = torch.arange(16).expand(3, -1).clone()
+        positions[:, 4:12] = change(grid)
+        item = model.token_rows([5, 6, 7, 8, 9, 10, 11, 12])
+        prompt = Prompt([5] * 16, [item], [(4, 12)], [Span(grid=(1, 2, 4))], position_ids=positions)
+        found = [each for each in lint(prompt, model) if each.code == "positions-grid"]
+        assert [each.item for each in found] == ([] if words is None else [0])
+        assert words is None or words in found[0].message
 
     def test_bidirectional_span_cut_by_chunks_is_reported(self):
         prompt = Prompt([5] * 100, [torch.ones(30, 4)], [(50, 80)], [Span(attention="bidirectional")])
@@ -199,6 +235,15 @@ class TestTargets:
         with pytest.raises(EmbeddingRangeError, match="computes something undefined: models with vision inside"):
             effective_prompt(images, "vllm==0.20.0", cards)
         assert effective_prompt(images, "vllm==0.24.0", cards).digest == images.digest
+
+    @pytest.mark.parametrize(
+        ("name", "target", "ignores"),
+        [("gemma", "turbomind", True), ("gemma", "turbomind==0.17.0", False), ("qwen3-moe", "turbomind", False)],
+    )
+    def test_turbomind_is_judged_by_the_models_that_it_runs(self, tmp_path, name, target, ignores):
+        model = save(name, tmp_path)
+        prompt = Prompt([5] * 10, [model.token_rows([5, 6, 7])], [(2, 5)])
+        assert ("target-ignores" in codes(lint(prompt, model, target=target))) is ignores
 
     def test_a_wrong_width_is_undefined_in_turbomind(self, model):
         prompt = Prompt([5] * 12, [torch.ones(3, 64)], [(1, 4)])

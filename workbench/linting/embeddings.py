@@ -58,10 +58,30 @@ def norm_findings(prompt: Prompt, model: Model) -> Iterator[Finding]:
             )
 
 
+def _deepstack_overflow(prompt: Prompt, wanted: torch.dtype) -> Iterator[Finding]:
+    """Features that are added after the first layers and that the dtype cannot represent."""
+    info = torch.finfo(wanted)
+    for number, levels in enumerate(prompt.deepstack):
+        if not isinstance(levels, torch.Tensor) or levels.ndim != 3 or not levels.numel() or levels.dtype == wanted:
+            continue
+        lost = (torch.isinf(levels.to(wanted)) & ~torch.isinf(levels)).any(dim=2)
+        if lost.any():
+            level, row = (int(at[0]) for at in lost.nonzero(as_tuple=True))
+            yield Finding(
+                "deepstack-overflow",
+                "error",
+                f"deepstack[{number}]: {int(lost.sum())} of {lost.numel()} rows overflow in {str(wanted).removeprefix('torch.')}, whose largest "
+                f"number is {info.max:.5g} (level {level}, row {row} has {float(levels[level, row].abs().max()):.5g}): scale them, or run "
+                "the engine in bfloat16",
+                number,
+            )
+
+
 def cast_findings(prompt: Prompt, dtype: str) -> Iterator[Finding]:
     """Yield findings on what is lost when rows are cast to the engine's dtype: overflow, underflow, and ordinary rounding."""
     wanted = getattr(torch, dtype)
     info = torch.finfo(wanted)
+    yield from _deepstack_overflow(prompt, wanted)
     changed = total = 0
     for number, item in enumerate(prompt.input_embeddings):
         if not is_item(item) or item.dtype == wanted or not len(item):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
+import torch
 
 from ..errors import ModelError
 from ..models import Model
@@ -96,6 +97,8 @@ def span_findings(prompt: Prompt, model: Model | None, max_prefill_token_num: in
                 f"{'missing' if prompt.position_ids is None else 'one number per token'}: image rows would get text positions. Give [3, seq]; "
                 "build_prompt makes them",
             )
+        elif rope.get("mrope_section"):
+            yield from _grid_findings(prompt)
         yield from _deepstack_findings(prompt, model)
         if image_attention(model.config) == "bidirectional" and not prompt.bidirectional_ranges:
             yield Finding(
@@ -117,6 +120,50 @@ def span_findings(prompt: Prompt, model: Model | None, max_prefill_token_num: in
                     "use an engine that never cuts a span",
                     number,
                 )
+
+
+def _grid_findings(prompt: Prompt) -> Iterator[Finding]:
+    """Images whose positions by height and width are not those of their grid, row by row."""
+    positions = prompt.position_ids
+    if positions is None or len(positions) != 3:
+        return
+    for number, (span, (start, stop)) in enumerate(zip(prompt.spans, prompt.embedding_ranges, strict=False)):
+        grid = span.grid
+        if (
+            span.modality != "image"
+            or grid is None
+            or len(grid) != 3
+            or grid[0] != 1
+            or grid[1] * grid[2] != stop - start
+        ):
+            continue
+        _, height, width = grid
+        rows = positions[1:, start:stop].to(torch.int64)
+        found = rows - rows[:, :1]
+        if torch.equal(found, _on_grid(height, width)):
+            continue
+        if height != width and torch.equal(found, _on_grid(width, height)):
+            what = f"are those of a grid of {width} x {height}: height and width are exchanged"
+        elif not found.any():
+            what = "are the same for all rows"
+        elif torch.equal(found[0], found[1]):
+            what = "count on as in text"
+        else:
+            row = int((found != _on_grid(height, width)).any(dim=0).nonzero()[0])
+            what = f"leave it at row {row}: height and width {found[:, row].tolist()} after the first row's"
+        yield Finding(
+            "positions-grid",
+            "warning",
+            f"item {number} has a grid of {height} x {width}, and position_ids of [{start}, {stop}) {what}. Give height and width row by "
+            "row; build_prompt makes them",
+            number,
+        )
+
+
+def _on_grid(height: int, width: int) -> torch.Tensor:
+    """Height and width of the rows of a grid, int64 `[2, height * width]`."""
+    down, across = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([down.flatten(), across.flatten()])
 
 
 def _deepstack_findings(prompt: Prompt, model: Model) -> Iterator[Finding]:

@@ -12,9 +12,24 @@ from ...prompt import Finding, Prompt
 from ...prompt.checks import is_item
 from .base import Changes, Effect, Target
 
+_LANGUAGE_PARTS = frozenset(
+    (
+        "glm4_moe_lite", "gpt_oss", "internlm2", "internlm3", "llama", "mixtral", "qwen2", "qwen2_5_vl_text", "qwen2_moe",
+        "qwen2_vl_text", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe",
+    )
+)  # fmt: skip
+"""`model_type` of the language parts of the classes in 0.18's `lmdeploy/turbomind/supported_models.py`."""
+
 
 def effect(prompt: Prompt, target: Target, model: Model | None) -> Effect:
     """What TurboMind computes: it concatenates the rows of all items, and fills the ranges from them in order."""
+    kind = None if model is None else model.text_config.model_type
+    if prompt.embedding_ranges and kind is not None and kind not in _LANGUAGE_PARTS and not target.before("0.18"):
+        note = (
+            f"TurboMind does not run {kind!r}: LMDeploy falls back to its PyTorch engine, which ignores embeddings since 0.6.5 and looks up the "
+            "placeholder tokens"
+        )
+        return Effect.ignores(prompt, note)
     reason = _python_refuses(prompt)
     if reason:
         return Effect.rejects(reason, "an AssertionError, RuntimeError or TypeError at the call")
