@@ -15,6 +15,7 @@ from workbench import Prompt, Span
 from workbench.analysis.state_maps import METRICS, StateMaps, state_maps
 from workbench.faults import FAULTS
 from workbench.plots import kernel_bars
+from workbench.vision.videos import Video
 from workbench.widgets import ComparisonView, HiddenStateMap, PatchView, RangeEditor
 from workbench.widgets.comparison_view import NextTokens
 
@@ -243,3 +244,41 @@ def test_kernel_bars_show_the_rows_of_the_report():
     assert right.get_title(loc="left") == "large, TFLOP/s"
     with pytest.raises(ValueError, match=r"no row of shape \(9, 9\)"):
         kernel_bars(rows, "tflops", "TFLOP/s", {(9, 9): "none"})
+
+
+def frames(count):
+    """A video whose frame k has the grey value 20 k."""
+    return Video.of_frames(np.stack([np.full((8, 12, 3), 20 * k, np.uint8) for k in range(count)]), 2.0)
+
+
+def grey_of(view, item):
+    return np.asarray(Image.open(io.BytesIO(view.images[item["image"]])))[0, 0, 0]
+
+
+def test_a_video_is_a_strip_of_its_frames():
+    """Six frames that the tower merges in pairs: three grids, in one range or in three; text and an image beside it."""
+    rows = torch.zeros(6, 4)
+    one = Prompt(range(40), [torch.zeros(18, 4)], [(6, 24)], [Span("video", (3, 2, 3), label="video 0")])
+    parts = [Span("video", (1, 2, 3), label=f"video 0, part {k} of 3") for k in (1, 2, 3)]
+    three = Prompt(range(40), [rows] * 3, [(2, 8), (12, 18), (22, 28)], parts)
+    after = Prompt(
+        range(40), [*[rows] * 3, torch.zeros(4, 4)], [(2, 8), (12, 18), (22, 28), (30, 34)], [*parts, Span(grid=(2, 2))]
+    )
+    picture = Image.new("RGB", (6, 6), (250, 250, 250))
+    for prompt, media in ((one, [frames(6)]), (three, [frames(6)]), (after, [frames(6), picture])):
+        view = PatchView(prompt, media)
+        shown = [grey_of(view, item) for item in view.items]
+        assert shown == [0, 40, 80, 250][: len(shown)]
+        assert [item["start"] for item in view.items][1:3] == ([12, 18] if prompt is one else [12, 22])
+        assert view.figure() is not None
+        moved = prompt.replace(embedding_ranges=[(a + 1, b + 1) for a, b in prompt.embedding_ranges])
+        view.show(moved)
+        assert [grey_of(view, item) for item in view.items] == shown
+
+
+def test_a_video_that_was_pooled_over_time_has_no_pictures():
+    prompt = Prompt(range(40), [torch.zeros(25, 4)], [(6, 31)], [Span("video", (5, 5), label="video 0")])
+    (item,) = PatchView(prompt, [frames(6)]).items
+    assert item["image"] == -1
+    (item,) = PatchView(prompt, [frames(1)]).items
+    assert item["image"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
@@ -18,6 +19,7 @@ from ..plots.patches import PatchGrid, grids_figure
 from ..plots.visible_text import drawable, escaped, label
 from ..prompt import Prompt, Span
 from ..vision.images import open_image
+from ..vision.videos import Video
 from .view import View, palette, source
 
 _MAX_SIDE = 512  # pixels; larger images are scaled down before they are sent to the browser
@@ -30,11 +32,12 @@ class PatchView(View):
 
     The grid of an item is that of its span, with one grid per frame for M-RoPE's (time, height, width). An item whose
     span has no grid of as many cells as it has rows, such as audio, is drawn in reading order in lines of up to 64 cells.
-    With many items the view has pages of 12.
+    With many items the view has pages of 12. A video is a strip of its frames, one for each step of time that has rows.
 
     Args:
         prompt: its embedding ranges give the positions of the rows.
-        images: one image per item, in order, as the vision tower received it; None for an item without an image.
+        images: one image or `Video` per item, in order, as the vision tower received it; None for an item without a picture. An item whose
+            spans are parts ("video 0, part 2 of 3") is one item here.
         width: width of each image, in pixels.
 
     Traits to link: `hovered`, the token under the pointer, or -1.
@@ -54,9 +57,15 @@ class PatchView(View):
     caption = traitlets.Unicode("").tag(sync=True)
     width = traitlets.Int(280).tag(sync=True)
 
-    def __init__(self, prompt: Prompt, images: Sequence[Image.Image | None] = (), width: int = 280) -> None:
-        self._images = [None if image is None else open_image(image) for image in images]
-        self._png = [_png(image) for image in self._images]
+    def __init__(self, prompt: Prompt, images: Sequence[Image.Image | Video | None] = (), width: int = 280) -> None:
+        # For each item the number of its first picture, and how many it has.
+        self._pictures: list[tuple[int, int]] = []
+        self._png: list[bytes] = []
+        steps = _steps_of_time(prompt, len(images))
+        for image, count in zip(images, steps, strict=True):
+            shown = _frames(image, count) if isinstance(image, Video) else [image and open_image(image)]
+            self._pictures.append((len(self._png), len(shown)))
+            self._png += [_png(each) for each in shown]
         super().__init__(width=width, images=self._png, items=self._items(prompt))
         self.prompt = prompt
 
@@ -124,6 +133,7 @@ class PatchView(View):
 
     def _items(self, prompt: Prompt) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
+        owners, passed = _owners(prompt, len(self._pictures)), dict.fromkeys(range(len(self._pictures)), 0)
         for number, (start, stop) in enumerate(prompt.embedding_ranges):
             span = prompt.spans[number] if number < len(prompt.spans) else None
             name = escaped((span.label or f"{span.modality} {number}") if span else f"item {number}")[:200]
@@ -132,7 +142,8 @@ class PatchView(View):
             if rows < 1:
                 continue
             grid = _grid(span, rows)
-            image = number if grid is not None and number < len(self._png) and self._png[number] else -1
+            owner = owners[number]
+            first, count = self._pictures[owner] if grid is not None and owner is not None else (0, 0)
             frames = 1 if grid is None else int(np.prod(grid[:-2]))
             lines, columns = (-(-rows // _LINE), min(rows, _LINE)) if grid is None else grid[-2:]
             for frame in range(frames):
@@ -143,8 +154,49 @@ class PatchView(View):
                     "columns": columns,
                 }
                 shown = name if frames == 1 else f"{name}, frame {frame}"
-                found.append({"label": shown, "range": number, "image": image, **geometry})
+                # An image has one picture for all its grids; parts of an image, such as tiles, have none.
+                step = passed[owner] if owner is not None else 0
+                image = first + (step if count > 1 else 0) if step < count or (count == 1 and frames > 1) else -1
+                if owner is not None:
+                    passed[owner] += 1
+                found.append(
+                    {
+                        "label": shown,
+                        "range": number,
+                        "image": image if image >= 0 and self._png[image] else -1,
+                        **geometry,
+                    }
+                )
         return found
+
+
+def _owners(prompt: Prompt, count: int) -> list[int | None]:
+    """For each range the item that it belongs to, of `count`: its own number, or one for all parts of an item."""
+    spans = [
+        prompt.spans[number] if number < len(prompt.spans) else None for number in range(len(prompt.embedding_ranges))
+    ]
+    continues = [span is not None and re.search(r", part (?!1 )\d+ of \d+$", span.label) is not None for span in spans]
+    whole = [sum(not each for each in continues[: number + 1]) - 1 for number in range(len(continues))]
+    owners = whole if any(continues) and max(whole, default=-1) + 1 == count else range(len(continues))
+    return [owner if 0 <= owner < count else None for owner in owners]
+
+
+def _steps_of_time(prompt: Prompt, count: int) -> list[int]:
+    """For each of `count` items the number of its grids."""
+    steps = [0] * count
+    for number, owner in enumerate(_owners(prompt, count)):
+        grid = prompt.spans[number].grid if number < len(prompt.spans) else None
+        if owner is not None:
+            steps[owner] += int(np.prod(grid[:-2])) if grid is not None and len(grid) >= 2 else 1
+    return steps
+
+
+def _frames(video: Video, count: int) -> list[Image.Image | None]:
+    """`count` frames of a video at equal distances; none if it has more frames than its rows tell apart, as after pooling over time."""
+    total = len(video.frames)
+    if total < count or (count < 2 and total > 1):
+        return [None]
+    return [Image.fromarray(video.frames[number * total // count]) for number in range(count)]
 
 
 def _grid(span: Span | None, rows: int) -> tuple[int, ...] | None:
