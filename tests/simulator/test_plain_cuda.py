@@ -11,7 +11,8 @@ if not config.ENABLE_CUDASIM:
     )
 
 from range_kernels.clipping import clip_items
-from range_kernels.cuda import prefill_simt, splice
+from range_kernels.cuda import delta_net, prefill_simt, splice
+from range_kernels.reference import causal_convolution, gated_delta_rule
 from range_kernels.reference import splice as reference_splice
 
 from tests.range_kernels.cases import DTYPES, assert_close, make_case
@@ -82,3 +83,40 @@ def test_id_outside_the_table_gives_nan():
     splice.launch(torch.tensor([1, 7], dtype=torch.int32), table, [], out, 1.0)
     assert torch.equal(out[0], table[1])
     assert out[1].isnan().all()
+
+
+def test_the_delta_rule_matches_the_reference():
+    """Two sequences, the second in two chunks; each thread keeps a column of the state."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(5, 1, 4, generator=generator) for _ in range(2))
+    v, decay = torch.randn(5, 2, 3, generator=generator), -torch.rand(5, 2, generator=generator)
+    beta = torch.rand(5, 2, generator=generator)
+    states, out = torch.full((3, 2, 4, 3), torch.nan), torch.full((5, 2, 3), torch.nan)
+    for cu, slots, fresh, part in (
+        ([0, 2, 4], [2, 0], [True, True], slice(0, 4)),
+        ([0, 1], [0], [False], slice(4, 5)),
+    ):
+        given = [torch.tensor(each) for each in (cu, slots, fresh)]
+        rows = [x[part].contiguous() for x in (q, k, v, decay, beta)]
+        found = torch.full((part.stop - part.start, 2, 3), torch.nan)
+        delta_net.launch_delta_rule(*rows, *given, states, found)
+        out[part] = found
+    for part, slot in ((slice(0, 2), 2), (slice(2, 5), 0)):
+        wanted, state = gated_delta_rule(*(x[part].double().numpy() for x in (q, k, v, decay, beta)))
+        assert np.abs(out[part].numpy() - wanted).max() < 1e-6
+        assert np.abs(states[slot].numpy() - state).max() < 1e-6
+    assert states[1].isnan().all()
+
+
+def test_the_convolution_matches_the_reference():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(6, 5, generator=generator), torch.randn(4, 5, generator=generator)
+    states, out = torch.full((2, 3, 5), torch.nan), torch.full((6, 5), torch.nan)
+    for fresh, part in ((True, slice(0, 2)), (False, slice(2, 6))):
+        given = [torch.tensor(each) for each in ([0, part.stop - part.start], [1], [fresh])]
+        found = torch.full((part.stop - part.start, 5), torch.nan)
+        delta_net.launch_convolution(x[part].contiguous(), weight, *given, states, found)
+        out[part] = found
+    wanted = causal_convolution(x.double().numpy(), weight.double().numpy())
+    assert np.abs(out.numpy() - wanted).max() < 1e-6
+    assert states[0].isnan().all()
