@@ -115,13 +115,18 @@ def _prompt(
         for number, message in enumerate(given):
             if not isinstance(message.get("content"), str | list) or not isinstance(message.get("role"), str):
                 raise PromptError(f"messages[{number}] is {message!r:.80}: give a dict with role and content")
-        contents = [message["content"] for message in given]
-        parts = [
-            part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)
-        ]
+        parts = [part for message in given for part in _parts(message)]
         if all(part.get("type") == "text" for part in parts):
             return Prompt(model.chat_ids(list(given))), [], None
-        shown = [part.get("image") or part.get("path") for part in parts if part.get("type") == "image"]
+        if any(part.get("type") == "video" for part in parts):
+            own = [
+                {**message, "content": [dict(part) for part in _parts(message)] or message["content"]}
+                for message in given
+            ]
+            return _video_prompt(model, own, [part for message in own for part in _parts(message)])
+        shown = [
+            _content(part) if part.get("type") == "image" else None for part in parts if part.get("type") != "text"
+        ]
         return build_prompt(model, given), [None if image is None else open_image(image) for image in shown], None
     images = [given] if not isinstance(given, Sequence) or isinstance(given, str) else list(given)
     if not images:
@@ -162,3 +167,32 @@ def _is_messages(given: Any) -> bool:
         and not isinstance(given, str)
         and all(isinstance(message, dict) for message in given)
     )
+
+
+def _video_prompt(
+    model: Model, messages: Any, parts: Sequence[dict[str, Any]]
+) -> tuple[Prompt, list[Any], Callable[[str], Prompt] | None]:
+    """The prompt of messages with videos; each video is decoded once, for the prompt and for the view."""
+    from .vision import build_prompt, load_vision_tower
+    from .vision.videos import open_video
+
+    tower = load_vision_tower(model)
+    shown: list[Any] = []
+    for part in parts:
+        content, kind = _content(part), part.get("type")
+        if kind == "video" and content is not None and "video" in tower.own_processor.markers:
+            part["video"] = content = open_video(content, tower.own_processor.sampled_frames)
+        if kind != "text":
+            shown.append(
+                open_image(content) if kind == "image" and content is not None else content if kind == "video" else None
+            )
+    return build_prompt(model, messages, tower=tower), shown, None
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    content = message["content"]
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+
+
+def _content(part: dict[str, Any]) -> Any:
+    return next((part[key] for key in (part.get("type"), "path", "url") if key and part.get(key) is not None), None)

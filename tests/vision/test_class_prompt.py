@@ -1,5 +1,6 @@
 """Any multimodal class of Transformers, from a checkpoint's files to a prompt, against the class's own forward with pixels."""
 
+import io
 import json
 import shutil
 
@@ -105,6 +106,24 @@ def test_a_chat_with_an_image_and_a_video_gives_spans_and_the_answer_of_the_whol
     config = workbench.GenerationConfig(max_new_tokens=5, ignore_eos=True)
     inside = workbench.open_engine("transformers-multimodal", qwen).generate(whole, config).token_ids
     assert workbench.open_engine("transformers", qwen).generate(prompt, config).token_ids == inside
+
+
+def test_the_explorer_shows_an_image_and_the_frames_of_a_video(qwen, clip):
+    content = [
+        {"type": "video", "video": clip},
+        {"type": "text", "text": "Then"},
+        {"type": "image", "image": Image.new("RGB", (48, 40), (9, 200, 9))},
+        {"type": "text", "text": "What happens?"},
+    ]
+    explorer = workbench.explore(qwen, [{"role": "user", "content": content}], judge=False, new_tokens=1)
+    try:
+        items = explorer.patches.items
+        assert [item["label"] for item in items][:2] == ["video 0, part 1 of 2", "video 0, part 2 of 2"]
+        shown = [np.asarray(Image.open(io.BytesIO(explorer.patches.images[item["image"]]))).mean() for item in items]
+        assert shown[0] < shown[1]  # the clip becomes brighter
+        assert shown[2] == pytest.approx((9 + 200 + 9) / 3, abs=1)
+    finally:
+        explorer.close()
 
 
 def test_known_families_take_videos_by_their_combined_processor(tmp_path, clip):

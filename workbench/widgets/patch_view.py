@@ -156,7 +156,8 @@ class PatchView(View):
                 shown = name if frames == 1 else f"{name}, frame {frame}"
                 # An image has one picture for all its grids; parts of an image, such as tiles, have none.
                 step = passed[owner] if owner is not None else 0
-                image = first + (step if count > 1 else 0) if step < count or (count == 1 and frames > 1) else -1
+                shows = step < count if count > 1 else count == 1 and owners.count(owner) == 1
+                image = first + (step if count > 1 else 0) if shows else -1
                 if owner is not None:
                     passed[owner] += 1
                 found.append(
