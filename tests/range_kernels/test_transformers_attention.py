@@ -43,8 +43,8 @@ def test_decoder_logits_and_tokens_equal_dense_masks(name, tmp_path):
     ours, theirs = load_both(save(name, tmp_path).path, theirs="eager" if without_sdpa else "sdpa")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 97, (2, 40), generator=generator)
-    if name == "gpt-oss":
-        with pytest.raises(ValueError, match="s_aux"):
+    if name == "gpt-oss" or name.startswith(("deepseek", "glm4-moe-lite")):
+        with pytest.raises(ValueError, match="s_aux|values are .* wide"):
             ours(ids)
         return
     assert_close(ours(ids).logits, theirs(ids).logits)

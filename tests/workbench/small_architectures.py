@@ -24,6 +24,11 @@ DELTA_NET: dict[str, Any] = {
     **HEADS, "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2,
     "linear_num_value_heads": 4, "linear_key_head_dim": 12, "linear_value_head_dim": 20,
 }  # fmt: skip
+LATENT: dict[str, Any] = {
+    "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 20, "kv_lora_rank": 24, "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8, "v_head_dim": 16, "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "routed_scaling_factor": 1.7,
+}  # fmt: skip
 GRANITE = {
     "embedding_multiplier": 3.0, "logits_scaling": 2.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "attention_bias": True
 }  # fmt: skip
@@ -184,6 +189,36 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax-m2": (
         "MiniMaxM2Config",
         {**HEADS, "num_local_experts": 6, "num_experts_per_tok": 3, "partial_rotary_factor": 0.5},
+    ),
+    "deepseek-v2": (
+        "DeepseekV2Config",
+        {
+            **LATENT,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "attention_bias": True,
+        },
+    ),
+    "deepseek-v2, plain queries": (
+        "DeepseekV2Config",
+        {**LATENT, "q_lora_rank": None, "n_group": None, "topk_group": None},
+    ),
+    "deepseek-v3": ("DeepseekV3Config", {**LATENT, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1}),
+    "deepseek-v3, yarn": (
+        "DeepseekV3Config",
+        {
+            **LATENT,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_interleave": False,
+            **rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=1.0),
+        },
+    ),
+    "glm4-moe-lite": (
+        "Glm4MoeLiteConfig",
+        {**LATENT, "v_head_dim": 24, "mlp_layer_types": ["dense", "sparse", "sparse"]},
     ),
     "gpt-oss": (
         "GptOssConfig",

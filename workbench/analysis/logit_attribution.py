@@ -124,7 +124,7 @@ def _by_group(
             heads = torch.einsum("hk,khd->hd", rows.weights[0], rows.values.repeat_interleave(group, dim=1)).flatten()
             raw = weight @ heads + (0.0 if bias is None else bias.double().cpu())
             along = direction * layer.after_attention.double().cpu() / (raw.square().mean() + config.epsilon).sqrt()
-        per_head = (along @ weight).view(config.heads, config.head_dim)
+        per_head = (along @ weight).view(config.heads, config.value_dim)
         values = rows.values.repeat_interleave(group, dim=1)
         per_key = torch.einsum("hk,khd,hd->k", rows.weights[0], values, per_head).numpy()
         found[number, :-1] = members @ per_key * config.residual_scale

@@ -44,6 +44,17 @@ def _heads(engine: NumbaEngine) -> tuple[int, int, int]:
     return config.heads, config.kv_heads, config.head_dim
 
 
+def _dense(engine: NumbaEngine, number: int) -> tuple[Linear, Linear]:
+    """The two products of a layer's MLP."""
+    layer = engine.decoder.layers[number]
+    if layer.gate_up is None or layer.down is None:
+        raise ModelError(
+            f"this fault needs an MLP in layer {number if number >= 0 else len(engine.decoder.layers) + number}, and "
+            f"{engine.model.name!r} has a mixture of experts there: choose another fault"
+        )
+    return layer.gate_up, layer.down
+
+
 @engine_fault(
     "key_stop one short",
     "tokens of a bidirectional span do not see its last token",
@@ -128,8 +139,13 @@ def _epsilon(engine: NumbaEngine) -> Engine:
 )
 def _kv_heads(engine: NumbaEngine) -> Engine:
     heads, kv_heads, head_dim = _heads(engine)
-    linear = engine.decoder.layers[5].qkv
-    weight = linear.weight.clone().view(heads + 2 * kv_heads, head_dim, -1)
+    config, linear = engine.decoder.config, engine.decoder.layers[5].qkv
+    if config.latent or config.is_linear(5):
+        raise ModelError(
+            f"this fault needs a projection to key heads in layer 5, which {engine.model.name!r} has not (latent or linear attention): "
+            "choose another fault"
+        )
+    weight = linear.weight.clone().view(-1, head_dim, linear.weight.shape[1])
     for first in (heads, heads + kv_heads):
         weight[first : first + kv_heads] = weight[first : first + kv_heads].roll(1, 0)
     linear.weight = weight.view(linear.weight.shape)
@@ -149,17 +165,6 @@ def _layers_exchanged(engine: NumbaEngine) -> Engine:
     return engine
 
 
-def _dense(engine: NumbaEngine, number: int) -> tuple[Linear, Linear]:
-    """The two products of a layer's MLP."""
-    layer = engine.decoder.layers[number]
-    if layer.gate_up is None or layer.down is None:
-        raise ModelError(
-            f"this fault needs an MLP in layer {number if number >= 0 else len(engine.decoder.layers) + number}, and "
-            f"{engine.model.name!r} has a mixture of experts there: choose another fault"
-        )
-    return layer.gate_up, layer.down
-
-
 @engine_fault("gate and up exchanged", "the MLP uses the wrong half as its gate", "layers.2.mlp", diagnosis="weights")
 def _gate_up(engine: NumbaEngine) -> Engine:
     linear = _dense(engine, 2)[0]
@@ -169,6 +174,7 @@ def _gate_up(engine: NumbaEngine) -> Engine:
 
 @engine_fault("activation", "GELU instead of SiLU, or the other way round", "layers.0.mlp", diagnosis="weights")
 def _activation(engine: NumbaEngine) -> Engine:
+    _dense(engine, 0)  # experts have their own
     return _reconfigured(engine, gelu=not engine.decoder.config.gelu)
 
 

@@ -151,6 +151,22 @@ class DeltaNetConfig:
 
 
 @dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek).
+
+    Attributes:
+        query_rank: of the latent of queries; None if they have none. kv_rank: of the latent of keys and values.
+        plain_dim, rotated_dim: channels of a head's queries and keys without and with rotation. value_dim: of its values.
+    """
+
+    query_rank: int | None
+    kv_rank: int
+    plain_dim: int
+    rotated_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """Everything that a decoder needs to know about its model.
 
@@ -168,6 +184,7 @@ class DecoderConfig:
         residual_scale: factor on what attention and MLP add (Granite); logit_scale: factor on logits.
         mixture: a mixture of experts in place of some layers' MLPs.
         delta_net: linear attention in place of some layers' attention.
+        latent: multi-head latent attention in all layers.
         gated_attention: whether the query projection also yields a gate, whose sigmoid multiplies what attention returns (Qwen3.5).
         embedding_scale: factor on looked-up rows; input_scale: factor on looked-up and injected rows (Granite).
         mrope: how many channel pairs rotate by time, height and width; empty for plain positions.
@@ -205,6 +222,7 @@ class DecoderConfig:
     logit_scale: float = 1.0
     mixture: MixtureConfig | None = None
     delta_net: DeltaNetConfig | None = None
+    latent: LatentConfig | None = None
     gated_attention: bool = False
     gelu: bool = False
     softcap: float = 0.0
@@ -221,8 +239,14 @@ class DecoderConfig:
         different = (
             self.wide_head_norms, any(self.unit_heads), self.query_scale, self.sinks, self.layer_norms, self.parallel,
             self.residual_scale != 1.0, self.mixture, self.names.attention_norm is None, self.delta_net, self.gated_attention,
+            self.latent,
         )  # fmt: skip
         return not any(different)
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a head's values; the KV cache pads them to `head_dim`."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
 
     def is_linear(self, layer: int) -> bool:
         """Whether a layer has linear attention."""
@@ -263,7 +287,8 @@ def read_settings(config: Any, architecture: Architecture, name: str) -> Decoder
     fields["scale"] = fields["head_dim"] ** -0.5
     fields |= architecture.read(config)
     if "ropes" not in fields:
-        rope = read_rope(config, fields["head_dim"], name, architecture.partial, architecture.interleaved)
+        rotated = fields["head_dim"] if (latent := fields.get("latent")) is None else latent.rotated_dim
+        rope = read_rope(config, rotated, name, architecture.partial, architecture.interleaved)
         fields["ropes"] = (rope,) * config.num_hidden_layers
     return DecoderConfig(**fields)
 

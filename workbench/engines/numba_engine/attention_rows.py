@@ -88,4 +88,4 @@ def _attend(
         sinks = layer.sinks.double().cpu()[None, :, None].expand(len(queries), -1, 1)
         scores = torch.cat([scores, sinks], dim=-1)
     weights = scores.softmax(dim=-1).nan_to_num(nan=0.0)[..., : len(k)]
-    return AttentionRows(number, tuple(queries), weights, visible, heads.values.double().cpu())
+    return AttentionRows(number, tuple(queries), weights, visible, heads.values[..., : config.value_dim].double().cpu())

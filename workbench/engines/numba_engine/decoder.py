@@ -23,10 +23,11 @@ from ...models.quantization import quantization_settings
 from .batch import DecoderInputs
 from .delta_net import DeltaNet
 from .families import read_decoder_config
+from .latent_attention import LatentAttention
 from .mixture import Mixture
 from .model_cache import ModelCache
 from .ops import Centred, KVCache, Layer, Rotation, Sum, Unnormed, layer_norm, operations
-from .weights import TensorReader
+from .weights import Pair, TensorReader
 
 Tap = Callable[[str, torch.Tensor], torch.Tensor | None]
 """Called as `tap(name, state)` with each named hidden state, `[tokens, width]`; names as in `trace.taps`. It may return the state to go
@@ -68,9 +69,10 @@ class Decoder:
                 f"the numba engine reads plain weights; {model.name!r} is quantized ({quantized['quant_method']}): dequantize it first"
             )
         self.config = config = read_decoder_config(model)
-        if config.sinks and device.type != "cpu":
+        lacking = "attention sinks" if config.sinks else "latent attention" if config.latent else ""
+        if lacking and device.type != "cpu":
             raise ModelError(
-                f"{model.name!r} has attention sinks, which the GPU kernels do not: use device='cpu', or 'transformers' on the GPU"
+                f"{model.name!r} has {lacking}, which this engine runs on the CPU only: use device='cpu', or 'transformers' on the GPU"
             )
         self.dtype, self.device = dtype, device
         self.whole_layers = config.plain
@@ -104,7 +106,7 @@ class Decoder:
             delta_net = DeltaNet(read, at, net, config.cache_layer(number), config.epsilon)
             qkv, output = read.delta_net_input(at, net), read.delta_net_output(at, net)
         else:
-            qkv = read.gated_qkv(at) if config.gated_attention else read.qkv(at)
+            qkv = read.gated_qkv(at) if config.gated_attention else self._first_product(read, at)
             delta_net, output = None, read.output(at)
         return Layer(
             attention_norm=read.optional_norm(at, names.attention_norm),
@@ -118,8 +120,12 @@ class Decoder:
             after_mlp=read.optional_norm(at, names.after_mlp),
             mixture=Mixture(read, at, config, mixture, self.ops) if sparse and mixture is not None else None,
             delta_net=delta_net,
+            latent=None if config.latent is None else LatentAttention(read, at, config.heads, config.latent, self.ops),
             sinks=read.sinks(at),
         )
+
+    def _first_product(self, read: TensorReader, at: str) -> Pair:
+        return read.qkv(at) if self.config.latent is None else read.latent_input(at, self.config.latent)
 
     def new_pages(self, pages: int, page_size: int, sequences: int = 1) -> ModelCache:
         """Allocate a cache for this model: `pages` pages of `page_size` tokens, and for linear attention states of `sequences` requests."""
@@ -224,7 +230,7 @@ class Decoder:
             queries, pages, at, inputs.plan, new=None if written else (keys, values), key_start=inputs.key_starts[config.windows[number]],
             key_stop=inputs.key_stop, softcap=config.softcap, scale=config.scale, sinks=layer.sinks,
         )  # fmt: skip
-        seen = seen.flatten(1)
+        seen = seen[..., : config.value_dim].flatten(1)
         added = layer.output(seen if gate is None else seen * sigmoid(gate))
         return added if layer.after_attention is None else self._normalise(added, layer.after_attention)
 
@@ -235,8 +241,12 @@ class Decoder:
         x, gate = entered.into(layer.qkv), None
         if config.gated_attention:
             x, gate = x.split([(rotated + config.kv_heads) * config.head_dim, config.heads * config.head_dim], dim=1)
-        x = x.view(len(x), rotated + config.kv_heads, config.head_dim)
-        heads, values = x[:, :rotated], x[:, rotated:]
+        if layer.latent is not None:
+            heads, values = layer.latent(x)
+            cache = None  # values do not follow keys in memory
+        else:
+            x = x.view(len(x), rotated + config.kv_heads, config.head_dim)
+            heads, values = x[:, :rotated], x[:, rotated:]
         norms, split = layer.head_norms, config.heads
         if config.wide_head_norms and norms is not None:
             widths = [config.heads * config.head_dim, config.kv_heads * config.head_dim]
@@ -250,6 +260,8 @@ class Decoder:
         heads, written = self.ops.position(heads, norms, split, config.epsilon, rotation, cache)
         if config.unit_heads and config.unit_heads[number]:
             heads = self.ops.norm(heads.contiguous(), heads.new_ones(config.head_dim), config.epsilon)
+        if layer.latent is not None:
+            heads, values = (layer.latent.padded(each, config.head_dim) for each in (heads, values))
         queries, keys = heads[:, :split], heads[:, split:]
         if inputs.query_scale is not None and config.scaled_queries[number]:
             queries = (queries * inputs.query_scale[:, None, None]).to(queries.dtype)

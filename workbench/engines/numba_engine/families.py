@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from .architectures import (
     AttentionBlocks,
     DecoderConfig,
     DeltaNetConfig,
+    LatentConfig,
     MixtureConfig,
     Names,
     QueryScale,
@@ -323,13 +325,61 @@ def _olmoe(config: Any) -> dict[str, Any]:
 
 
 def _glm4_moe(config: Any) -> dict[str, Any]:
-    layers = tuple(number >= config.first_k_dense_replace for number in range(config.num_hidden_layers))
     mixture = _mixture(
-        config, config.moe_intermediate_size, layers=layers, wide_router=True, choice_bias="mlp.gate.e_score_correction_bias",
+        config, config.moe_intermediate_size, layers=_sparse_after(config), wide_router=True, choice_bias="mlp.gate.e_score_correction_bias",
         scores="sigmoid", normalised=config.norm_topk_prob, floor=1e-20, scale=config.routed_scaling_factor, groups=config.n_group,
         chosen_groups=config.topk_group, shared_intermediate=config.moe_intermediate_size * config.n_shared_experts,
     )  # fmt: skip
     return {"qkv_bias": config.attention_bias, "head_norms": getattr(config, "use_qk_norm", False), "mixture": mixture}
+
+
+def _deepseek_v2(config: Any) -> dict[str, Any]:
+    """Its routers are softmaxes; the rest is that of version 3."""
+    limited = config.topk_method == "group_limited_greedy"
+    if config.topk_method not in ("greedy", "group_limited_greedy"):
+        raise ModelError(
+            f"the numba engine needs topk_method greedy or group_limited_greedy, not {config.topk_method!r}"
+        )
+    mixture = _mixture(
+        config, config.moe_intermediate_size, layers=_sparse_after(config), wide_router=True, normalised=False,
+        scale=config.routed_scaling_factor, groups=config.n_group if limited else 1, chosen_groups=config.topk_group if limited else 1,
+        group_best=1, shared_intermediate=config.moe_intermediate_size * config.n_shared_experts,
+    )  # fmt: skip
+    return {**_latent(config), "mlp_bias": config.mlp_bias, "mixture": mixture}
+
+
+def _deepseek_v3(config: Any) -> dict[str, Any]:
+    return {**_glm4_moe(config), **_latent(config), "head_norms": False}
+
+
+def _latent(config: Any) -> dict[str, Any]:
+    latent = LatentConfig(
+        config.q_lora_rank, config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    )  # fmt: skip
+    width = latent.plain_dim + latent.rotated_dim
+    rope = config.rope_parameters or {}
+    # YaRN's correction of the temperature of attention.
+    above = rope.get("mscale_all_dim", 0) if rope.get("rope_type", "default") != "default" else 0
+    correction = 0.1 * above * math.log(rope["factor"]) + 1.0 if above and rope["factor"] > 1 else 1.0
+    biased = config.attention_bias
+    interleaved = getattr(config, "rope_interleave", True)
+    return {
+        "latent": latent,
+        "kv_heads": config.num_attention_heads,
+        "head_dim": max(width, latent.value_dim),
+        "scale": width**-0.5 * correction * correction,
+        "qkv_bias": biased,
+        "output_bias": biased,
+        "ropes": (read_rope(config, latent.rotated_dim, config.model_type, interleaved=interleaved),)
+        * config.num_hidden_layers,
+    }
+
+
+def _sparse_after(config: Any) -> tuple[bool, ...]:
+    types = getattr(config, "mlp_layer_types", None)
+    if types is not None:
+        return tuple(kind == "sparse" for kind in types)
+    return tuple(number >= config.first_k_dense_replace for number in range(config.num_hidden_layers))
 
 
 def _gpt_oss(config: Any) -> dict[str, Any]:
@@ -470,6 +520,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_vl_moe_text": Architecture(_qwen3_vl_moe),
     "olmoe": Architecture(_olmoe),
     "glm4_moe": Architecture(_glm4_moe, partial=True),
+    "deepseek_v2": Architecture(_deepseek_v2),
+    "deepseek_v3": Architecture(_deepseek_v3),
+    "glm4_moe_lite": Architecture(_deepseek_v3),
     "gpt_oss": Architecture(_gpt_oss, own=_WINDOW),
     "qwen3_5_text": Architecture(_qwen3_5, partial=True, own=_LINEAR),
     "qwen3_5_moe_text": Architecture(_qwen3_5_moe, partial=True, own=_LINEAR),

@@ -19,6 +19,7 @@ from ...errors import ModelError
 
 if TYPE_CHECKING:
     from .delta_net import DeltaNet
+    from .latent_attention import LatentAttention
     from .mixture import Mixture
 
 FEW_ROWS = 64
@@ -31,6 +32,7 @@ class Layer:
 
     Attributes:
         mixture: a mixture of experts in place of the MLP; a layer has either it or `gate_up` and `down`.
+        latent: latent attention; `qkv` is its first product then.
         delta_net: linear attention in place of attention; `qkv` is its input product then, and `output` its output product.
     """
 
@@ -45,6 +47,7 @@ class Layer:
     after_mlp: torch.Tensor | None
     mixture: Mixture | None = None
     delta_net: DeltaNet | None = None
+    latent: LatentAttention | None = None
     sinks: torch.Tensor | None = None  # float32 [q_heads]
 
     @property
@@ -64,7 +67,7 @@ class Layer:
         """All weights and biases that torch holds."""
         norms = (self.attention_norm, self.head_norms, self.after_attention, self.mlp_norm, self.after_mlp, self.sinks)
         every = [*norms, *(each for linear in self.linears for each in (linear.weight, linear.bias))]
-        parts = [part.tensors() for part in (self.mixture, self.delta_net) if part is not None]
+        parts = [part.tensors() for part in (self.mixture, self.delta_net, self.latent) if part is not None]
         return [*(each for each in every if each is not None), *(each for part in parts for each in part)]
 
     def native(self) -> Layer:

@@ -6,7 +6,7 @@ import torch
 
 from ...errors import ModelError
 from ...models import Model
-from .architectures import DecoderConfig, DeltaNetConfig, MixtureConfig
+from .architectures import DecoderConfig, DeltaNetConfig, LatentConfig, MixtureConfig
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 """A weight `[outputs, inputs]` and its bias `[outputs]`, or None if it has none."""
@@ -121,6 +121,34 @@ class TensorReader:
 
         return ungated(weight), None if bias is None else ungated(bias)
 
+    def latent_input(self, at: str, latent: LatentConfig) -> Pair:
+        """The first product of latent attention: rows of queries or their latent, of the latent of keys and values, and of rotated keys."""
+        b = self.config
+        queries = b.heads * (latent.plain_dim + latent.rotated_dim)
+        first = {f"{at}self_attn.q_proj": queries}
+        second = {f"{at}self_attn.kv_a_proj_with_mqa": latent.kv_rank + latent.rotated_dim}
+        if latent.query_rank is not None:
+            return self._stack({f"{at}self_attn.q_a_proj": latent.query_rank} | second, b.hidden, b.qkv_bias)
+        weight, bias = self._stack(second, b.hidden, b.qkv_bias)
+        plain = self._stack(first, b.hidden, False)[0]
+        return torch.cat([plain, weight]), None if bias is None else torch.cat([bias.new_zeros(queries), bias])
+
+    def latent_norms(self, at: str, latent: LatentConfig) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The norms of the latents of queries (None if they have none) and of keys and values."""
+        at = f"{self.base}{at}self_attn."
+        queries = None if latent.query_rank is None else self._get(f"{at}q_a_layernorm.weight", latent.query_rank)
+        return queries, self._get(f"{at}kv_a_layernorm.weight", latent.kv_rank)
+
+    def latent_up(self, at: str, latent: LatentConfig) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The products from the latents to queries (None if they have none), and to keys and values."""
+        heads, at = self.config.heads, f"{self.base}{at}self_attn."
+        rows = heads * (latent.plain_dim + latent.value_dim)
+        keys = self._get(f"{at}kv_b_proj.weight", rows, latent.kv_rank)
+        if latent.query_rank is None:
+            return None, keys
+        rows = heads * (latent.plain_dim + latent.rotated_dim)
+        return self._get(f"{at}q_b_proj.weight", rows, latent.query_rank), keys
+
     def delta_net_input(self, at: str, net: DeltaNetConfig) -> Pair:
         """The input product of linear attention: rows of the convolved channels, the output gate, beta and a, one below the other."""
         at, inner = f"{at}linear_attn.", net.heads * net.value_dim
@@ -150,9 +178,9 @@ class TensorReader:
         return convolution, -get("A_log", net.heads).exp(), get("dt_bias", net.heads), get("norm.weight", net.value_dim)
 
     def output(self, at: str) -> Pair:
-        """The output projection of attention, `[hidden, heads * head_dim]`, and its bias."""
+        """The output projection of attention, `[hidden, heads * value_dim]`, and its bias."""
         b = self.config
-        return self._stack({at + b.names.output: b.hidden}, b.heads * b.head_dim, b.output_bias)
+        return self._stack({at + b.names.output: b.hidden}, b.heads * b.value_dim, b.output_bias)
 
     def gate_up(self, at: str) -> Pair:
         """The MLP's gate and up projections, stacked: `[2 * intermediate, hidden]`, and their bias."""
