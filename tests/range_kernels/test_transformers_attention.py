@@ -17,12 +17,12 @@ from transformers.masking_utils import (
 )
 
 from tests.small_vlms import VLMS
-from tests.workbench.small_architectures import FAMILIES, WITH_IMAGES, save
+from tests.workbench.small_architectures import DISTINCT, WITH_IMAGES, save
 
 pytestmark = pytest.mark.slow
 
 register_with_transformers()
-TEXT = [name for name in FAMILIES if name not in WITH_IMAGES and not name.startswith("internlm3")]
+TEXT = [name for name in DISTINCT if name not in WITH_IMAGES and not name.startswith("internlm3")]
 
 
 def load_both(path, kind="AutoModelForCausalLM", theirs="sdpa", **options):

@@ -273,6 +273,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 9, "pad_token_id": 0},
     ),
 }
+# Families whose layers are those of another one with other settings: what depends on the layers only is tested with the others.
+REPEATED = frozenset((
+    "olmo3", "olmo3, yarn", "exaone4, no windows", "granite-moe", "ministral", "cohere", "ernie4.5", "ernie4.5-moe", "seed-oss", "helium",
+    "mixtral", "qwen2-moe", "olmoe", "minimax-m2", "qwen3.5-moe", "qwen3-vl-moe", "glm4.5v", "glm-ocr", "glm4.1v", "deepseek-v2",
+    "deepseek-v2, plain queries", "deepseek-v3, yarn", "glm4-moe-lite",
+))  # fmt: skip
+DISTINCT = [name for name in FAMILIES if name not in REPEATED]
 WITH_IMAGES = {
     "qwen2-vl": "Qwen2VL", "qwen2.5-vl": "Qwen2_5_VL", "qwen3-vl": "Qwen3VL", "qwen3-vl-moe": "Qwen3VLMoe", "qwen3.5": "Qwen3_5",
     "qwen3.5-moe": "Qwen3_5Moe", "glm4.1v": "Glm4v", "glm-ocr": "GlmOcr", "glm4.5v": "Glm4vMoe",

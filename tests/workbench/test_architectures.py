@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import workbench
-from tests.workbench.small_architectures import FAMILIES, WITH_IMAGES, internlm2_of, save
+from tests.workbench.small_architectures import FAMILIES, REPEATED, WITH_IMAGES, internlm2_of, save
 from tests.workbench.small_models import random_prompt, save_llama
 from workbench import EmbeddingRangeError, GenerationConfig, ModelError, Prompt, Span
 from workbench.comparison.metrics import relative_error
@@ -79,6 +79,8 @@ def test_greedy_tokens_and_logits_equal_transformers(pair):
 @pytest.mark.parametrize("budget", [1, 7, 32])
 def test_chunked_prefill_and_batching_are_bit_identical(pair, budget):
     name, ours, _, prompt = pair
+    if name in REPEATED and budget != 7:
+        pytest.skip("another family with the same layers has this budget")
     chunked = workbench.open_engine("numba", ours.model, max_prefill_token_num=budget, enable_prefix_caching=False)
     chunked.runner.decoder = ours.decoder
     config = GenerationConfig(max_new_tokens=6, ignore_eos=True, output_logits="all")

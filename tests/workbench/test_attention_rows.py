@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import workbench
-from tests.workbench.small_architectures import FAMILIES, save
+from tests.workbench.small_architectures import DISTINCT, save
 from tests.workbench.test_architectures import SPANS, prompt_for
 from workbench.analysis.attention import attention_of
 from workbench.analysis.logit_attribution import logit_attribution
@@ -13,7 +13,7 @@ from workbench.analysis.logit_attribution import logit_attribution
 POSITIONS = [0, 7, 21, -1]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=DISTINCT)
 def family(request, tmp_path_factory):
     model = save(request.param, tmp_path_factory.mktemp("family"))
     return model, workbench.open_engine("numba", model), prompt_for(request.param, model.text_config)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import workbench
-from tests.workbench.small_architectures import FAMILIES, save
+from tests.workbench.small_architectures import DISTINCT, save
 from tests.workbench.test_architectures import prompt_for
 from workbench.analysis.answer_lens import answer_lens
 from workbench.analysis.attention import attention_of
@@ -19,7 +19,7 @@ KINDS = ("numba", "transformers")
 TAPS = ("embed", "layers.0", "layers.1.attention", "layers.0.mlp")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=DISTINCT)
 def family(request, tmp_path_factory):
     model = save(request.param, tmp_path_factory.mktemp("family"))
     engines = {kind: workbench.open_engine(kind, model) for kind in KINDS}
