@@ -127,7 +127,7 @@ def decoder_layers(
     Args:
         hidden: float32 `[tokens, hidden]`, hidden state 0.
         layers: each has the attributes `qkv`, `output`, `gate_up` and `down` (`Linear`); `attention_norm`, `after_attention`, `mlp_norm`
-            and `after_mlp` (float32 `[hidden]`, or None for a layer without that norm); `head_norms` (`[2, head_dim]`, of queries and
+            and `after_mlp` (float32 `[hidden]`; None for a layer without one of those after); `head_norms` (`[2, head_dim]`, of queries and
             of keys, or None).
         pages, plan: as for `paged_attention`.
 
@@ -182,6 +182,11 @@ def _addresses(
     number: int, layer: Any, shapes: Sequence[tuple[int, int]], head_dim: int, kept: list[torch.Tensor]
 ) -> list[int]:
     """A layer's row of the table of `cpu/layer.py`; tensors that had to be copied are appended to `kept`."""
+    for name in ("attention_norm", "mlp_norm"):
+        if getattr(layer, name) is None:
+            raise ValueError(
+                f"{name} of layer {number} is None: only after_attention, after_mlp and head_norms may be left out"
+            )
     linears = (layer.qkv, layer.output, layer.gate_up, layer.down)
     for name, linear, shape in zip(("qkv", "output", "gate_up", "down"), linears, shapes, strict=True):
         if (linear.outputs, linear.inputs) != shape or not linear.whole_panels:

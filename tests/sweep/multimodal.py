@@ -19,7 +19,7 @@ from workbench.vision.videos import Video
 
 from .multimodal_settings import MARKERS
 from .outcome import Outcome, _line
-from .own_engine import own_engine_faults, runs_in_own_engine
+from .own_engine import own_engine_faults
 from .small_multimodal import save_multimodal
 
 TOLERANCE = 1e-5
@@ -52,14 +52,18 @@ def judge(class_name: str, model_type: str, raw: bool = False) -> Outcome:
             tower = load_vision_tower(model)
             markers = tower.own_processor.markers
             faults, right, refused = [], [], []
-            ours = runs_in_own_engine(model)
+            compared: list[bool] = []
             for modality in markers:
                 for count in (1, 2):
                     name = modality if count == 1 else f"two {modality}s"
                     try:
                         found = list(
                             _faults(
-                                model, tower, network, [Item(modality, each) for each in items_of(modality)[:count]]
+                                model,
+                                tower,
+                                network,
+                                [Item(modality, each) for each in items_of(modality)[:count]],
+                                compared,
                             )
                         )
                         faults += [f"{name}: {each}" for each in found]
@@ -78,12 +82,18 @@ def judge(class_name: str, model_type: str, raw: bool = False) -> Outcome:
             return Outcome(class_name, "raw", _line(error))
     if faults:
         return Outcome(class_name, "wrong", "; ".join(faults))
-    detail = ", ".join(right) + ("; numba engine" if ours else "") + "".join(f"; refused: {each}" for each in refused)
+    detail = (
+        ", ".join(right)
+        + ("; numba engine" if compared and all(compared) else "")
+        + "".join(f"; refused: {each}" for each in refused)
+    )
     return Outcome(class_name, "right" if "image" in right or "audio" in right else "refused", detail)
 
 
-def _faults(model: workbench.Model, tower: VisionTower, network: Any, items: list[Item]) -> Iterator[str]:
-    """Where rows or logits of a spliced prompt differ from the class's own."""
+def _faults(
+    model: workbench.Model, tower: VisionTower, network: Any, items: list[Item], compared: list[bool]
+) -> Iterator[str]:
+    """Where rows or logits of a spliced prompt differ from the class's own; `compared` gets whether the Numba engine ran it."""
     processor = tower.own_processor
     written = MARKERS.get(tower.config.model_type, {})
     shown = " then ".join(written.get(item.modality, processor.markers[item.modality]) for item in items)
@@ -104,7 +114,9 @@ def _faults(model: workbench.Model, tower: VisionTower, network: Any, items: lis
         yield f"logits are off by {error:.1e}"
     if not prompt.embedding_ranges:
         yield "no rows were injected"
-    yield from own_engine_faults(model, prompt) or []
+    ours = own_engine_faults(model, prompt)
+    compared.append(ours is not None)
+    yield from ours or []
     zero = prompt.replace(input_embeddings=[torch.zeros_like(each) for each in prompt.input_embeddings])
     blind = workbench.open_engine("transformers", model).trace(zero, ["logits"])["logits"]
     if float((blind - logits).norm() / logits.norm()) < 1e-3:

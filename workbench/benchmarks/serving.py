@@ -6,6 +6,7 @@ Run it with `python -m workbench.benchmarks serving --engines turbomind transfor
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,14 +95,19 @@ def copy_speed() -> float:
 
 
 def bytes_read(model: Model, size: int) -> dict[str, int]:
-    """What a decode step reads at least: all weights but the embedding table once, and keys and values of every token.
+    """What a decode step of a dense language model reads at least: its weights but the embedding table once, keys and values of every token.
+
+    Empty for a mixture of experts and a multimodal model, of which a step reads a part.
 
     Args:
         size: bytes per number.
     """
     config = model.text_config
+    if config is not model.config or getattr(config, "num_experts_per_tok", None):
+        return {}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    numbers = sum(model.weights.get(name).numel() for name in model.weights if "embed_tokens" not in name)
+    shapes = (entry.shape for name, entry in model.weights.entries(model.weights).items() if "embed_tokens" not in name)
+    numbers = sum(math.prod(shape) for shape in shapes)
     if getattr(config, "tie_word_embeddings", False):
         numbers += config.vocab_size * config.hidden_size
     return {

@@ -54,13 +54,15 @@ def run(model_name: str, dtype: str, batch: int, file: Path | None) -> dict[str,
             list(pool.map(lambda prompt: generate(prompt, config), prompts))  # captures the graphs
         worker = threading.Thread(target=_generate_all, args=(engine, prompts, config))
         worker.start()
-        while engine.stats().tokens_per_second == 0 or engine.stats().waiting:  # type: ignore[attr-defined]
-            threading.Event().wait(0.05)
-        threading.Event().wait(0.5)
-        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-            threading.Event().wait(0.15)
-            torch.cuda.synchronize()
-        worker.join()
+        try:
+            while worker.is_alive() and (engine.stats().tokens_per_second == 0 or engine.stats().waiting):  # type: ignore[attr-defined]
+                threading.Event().wait(0.05)
+            threading.Event().wait(0.5)
+            with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+                threading.Event().wait(0.15)
+                torch.cuda.synchronize()
+        finally:
+            worker.join()
     events = sorted(
         (each.time_range.start, each.time_range.end - each.time_range.start, each.name)
         for each in recorded.events() or []

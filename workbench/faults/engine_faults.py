@@ -142,7 +142,7 @@ def _kv_heads(engine: NumbaEngine) -> Engine:
     config, linear = engine.decoder.config, engine.decoder.layers[5].qkv
     if config.latent or config.is_linear(5):
         raise ModelError(
-            f"this fault needs a projection to key heads in layer 5, which {engine.model.name!r} has not (latent or linear attention): "
+            f"this fault needs a projection to key heads in layer 5, which {engine.model.name!r} does not have (latent or linear attention): "
             "choose another fault"
         )
     weight = linear.weight.clone().view(-1, head_dim, linear.weight.shape[1])
@@ -255,6 +255,10 @@ def _final_softcap(engine: NumbaEngine) -> Engine:
 )
 def _window(engine: NumbaEngine) -> Engine:
     windows = engine.decoder.config.windows
+    if not any(isinstance(window, int) for window in windows):
+        raise ModelError(
+            f"this fault needs sliding windows, which {engine.model.name!r} does not have: choose another fault"
+        )
     return _reconfigured(engine, windows=tuple(window - 1 if isinstance(window, int) else window for window in windows))
 
 

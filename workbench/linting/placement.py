@@ -138,7 +138,9 @@ def _grid_findings(prompt: Prompt) -> Iterator[Finding]:
         ):
             continue
         _, height, width = grid
-        rows = positions[1:, start:stop].to(torch.int64)
+        rows = positions[1:, max(start, 0) : max(stop, 0)].to(torch.int64)
+        if rows.shape[1] != stop - start:  # the range leaves the prompt, which is another finding
+            continue
         found = rows - rows[:, :1]
         if torch.equal(found, _on_grid(height, width)):
             continue

@@ -21,6 +21,7 @@ from .chat_template import template_limits
 from .checkpoint import Checkpoint
 from .pypi import GEMMA3, SMOLLM2
 from .remote_code import python_files
+from .sizes import IN_LAYER
 from .sources import FolderSource
 from .token_texts import token_texts
 from .weight_checksums import weight_checksums
@@ -84,7 +85,10 @@ class Model:
     @cached_property
     def embedding_table(self) -> torch.Tensor:
         """The token embedding table `[vocab, hidden]`, in its stored dtype."""
-        names = [name for name in self.weights if name.endswith(("embed_tokens.weight", "tok_embeddings.weight"))]
+        tables = [name for name in self.weights if name.endswith(("embed_tokens.weight", "tok_embeddings.weight"))]
+        names = [
+            name for name in tables if not IN_LAYER.search(name)
+        ]  # layers that predict further tokens may have their own
         if len(names) != 1:
             raise ModelError(f"{self.path} has {len(names)} tensors that look like a token embedding table: {names}")
         return self.weights.get(names[0])

@@ -11,6 +11,8 @@ from ..schema import shortened
 from .checkpoint import Checkpoint
 
 _TABLES = ("embed_tokens.weight", "tok_embeddings.weight")
+IN_LAYER = re.compile(r"\.layers\.\d+\.")
+"""Matches names of tensors inside a layer."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h|resblocks)\.(\d+)\.")
 _COUNTS = ("num_hidden_layers", "num_layers", "depth", "encoder_layers", "decoder_layers", "n_layer")
 _SIZES = (
@@ -57,7 +59,8 @@ def check_part(config: Any, shapes: Mapping[str, Sequence[int]], name: str) -> N
 
 def _check_layers(config: Any, tensors: list[str], name: str) -> None:
     """Compare the language model's number of layers with its tensors; extra ones that predict further tokens are allowed."""
-    bases = [tensor.removesuffix(table) for table in _TABLES for tensor in tensors if tensor.endswith(table)]
+    tables = [tensor for tensor in tensors if not IN_LAYER.search(tensor)]
+    bases = [tensor.removesuffix(table) for table in _TABLES for tensor in tables if tensor.endswith(table)]
     wanted = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
     if len(bases) != 1 or wanted is None:
         return

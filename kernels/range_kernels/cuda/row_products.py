@@ -1,4 +1,4 @@
-"""Products of one or two rows with a weight matrix: each warp reads one row of weights, four times sixteen bytes per lane and turn.
+"""Products of one or two rows with a weight matrix: each warp reads one row of weights, four times sixteen bytes per lane and iteration.
 
 A decode step of few requests reads every weight once for little arithmetic, so what counts is how many bytes are under way.
 """

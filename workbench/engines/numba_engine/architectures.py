@@ -112,6 +112,7 @@ class MixtureConfig:
     wide_router: bool = False
     router_bias: bool = False
     expert_bias: bool = False
+    shared_bias: bool = False
     choice_bias: str | None = None
     shared_intermediate: int = 0
     shared_gate: str | None = None
@@ -143,6 +144,12 @@ class DeltaNetConfig:
     value_dim: int
     kernel: int
     grouped: bool = False
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one request's states, in float32."""
+        numbers = self.heads * self.key_dim * self.value_dim + (self.kernel - 1) * self.channels
+        return 4 * sum(self.layers) * numbers
 
     @property
     def channels(self) -> int:
@@ -258,7 +265,7 @@ class DecoderConfig:
         return self.layers - (sum(self.delta_net.layers) if self.delta_net else 0)
 
     def cache_layer(self, layer: int) -> int:
-        """The place of an attention layer's keys and values in the cache, or of a linear one's state."""
+        """The index of an attention layer's keys and values in the cache, or of a linear one's state."""
         linear = self.delta_net.layers[:layer] if self.delta_net else ()
         return sum(linear) if self.is_linear(layer) else layer - sum(linear)
 
@@ -285,12 +292,52 @@ def read_settings(config: Any, architecture: Architecture, name: str) -> Decoder
         "gelu": getattr(config, architecture.activation) not in ("silu", "swish"),
     }
     fields["scale"] = fields["head_dim"] ** -0.5
-    fields |= architecture.read(config)
+    try:
+        fields |= architecture.read(config)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the configuration of {name!r} cannot be read as {config.model_type!r}: {type(error).__name__}: {error}; correct the setting"
+        ) from error
     if "ropes" not in fields:
         rotated = fields["head_dim"] if (latent := fields.get("latent")) is None else latent.rotated_dim
         rope = read_rope(config, rotated, name, architecture.partial, architecture.interleaved)
         fields["ropes"] = (rope,) * config.num_hidden_layers
-    return DecoderConfig(**fields)
+    settings = DecoderConfig(**fields)
+    _check_numbers(settings, name)
+    return settings
+
+
+def _check_numbers(settings: DecoderConfig, name: str) -> None:
+    """Refuse numbers that do not fit together, which would fail in a request."""
+    mixture, layers = settings.mixture, settings.layers
+    lengths = {
+        "layer_types": len(settings.windows),
+        "rotary embeddings (no_rope_layers)": len(settings.ropes),
+        "unit_heads": len(settings.unit_heads or settings.ropes),
+        "linear layers (layer_types)": layers if settings.delta_net is None else len(settings.delta_net.layers),
+    }
+    wrong = {what: length for what, length in lengths.items() if length != layers}
+    if wrong:
+        raise ModelError(f"{name!r} has num_hidden_layers={layers}, but {wrong}: correct its configuration")
+    if settings.attention_layers == 0:
+        raise ModelError(
+            f"the numba engine needs a layer with attention; all {layers} of {name!r} have linear attention"
+        )
+    if mixture is None:
+        return
+    if not 1 <= mixture.chosen <= mixture.count:
+        raise ModelError(
+            f"{name!r} chooses {mixture.chosen} of {mixture.count} experts per token: correct num_experts_per_tok"
+        )
+    if mixture.groups < 1 or mixture.count % mixture.groups or not 1 <= mixture.chosen_groups <= mixture.groups:
+        raise ModelError(
+            f"{name!r} has {mixture.count} experts in {mixture.groups} groups, of which {mixture.chosen_groups} are chosen: correct n_group "
+            "and topk_group"
+        )
+    if mixture.groups > 1 and mixture.count // mixture.groups < mixture.group_best:
+        raise ModelError(
+            f"{name!r} has {mixture.count // mixture.groups} experts per group, and {mixture.group_best} are ranked: correct n_group"
+        )
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def attention_rows(
     engine.check(prompt)
     decoder, length = engine.decoder, len(prompt)
     config = decoder.config
-    linear = [layer for layer in layers if config.is_linear(layer % config.layers)]
+    linear = [layer for layer in layers if 0 <= layer < config.layers and config.is_linear(layer)]
     if linear:
         raise ModelError(
             f"layer {linear[0]} of {engine.model.name!r} has linear attention, which has no attention weights: ask for layers with attention"

@@ -82,10 +82,16 @@ class Decoder:
             widths += [config.mixture.intermediate, config.mixture.shared_intermediate]
         self.deterministic = deterministic
         self.ops = operations(dtype, device, widths, deterministic)
-        if deterministic and device.type != "cpu" and config.mixture is not None and config.mixture.wide_router:
-            raise ModelError(
-                f"{model.name!r} has a router in float32, whose product on a GPU is not deterministic=True: leave it out"
-            )
+        if deterministic and device.type != "cpu":
+            reasons = {
+                "its router computes in float32": config.mixture is not None and config.mixture.wide_router,
+                "linear attention was not measured": config.delta_net is not None,
+                "sliding windows were not measured": any(window is not None for window in config.windows),
+            }
+            for reason in (each for each, applies in reasons.items() if applies):
+                raise ModelError(
+                    f"deterministic=True is not available on a GPU for {model.name!r}: {reason}; leave deterministic out"
+                )
         read = TensorReader(model, config, dtype, device)
         table = read.table()
         self.head = self.ops.linear(read.head(table))

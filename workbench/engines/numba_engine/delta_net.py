@@ -16,7 +16,7 @@ class DeltaNet:
     """One layer's linear attention, between its input and output products.
 
     Attributes:
-        index: the layer's place in `ModelCache.recurrent`.
+        index: the layer's index in `ModelCache.recurrent`.
         convolution: float32 `[K, channels]`.
         decay_factor, decay_bias: float32 `[heads]`: a head's logarithmic decay is `decay_factor * softplus(a + decay_bias)`.
         norm: float32 `[value_dim]`.

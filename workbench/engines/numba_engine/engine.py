@@ -51,7 +51,8 @@ class NumbaEngine(Engine):
     Args:
         dtype: "float32", "bfloat16" or "float16".
         device: "cpu" or "cuda".
-        max_batch_size: requests that run at once; further requests wait.
+        max_batch_size: requests that run at once; further requests wait. On models with linear attention each takes the memory of its
+            states (Qwen3.5: 50 MiB).
         max_prefill_token_num: tokens per step (one forward pass), of decoding requests and prompt chunks together. Prompts are cut
             into chunks to fit; only a bidirectional span, which must run in one step, may exceed it.
         cache_block_seq_len: tokens per page of the KV cache: 32, 64, 128 or 256.
@@ -61,7 +62,8 @@ class NumbaEngine(Engine):
         packed_decode: for bfloat16 on the CPU: keep a second copy of the layers' weights, in the layout of the native kernels; a decode
             step then takes a third of the time. It computes in float32 and rounds at the end.
         deterministic: no bit of a request's results may depend on the other requests. On the CPU that is so in float32, and no other dtype
-            is accepted; on a GPU it needs bfloat16, and costs speed (`data/bench/README.md`). Results of a trace have the bits of a prompt's.
+            is accepted; on a GPU it needs bfloat16 and a model without sliding windows and linear attention, and costs speed (`data/bench/README.md`). A trace is bit-identical to the
+            prefill of the same prompt.
         eager_mode: True launches every kernel from Python. False replays decode steps as CUDA graphs if they run on tensor cores:
             on a GPU in float16 or bfloat16, with a head size of `range_kernels`' paged decode.
 
@@ -116,7 +118,7 @@ class NumbaEngine(Engine):
             invariant=deterministic and self.device.type != "cpu",
         )  # fmt: skip
         cache = self.decoder.new_pages(pages, cache_block_seq_len, max_batch_size)
-        self.decoder.whole_layers = not eager_mode
+        self.decoder.whole_layers = self._config.plain and not eager_mode
         if not eager_mode:
             self.runner.capture_decode_steps(cache)
         self._loop = Loop(self.runner, cache, scheduler)
@@ -143,6 +145,13 @@ class NumbaEngine(Engine):
         on_cpu = self.device.type == "cpu"
         free = psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info(self.device)[0]
         config = self._config
+        states = 0 if config.delta_net is None else config.delta_net.state_bytes * max_batch_size
+        if states > free:
+            raise ValueError(
+                f"max_batch_size={max_batch_size}: the states of linear attention take {states / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB "
+                "are free: lower it"
+            )
+        free -= states
         page = (
             2
             * config.attention_layers

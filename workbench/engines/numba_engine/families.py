@@ -82,7 +82,16 @@ def _windows(config: Any) -> tuple[Window, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
+def _same_window(config: Any) -> tuple[Window, ...]:
+    """The window of classes that ignore `layer_types`."""
+    return (getattr(config, "sliding_window", None),) * config.num_hidden_layers
+
+
 def _mistral(config: Any) -> dict[str, Any]:
+    return {"windows": _same_window(config)}
+
+
+def _ministral(config: Any) -> dict[str, Any]:
     return {"windows": _windows(config)}
 
 
@@ -106,7 +115,7 @@ def _qwen3_vl(config: Any) -> dict[str, Any]:
 
 
 def _phi3(config: Any) -> dict[str, Any]:
-    return {"qkv": "fused", "fused_gate_up": True, "windows": _windows(config)}
+    return {"qkv": "fused", "fused_gate_up": True, "windows": _same_window(config)}
 
 
 def _gemma(config: Any) -> dict[str, Any]:
@@ -204,6 +213,10 @@ def _exaone4(config: Any) -> dict[str, Any]:
 
 def _granite(config: Any) -> dict[str, Any]:
     biased = config.attention_bias
+    if not config.logits_scaling:
+        raise ModelError(
+            f"logits_scaling={config.logits_scaling!r}: logits are divided by it, so it must be another number than 0"
+        )
     return {
         "qkv_bias": biased,
         "output_bias": biased,
@@ -244,9 +257,14 @@ def _cohere2(config: Any) -> dict[str, Any]:
 
 def _ministral3(config: Any) -> dict[str, Any]:
     rope = config.rope_parameters
+    missing = [each for each in ("llama_4_scaling_beta", "original_max_position_embeddings") if rope.get(each) is None]
+    if missing:
+        raise ModelError(
+            f"the numba engine needs {missing[0]} in the rope_parameters of Ministral 3: add it to config.json"
+        )
     scale = QueryScale(rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"])
     layers = config.num_hidden_layers
-    return {"windows": _windows(config), "query_scale": scale, "scaled_queries": (True,) * layers}
+    return {"windows": _same_window(config), "query_scale": scale, "scaled_queries": (True,) * layers}
 
 
 def _ernie(config: Any) -> dict[str, Any]:
@@ -262,7 +280,7 @@ def _ernie_moe(config: Any) -> dict[str, Any]:
     mixture = _mixture(
         config, config.moe_intermediate_size, layers=layers, wide_router=True, choice_bias="mlp.moe_statics.e_score_correction_bias",
         floor=config.moe_norm_min, floor_added=False, shared_intermediate=config.moe_intermediate_size * config.moe_num_shared_experts,
-        expert_bias=config.use_bias,
+        shared_bias=config.use_bias,
     )  # fmt: skip
     return {**_ernie(config), "mixture": mixture}
 
@@ -276,7 +294,7 @@ def _helium(config: Any) -> dict[str, Any]:
 
 
 def _mixtral(config: Any) -> dict[str, Any]:
-    return {"windows": _windows(config), "mixture": _mixtral_experts(config)}
+    return {"windows": _same_window(config), "mixture": _mixtral_experts(config)}
 
 
 def _minimax_m2(config: Any) -> dict[str, Any]:
@@ -299,7 +317,7 @@ def _qwen2_moe(config: Any) -> dict[str, Any]:
 
 
 def _qwen3_moe(config: Any) -> dict[str, Any]:
-    return {**_qwen3(config), "mixture": _qwen_experts(config)}
+    return {**_qwen3(config), "windows": _same_window(config), "mixture": _qwen_experts(config)}
 
 
 def _qwen3_vl_moe(config: Any) -> dict[str, Any]:
@@ -307,18 +325,23 @@ def _qwen3_vl_moe(config: Any) -> dict[str, Any]:
 
 
 def _qwen_experts(config: Any, **more: Any) -> MixtureConfig:
-    sparse = tuple(
-        number not in (config.mlp_only_layers or ()) and (number + 1) % config.decoder_sparse_step == 0
-        for number in range(config.num_hidden_layers)
-    )
     return _mixture(
-        config, config.moe_intermediate_size, **{"layers": sparse, "normalised": getattr(config, "norm_topk_prob", False), **more}
+        config, config.moe_intermediate_size, **{"layers": _sparse_steps(config), "normalised": getattr(config, "norm_topk_prob", False), **more}
     )  # fmt: skip
+
+
+def _sparse_steps(config: Any) -> tuple[bool, ...]:
+    """Layers with experts by `decoder_sparse_step` and `mlp_only_layers`."""
+    step = config.decoder_sparse_step
+    if not isinstance(step, int) or step < 1:
+        raise ModelError(f"decoder_sparse_step={step!r}: every how many layers one has experts, so at least 1")
+    dense = config.mlp_only_layers or ()
+    return tuple(number not in dense and (number + 1) % step == 0 for number in range(config.num_hidden_layers))
 
 
 def _olmoe(config: Any) -> dict[str, Any]:
     if config.clip_qkv is not None:
-        raise ModelError(f"the numba engine needs clip_qkv=None; the configuration has clip_qkv={config.clip_qkv!r}")
+        raise ModelError(f"the numba engine needs clip_qkv=None, not clip_qkv={config.clip_qkv!r}: use 'transformers'")
     biased = config.attention_bias
     mixture = _mixture(config, config.intermediate_size, normalised=config.norm_topk_prob)
     return {"qkv_bias": biased, "output_bias": biased, "head_norms": True, "wide_head_norms": True, "mixture": mixture}
@@ -343,7 +366,7 @@ def _deepseek_v2(config: Any) -> dict[str, Any]:
     mixture = _mixture(
         config, config.moe_intermediate_size, layers=_sparse_after(config), wide_router=True, normalised=False,
         scale=config.routed_scaling_factor, groups=config.n_group if limited else 1, chosen_groups=config.topk_group if limited else 1,
-        group_best=1, shared_intermediate=config.moe_intermediate_size * config.n_shared_experts,
+        group_best=1, shared_intermediate=config.moe_intermediate_size * config.n_shared_experts, shared_bias=config.mlp_bias,
     )  # fmt: skip
     return {**_latent(config), "mlp_bias": config.mlp_bias, "mixture": mixture}
 
@@ -376,7 +399,7 @@ def _latent(config: Any) -> dict[str, Any]:
 
 
 def _sparse_after(config: Any) -> tuple[bool, ...]:
-    types = getattr(config, "mlp_layer_types", None)
+    types = getattr(config, "mlp_layer_types", None) if config.model_type == "glm4_moe_lite" else None
     if types is not None:
         return tuple(kind == "sparse" for kind in types)
     return tuple(number >= config.first_k_dense_replace for number in range(config.num_hidden_layers))
@@ -424,14 +447,20 @@ def _qwen3_5(config: Any) -> dict[str, Any]:
 
 
 def _qwen3_5_moe(config: Any) -> dict[str, Any]:
-    return {**_qwen3_5(config), "intermediate": config.moe_intermediate_size, "mixture": _qwen3_next_experts(config)}
+    mixture = _qwen3_next_experts(config, (True,) * config.num_hidden_layers, normalised=True)
+    return {**_qwen3_5(config), "intermediate": config.moe_intermediate_size, "mixture": mixture}
 
 
 def _qwen3_next(config: Any) -> dict[str, Any]:
-    return {**_gated_delta_net(config, grouped=True), "mixture": _qwen3_next_experts(config)}
+    mixture = _qwen3_next_experts(config, _sparse_steps(config), normalised=config.norm_topk_prob)
+    return {**_gated_delta_net(config, grouped=True), "mixture": mixture}
 
 
 def _gated_delta_net(config: Any, grouped: bool) -> dict[str, Any]:
+    if config.hidden_act not in ("silu", "swish"):
+        raise ModelError(
+            f"the numba engine needs hidden_act=silu in the convolution of linear attention, not {config.hidden_act!r}: use 'transformers'"
+        )
     biased = config.attention_bias
     net = DeltaNetConfig(
         tuple(kind == "linear_attention" for kind in config.layer_types), config.linear_num_value_heads, config.linear_num_key_heads,
@@ -447,15 +476,12 @@ def _gated_delta_net(config: Any, grouped: bool) -> dict[str, Any]:
     }
 
 
-def _qwen3_next_experts(config: Any) -> MixtureConfig:
+def _qwen3_next_experts(config: Any, layers: tuple[bool, ...], normalised: bool) -> MixtureConfig:
     at = "mlp.shared_expert"
-    shared = {"shared": at, "shared_intermediate": config.shared_expert_intermediate_size, "shared_gate": f"{at}_gate"}
-    count, chosen, inner = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
-    normalised = getattr(config, "norm_topk_prob", True)
-    layers = tuple(
-        number not in (getattr(config, "mlp_only_layers", None) or ()) for number in range(config.num_hidden_layers)
-    )
-    return MixtureConfig(layers, count, chosen, inner, normalised=normalised, **shared)
+    return MixtureConfig(
+        layers, config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, normalised=normalised, shared=at,
+        shared_intermediate=config.shared_expert_intermediate_size, shared_gate=f"{at}_gate",
+    )  # fmt: skip
 
 
 def _mixture(config: Any, intermediate: int, **more: Any) -> MixtureConfig:
@@ -507,7 +533,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granitemoe": Architecture(_granite_moe),
     "cohere": Architecture(_cohere, epsilon="layer_norm_eps", interleaved=True),
     "cohere2": Architecture(_cohere2, epsilon="layer_norm_eps", own=_WINDOW),
-    "ministral": Architecture(_mistral, own=_WINDOW),
+    "ministral": Architecture(_ministral, own=_WINDOW),
     "ministral3": Architecture(_ministral3, own=_WINDOW),
     "ernie4_5": Architecture(_ernie, interleaved=True),
     "ernie4_5_moe": Architecture(_ernie_moe, interleaved=True),

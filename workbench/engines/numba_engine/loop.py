@@ -233,6 +233,12 @@ class Loop:
         return self.runner.step([Chunk(chunk.request, chunk.start, chunk.stop) for chunk in chunks], self.pages)
 
     def _forward_alone(self, chunk: ScheduledChunk) -> StepResult | Exception:
+        """Run a chunk again after its step failed."""
+        request = chunk.request
+        if chunk.start and self.runner.decoder.config.delta_net is not None:
+            # The failed step may have advanced the states of linear attention: begin with the first token.
+            request.states.clear()
+            chunk = ScheduledChunk(request, 0, chunk.stop)
         try:
             return self._forward([chunk])[0]
         except Exception as error:

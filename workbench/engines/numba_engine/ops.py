@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -379,14 +379,13 @@ class InvariantLinear(GpuLinear):
     Its kernels add up an output's terms in one order, whatever the number of rows (measured for 1 to 4,096 rows; test_gpu_deterministic).
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        super().__init__(weight, bias)
-        self._counts: dict[int, torch.Tensor] = {}
+    _counts: ClassVar[dict[tuple[torch.device, int], torch.Tensor]] = {}  # numbers of rows on the device, of all layers
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        count = self._counts.get(len(x))
+        key = (x.device, len(x))
+        count = self._counts.get(key)
         if count is None:
-            count = self._counts[len(x)] = torch.full((1,), len(x), dtype=torch.int32, device=x.device)
+            count = self._counts[key] = torch.full((1,), len(x), dtype=torch.int32, device=x.device)
         out = F.grouped_mm(x, self.weight[None].transpose(1, 2), offs=count)
         return out if self.bias is None else out + self.bias
 

@@ -44,7 +44,7 @@ class Scheduler:
         max_batch_size: requests that run at once.
         max_tokens: token budget of a step.
         share_prefixes: whether requests with an equal prefix share its pages.
-        invariant: whether a request's tokens must be computed in the same way whatever the others do: generated tokens one by one, also
+        invariant: whether a request's tokens must be computed in the same way regardless of other requests: generated tokens one by one, also
             after a preemption, and never in a prompt's pages.
     """
 
@@ -160,7 +160,9 @@ class Scheduler:
         shared: list[int] = []
         usable = self.share_prefixes and request.shareable and not request.wants_prompt_states
         if usable:  # the last token must run, for its logits
-            shared = self.blocks.match(request.keys((len(request) - 1) // self.page_size, self.page_size))
+            # Pages of its own generated tokens, after a preemption, may come from another request's prompt.
+            known = min(len(request) - 1, len(request.prompt)) if self.invariant else len(request) - 1
+            shared = self.blocks.match(request.keys(known // self.page_size, self.page_size))
         if self.blocks.available < needed - len(shared):
             self.blocks.release(shared)
             return False

@@ -6,6 +6,7 @@ import torch
 
 from ...errors import ModelError
 from ...models import Model
+from ...models.sizes import IN_LAYER
 from .architectures import DecoderConfig, DeltaNetConfig, LatentConfig, MixtureConfig
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
@@ -24,7 +25,8 @@ class TensorReader:
     def __init__(self, model: Model, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.config, self.dtype, self.device = model, config, dtype, device
         ending = f"{config.names.table}.weight"
-        names = [name for name in model.weights if name.endswith(ending)]
+        # A layer that predicts further tokens may have a table of its own.
+        names = [name for name in model.weights if name.endswith(ending) and not IN_LAYER.search(name)]
         if len(names) != 1:
             raise ModelError(f"{model.path} has {len(names)} tensors named *{ending}: exactly one is needed")
         self.base = names[0].removesuffix(ending)
@@ -264,7 +266,7 @@ class TensorReader:
     def shared_expert(self, at: str, mixture: MixtureConfig) -> tuple[Pair, Pair]:
         """The shared expert's gate and up projections, stacked, and its down projection, as `gate_up` and `down`."""
         names = [f"{at}{mixture.shared}.{part}_proj" for part in ("gate", "up", "down")]
-        inner, hidden, biased = mixture.shared_intermediate, self.config.hidden, mixture.expert_bias
+        inner, hidden, biased = mixture.shared_intermediate, self.config.hidden, mixture.shared_bias
         both = self._stack({names[0]: inner, names[1]: inner}, hidden, biased)
         return both, self._stack({names[2]: hidden}, inner, biased)
 
