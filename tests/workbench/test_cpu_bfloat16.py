@@ -99,3 +99,5 @@ def test_a_weight_that_was_replaced_twice_between_steps_is_used(tmp_path):
 def test_packed_decode_is_refused_where_it_means_nothing(tmp_path):
     with pytest.raises(ValueError, match="packed_decode is for bfloat16 on the CPU, not for float32 on cpu"):
         workbench.open_engine("numba", save("llama", tmp_path), packed_decode=True)
+    with pytest.raises(ValueError, match="do not compute those of 'granite'"):
+        workbench.open_engine("numba", save("granite", tmp_path / "granite"), dtype="bfloat16", packed_decode=True)

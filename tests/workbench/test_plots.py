@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from PIL import Image
 
 from workbench.analysis.answer_lens import AnswerLens
 from workbench.analysis.patching import PatchEffects
-from workbench.plots import to_png, token_strip
+from workbench.plots import step_roofline, step_timeline, to_png, token_strip
 from workbench.plots.answer_lens import answer_lens_figure
 from workbench.plots.columns import tokens_per_column, worst_per_column
 from workbench.plots.engine_floors import floors_by_tap
@@ -196,3 +198,21 @@ def test_the_lens_of_an_answer_is_drawn_with_the_last_words_in_bold():
     )
     texts = answer_lens_figure(lens).axes[0].texts
     assert {text.get_text() for text in texts if text.get_weight() == "bold"} == {"blue", "7"}
+
+
+def test_a_decode_step_is_drawn_from_its_records():
+    """Every kernel is a bar in the lane of its kind; the roofline starts with the step of one request."""
+    folder = Path(__file__).parents[2] / "data" / "bench"
+    step = json.loads((folder / "step-16-h100.json").read_text())
+    whole = step_timeline(step).axes[0]
+    assert sum(len(bars.get_paths()) for bars in whole.collections) == len(step["kernels"])
+    served = json.loads((folder / "serving-h100.json").read_text())
+    axes = step_roofline(served).axes[0]
+    floor, *engines = axes.lines
+    assert len(engines) == 2
+    for line in engines:
+        assert (line.get_ydata() > floor.get_ydata()).all()  # nothing reads faster than a copy
+    assert engines[1].get_ydata()[0] == pytest.approx(1e3 / served["engines"]["numba"]["decode, 1 at once"])
+    del served["weight bytes"]
+    with pytest.raises(ValueError, match="'weight bytes'"):
+        step_roofline(served)

@@ -95,7 +95,7 @@ def copy_speed() -> float:
 
 
 def bytes_read(model: Model, size: int) -> dict[str, int]:
-    """What a decode step of a dense language model reads at least: its weights but the embedding table once, keys and values of every token.
+    """What a decode step of a dense language model reads at least: weights but the embedding table, keys and values of every token.
 
     Empty for a mixture of experts and a multimodal model, of which a step reads a part.
 

@@ -54,7 +54,13 @@ def step_roofline(report: Mapping[str, Any], tokens: int = 1060) -> Figure:
     Args:
         report: what `python -m workbench.benchmarks serving` writes; it has "copied bytes per second".
         tokens: keys per request during the measurement (prompts of 1,024 tokens, 68 new ones).
+
+    Raises:
+        ValueError: the report was not made on a GPU, or not with a dense language model.
     """
+    missing = [each for each in ("copied bytes per second", "weight bytes", "KV bytes per token") if each not in report]
+    if missing:
+        raise ValueError(f"the report has no {missing[0]!r}: it must be of a dense language model on a GPU")
     figure = Figure(figsize=(7, 3.6), dpi=100, layout="constrained")
     axes = figure.subplots()
     batches = (1, 16, 64)

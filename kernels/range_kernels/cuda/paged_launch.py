@@ -123,9 +123,9 @@ def plan_kv_splits(
 ) -> tuple[np.ndarray, int]:
     """Return the KV splits, int32 `[splits, 12]`, and the number of partial results.
 
-    `blocks` is the number of blocks that the GPU runs at once; 0: a sequence is split without regard to the others. Fields are those of `DevicePlan.kv_splits`. The split
-    size is the one that minimises the estimated time: the number of waves of blocks times the tiles (of 64 keys) of a
-    split, plus two tiles of overhead per wave.
+    `blocks` is the number of blocks that the GPU runs at once; 0: a sequence is split without regard to the others.
+    Fields are those of `DevicePlan.kv_splits`. The split size is the one that minimises the estimated time: the number
+    of waves of blocks times the tiles (of 64 keys) of a split, plus two tiles of overhead per wave.
     """
     spans = zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), seq_lens.tolist(), strict=True)
     short = [(number, *span) for number, span in enumerate(spans) if 0 < (span[1] - span[0]) * group <= 16]

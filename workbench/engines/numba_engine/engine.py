@@ -61,13 +61,14 @@ class NumbaEngine(Engine):
             is not computed again.
         packed_decode: for bfloat16 on the CPU: keep a second copy of the layers' weights, in the layout of the native kernels; a decode
             step then takes a third of the time. It computes in float32 and rounds at the end.
-        deterministic: no bit of a request's results may depend on the other requests. On the CPU that is so in float32, and no other dtype
-            is accepted; on a GPU it needs bfloat16 and a model without sliding windows and linear attention, and costs speed (`data/bench/README.md`). A trace is bit-identical to the
-            prefill of the same prompt.
+        deterministic: no bit of a request's results may depend on the other requests. On the CPU that is so in float32, and no other
+            dtype is accepted; on a GPU it needs bfloat16 and a model without sliding windows and linear attention, and costs speed
+            (`data/bench/README.md`). A trace is bit-identical to the prefill of the same prompt.
         eager_mode: True launches every kernel from Python. False replays decode steps as CUDA graphs if they run on tensor cores:
             on a GPU in float16 or bfloat16, with a head size of `range_kernels`' paged decode.
 
-    `eager_mode` is named as in LMDeploy's `PytorchEngineConfig`, the others but `packed_decode` and `deterministic` as in its `TurbomindEngineConfig`.
+    `eager_mode` is named as in LMDeploy's `PytorchEngineConfig`, the others but `packed_decode` and `deterministic` as in its
+    `TurbomindEngineConfig`.
 
     Raises:
         ModelError: an architecture or setting of the model that this engine does not support, or no GPU for device="cuda".
@@ -108,6 +109,10 @@ class NumbaEngine(Engine):
             )
         self.runner = ModelRunner(model, self.dtype, self.device, deterministic)
         self._config = self.runner.decoder.config
+        if packed_decode and not self._config.plain:
+            raise ValueError(
+                f"packed_decode: the native layers do not compute those of {self._config.family!r}: leave it out"
+            )
         if packed_decode:
             self.decoder.ops = CpuHalfOperations()
         pages = self._count_pages(cache_max_entry_count, cache_block_seq_len, max_batch_size)

@@ -33,9 +33,9 @@ class _Kept:
 class IncrementalTrace:
     """Traces one prompt after another on a Numba engine; only tokens from the first difference to the previous prompt on are computed.
 
-    Models with linear attention are computed as a whole each time. Keys and values of all layers and the residual stream of the last run are kept in memory. Results equal those of `engine.trace`
-    up to rounding (matrix products of other sizes round differently); tokens before the change are bit-identical to the previous
-    run. Not thread-safe.
+    Models with linear attention are computed as a whole each time. Keys and values of all layers and the residual stream of the last
+    run are kept in memory. Results equal those of `engine.trace` up to rounding (matrix products of other sizes round differently);
+    tokens before the change are bit-identical to the previous run. Not thread-safe.
     """
 
     def __init__(self, engine: NumbaEngine) -> None:
