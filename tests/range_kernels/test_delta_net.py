@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from range_kernels import reference
 from range_kernels.delta_net import Sequences, causal_convolution, gated_delta_rule
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+from tests.range_kernels.gpu_calls import NEEDS_GPU
+
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 
 
 def sequences_of(lengths, slots, fresh, device="cpu"):

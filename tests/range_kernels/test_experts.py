@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from range_kernels import reference
 from range_kernels.experts import ClippedGate, Experts
 
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+from tests.range_kernels.gpu_calls import NEEDS_GPU
+
+GPU = pytest.param("cuda", marks=NEEDS_GPU)
 CLIPPED = ClippedGate(1.702, 0.7)
 
 
@@ -82,6 +84,7 @@ def test_nan_in_one_expert_stays_with_its_rows():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_grouped_products_can_be_captured():
     """The number of rows of each expert is known on the GPU only."""
     experts, parts = random_experts(8, 64, 48, torch.bfloat16, "cuda")
