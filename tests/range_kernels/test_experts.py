@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from range_kernels import reference
 from range_kernels.experts import ClippedGate, Experts
@@ -52,6 +52,7 @@ def test_experts_equal_float64(device, dtype, error, biased, options):
     assert (found - wanted).norm() / wanted.norm() < error
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(1, 40), st.integers(1, 33), st.integers(0, 300), st.data())
 def test_any_shape_equals_float64(count, hidden, intermediate, rows, data):
     """Widths that do not fill a panel, experts without a row, and with many."""
@@ -64,6 +65,7 @@ def test_any_shape_equals_float64(count, hidden, intermediate, rows, data):
     assert not rows or float((found.double() - wanted).abs().max()) < 2e-5
 
 
+@settings(deadline=None)
 @given(st.integers(1, 600), st.data())
 def test_rows_do_not_depend_on_the_batch(rows, data):
     experts, _ = random_experts(6, 48, 40)
