@@ -79,7 +79,7 @@ class Experts:
             self._weights = ()
 
     def tensors(self) -> list[torch.Tensor]:
-        """Weights and biases that torch holds."""
+        """Weights and biases, kept as torch tensors."""
         return [*self._weights, *(bias for bias in self.biases if bias is not None)]
 
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -122,6 +123,10 @@ def test_the_explorer_shows_an_image_and_the_frames_of_a_video(qwen, clip):
         shown = [np.asarray(Image.open(io.BytesIO(explorer.patches.images[item["image"]]))).mean() for item in items]
         assert shown[0] < shown[1]  # the clip becomes brighter
         assert shown[2] == pytest.approx((9 + 200 + 9) / 3, abs=1)
+        (start, _), *others = explorer.prompt.embedding_ranges
+        emptied = replace(explorer.prompt, embedding_ranges=[(start, start), *others])
+        explorer.patches.show(emptied)
+        assert [item["image"] for item in explorer.patches.items] == [item["image"] for item in items][1:]
     finally:
         explorer.close()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -61,8 +63,12 @@ class PatchView(View):
         # For each item the number of its first picture, and how many it has.
         self._pictures: list[tuple[int, int]] = []
         self._png: list[bytes] = []
-        steps = _steps_of_time(prompt, len(images))
-        for image, count in zip(images, steps, strict=True):
+        owners = _owners(prompt, len(images))
+        steps = Counter[int | None]()
+        for owner, count in zip(owners, _steps_of_time(prompt), strict=True):
+            steps[owner] += count
+        for number, image in enumerate(images):
+            count = steps[number]
             shown = _frames(image, count) if isinstance(image, Video) else [image and open_image(image)]
             self._pictures.append((len(self._png), len(shown)))
             self._png += [_png(each) for each in shown]
@@ -133,16 +139,20 @@ class PatchView(View):
 
     def _items(self, prompt: Prompt) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
-        owners, passed = _owners(prompt, len(self._pictures)), dict.fromkeys(range(len(self._pictures)), 0)
+        owners = _owners(prompt, len(self._pictures))
+        parts, passed = Counter(owners), Counter[int | None]()
+        steps = _steps_of_time(prompt)
         for number, (start, stop) in enumerate(prompt.embedding_ranges):
             span = prompt.spans[number] if number < len(prompt.spans) else None
             name = escaped((span.label or f"{span.modality} {number}") if span else f"item {number}")[:200]
+            owner = owners[number]
+            first_step = passed[owner]
+            passed[owner] += steps[number]  # also for a range without rows, so that later parts keep their frames
             start, stop = max(start, 0), min(stop, len(prompt))  # ranges may be invalid, and endless
             rows = stop - start
             if rows < 1:
                 continue
             grid = _grid(span, rows)
-            owner = owners[number]
             first, count = self._pictures[owner] if grid is not None and owner is not None else (0, 0)
             frames = 1 if grid is None else int(np.prod(grid[:-2]))
             lines, columns = (-(-rows // _LINE), min(rows, _LINE)) if grid is None else grid[-2:]
@@ -155,11 +165,9 @@ class PatchView(View):
                 }
                 shown = name if frames == 1 else f"{name}, frame {frame}"
                 # An image has one picture for all its grids; parts of an image, such as tiles, have none.
-                step = passed[owner] if owner is not None else 0
-                shows = step < count if count > 1 else count == 1 and owners.count(owner) == 1
+                step = first_step + frame
+                shows = step < count if count > 1 else count == 1 and parts[owner] == 1
                 image = first + (step if count > 1 else 0) if shows else -1
-                if owner is not None:
-                    passed[owner] += 1
                 found.append(
                     {
                         "label": shown,
@@ -177,19 +185,16 @@ def _owners(prompt: Prompt, count: int) -> list[int | None]:
         prompt.spans[number] if number < len(prompt.spans) else None for number in range(len(prompt.embedding_ranges))
     ]
     continues = [span is not None and re.search(r", part (?!1 )\d+ of \d+$", span.label) is not None for span in spans]
-    whole = [sum(not each for each in continues[: number + 1]) - 1 for number in range(len(continues))]
+    whole = [begun - 1 for begun in accumulate(int(not each) for each in continues)]
     owners = whole if any(continues) and max(whole, default=-1) + 1 == count else range(len(continues))
     return [owner if 0 <= owner < count else None for owner in owners]
 
 
-def _steps_of_time(prompt: Prompt, count: int) -> list[int]:
-    """For each of `count` items the number of its grids."""
-    steps = [0] * count
-    for number, owner in enumerate(_owners(prompt, count)):
-        grid = prompt.spans[number].grid if number < len(prompt.spans) else None
-        if owner is not None:
-            steps[owner] += int(np.prod(grid[:-2])) if grid is not None and len(grid) >= 2 else 1
-    return steps
+def _steps_of_time(prompt: Prompt) -> list[int]:
+    """For each range the number of grids of its span, 1 without a grid."""
+    grids = [span.grid or () for span in prompt.spans[: len(prompt.embedding_ranges)]]
+    counts = [int(np.prod(grid[:-2])) if len(grid) >= 2 else 1 for grid in grids]
+    return counts + [1] * (len(prompt.embedding_ranges) - len(counts))
 
 
 def _frames(video: Video, count: int) -> list[Image.Image | None]:

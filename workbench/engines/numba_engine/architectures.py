@@ -90,7 +90,7 @@ class MixtureConfig:
         groups, chosen_groups: experts are chosen from the best groups only (DeepSeek-V3); 1 for none.
         group_best: how many experts of a group make its score.
         wide_router: whether the router computes in float32 whatever the dtype.
-        router_bias: whether the router has a bias; choice_bias: name of the tensor that is added to scores for choosing only.
+        router_bias, expert_bias, shared_bias: whether the router, the experts and the shared expert have biases; choice_bias: name of the tensor that is added to scores for choosing only.
         scaled_input, clipped: as in `range_kernels.experts.Experts`.
         stored: stacked weights as `[experts, outputs, inputs]`, "transposed", or "either" by their shape.
         router, experts, shared, shared_gate: names after `layers.N.`; shared_gate None: the shared expert is not gated.

@@ -39,7 +39,7 @@ class LatentAttention:
         self.kv_up: Linear = ops.linear(kv_up)
 
     def tensors(self) -> list[torch.Tensor]:
-        """All weights that torch holds."""
+        """All weights, kept as torch tensors."""
         up = [each.weight for each in (self.query_up, self.kv_up) if each is not None]
         return [*up, *(each for each in (self.query_norm, self.kv_norm) if each is not None)]
 

@@ -41,7 +41,7 @@ class Mixture:
             self.shared_gate = None if gate is None else ops.linear(gate)
 
     def tensors(self) -> list[torch.Tensor]:
-        """All weights and biases that torch holds."""
+        """All weights and biases, kept as torch tensors."""
         linears = [each for each in (self.router, self.shared_gate_up, self.shared_down, self.shared_gate) if each]
         every = [self.choice_bias, *self.experts.tensors(), *(x for each in linears for x in (each.weight, each.bias))]
         return [each for each in every if each is not None]

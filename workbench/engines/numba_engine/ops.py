@@ -64,7 +64,7 @@ class Layer:
         return self.down.of_gate(entered.into(self.gate_up), gelu)
 
     def tensors(self) -> list[torch.Tensor]:
-        """All weights and biases that torch holds."""
+        """All weights and biases, kept as torch tensors."""
         norms = (self.attention_norm, self.head_norms, self.after_attention, self.mlp_norm, self.after_mlp, self.sinks)
         every = [*norms, *(each for linear in self.linears for each in (linear.weight, linear.bias))]
         parts = [part.tensors() for part in (self.mixture, self.delta_net, self.latent) if part is not None]
